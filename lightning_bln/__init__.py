@@ -1,0 +1,1 @@
+"""Batch Layer Normalization and normalised recurrent networks for PyTorch and Lightning."""
