@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = vars(parser.parse_args(argv))
     del options["command"]
 
-    from lightning_bln.demo import demo as run  # torch is slow to import, and --help should not be
+    from lightning_bln.demo import demo as run  # lightning is slow to import, and --help should not be
 
     run(**options)
 

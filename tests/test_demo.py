@@ -48,7 +48,7 @@ def test_the_split_is_fixed_and_disjoint() -> None:
     assert torch.equal(sorted_labels, sorted_labels.sort()[0])
 
 
-def test_help_needs_no_torch(capsys) -> None:
+def test_help_lists_the_commands(capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["--help"])
     assert stopped.value.code == 0
