@@ -156,13 +156,13 @@ def demo(output: Path = Path("runs/demo"), epochs: int = 8, seed: int = 0) -> di
     show(accuracies, chosen)
     console = Console(soft_wrap=True)
     console.print(f"heat map    {output / 'bln_sweep.png'}")
-    console.print(f"checkpoint  {checkpoint.best_model_path}")
+    console.print(f"checkpoint  {output / Path(checkpoint.best_model_path).name}")
     return accuracies
 
 
 def show(accuracies: dict[str, dict[str, float]], chosen: str) -> None:
     """Print the test accuracies, the chosen mode first."""
-    table = Table(title="test accuracy, by statistics mode and by how batches are made up")
+    table = Table(title="Test accuracy by statistics mode")
     table.add_column("mode")
     for name in accuracies[chosen]:
         table.add_column(name, justify="right")
