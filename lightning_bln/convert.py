@@ -36,7 +36,8 @@ def from_torch(layer: nn.LSTM | nn.GRU | nn.RNN, *, norm: str | None = "bln", **
     names += {nn.LSTM: ["proj_size"], nn.RNN: ["nonlinearity"]}.get(type(layer), [])
     weight = layer.weight_ih_l0
     assert isinstance(weight, Tensor)
-    converted: Any = TORCH_LAYERS[type(layer)](
+    kind: Any = TORCH_LAYERS[type(layer)]
+    converted: Recurrent = kind(
         layer.input_size,
         layer.hidden_size,
         norm=norm,
