@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -304,7 +303,17 @@ class RandomState:
 
 def copied(rows: dict[str, Any]) -> dict[str, Any]:
     """Logged values of one's own; one that is a metric object stays the user's."""
-    return {key: deepcopy(value) if value.is_tensor else value for key, value in rows.items()}
+    return {key: copied_row(value) if value.is_tensor else value for key, value in rows.items()}
+
+
+def copied_row(row: Any) -> Any:
+    # not a deep copy: a row refers to the strategy by the function that reduces it
+    own = object.__new__(type(row))
+    state = row.__getstate__()
+    own.__setstate__(
+        {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+    )
+    return own
 
 
 def same(tensor: Tensor) -> Tensor:

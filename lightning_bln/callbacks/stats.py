@@ -295,7 +295,9 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
             return
         shown = result.shown()
         for mode, values in result.scores.items():
-            self.log_dict({f"bln/{name}/{mode}": values[name] for name in shown if name in values})
+            named = {f"bln/{name}/{mode}": values[name] for name in shown if name in values}
+            # the name may hold a dataloader's index, which must not be given a second one
+            self.log_dict(named, add_dataloader_idx=False)
         for mode, pair in result.regrouped.items():
             if math.isfinite(pair.spread):
                 self.log(f"bln/spread/{mode}", pair.spread)
