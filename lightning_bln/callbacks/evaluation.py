@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_bln import _compat
 from lightning_bln.callbacks.user_state import Snapshot, UserState
+from lightning_bln.fanout import SharedForward
 from lightning_bln.modes import HasMode, StatisticsMode, mode_layers
 
 EPOCH_END = "on_validation_epoch_end"
@@ -53,8 +54,11 @@ class Evaluation:
     same random state. Whatever a run does, the Trainer is left as it was found.
     """
 
-    def __init__(self, trainer: Any, module: Any, modes: Iterable[StatisticsMode]) -> None:
-        self.trainer, self.module = trainer, module
+    def __init__(
+        self, trainer: Any, module: Any, modes: Iterable[StatisticsMode], shared: SharedForward | None = None
+    ) -> None:
+        self.trainer, self.module, self.shared = trainer, module, shared
+        self.is_first = True
         self.loop = _compat.evaluation_loop(trainer)
         self.connector = _compat.connector(trainer)
         self.layers = mode_layers(module)
@@ -121,9 +125,18 @@ class Evaluation:
             self.dataloader_idx = dataloader_idx
         copies = Copies(batch)
         state = RandomState(self.module.device)
-        for run in self.runs.values():
+
+        def turn(run: Run) -> None:
             self.run_step(run, copies.next(), batch_idx, dataloader_idx)
             state.restore()
+
+        runs = list(self.runs.values())
+        if self.shared is None:
+            for run in runs:
+                turn(run)
+        else:
+            self.shared.each(runs, turn, recheck=self.is_first)
+        self.is_first = False
 
     def run_step(self, run: Run, batch: Any, batch_idx: int, dataloader_idx: int | None) -> Any:
         """One validation step of one mode, with the module's own hooks around it."""
