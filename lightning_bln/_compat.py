@@ -15,6 +15,9 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree
 
+tree_flatten, tree_map, tree_unflatten = _pytree.tree_flatten, _pytree.tree_map, _pytree.tree_unflatten
+"""Walk nested batches, outputs and loaders, with the types that libraries have registered; torch has no public name."""
+
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 """The two names under which the same Trainer is distributed; a Trainer takes callbacks of its own namespace only."""
 
@@ -103,10 +106,6 @@ CONNECTOR_METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metr
 def connector(trainer: Any) -> Any:
     """Holds those dictionaries, and the hook last logged from, by which it knows when to reset values."""
     return trainer._logger_connector
-
-
-tree_map = _pytree.tree_map
-"""How CombinedLoader walks its loaders; torch has no public name for it."""
 
 
 def train_loader(trainer: Any) -> Any:
