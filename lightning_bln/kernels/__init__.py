@@ -1,5 +1,15 @@
 """Recurrences: the reference in plain torch operations, and faster ones with the same results."""
 
+from lightning_bln.kernels.choice import BACKENDS, available, runs_compiled
 from lightning_bln.kernels.reference import HiddenWeights, Noise, Result, Sequences, recurrence
 
-__all__ = ["HiddenWeights", "Noise", "Result", "Sequences", "recurrence"]
+__all__ = [
+    "BACKENDS",
+    "HiddenWeights",
+    "Noise",
+    "Result",
+    "Sequences",
+    "available",
+    "recurrence",
+    "runs_compiled",
+]

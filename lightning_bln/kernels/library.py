@@ -85,6 +85,14 @@ def load() -> ctypes.CDLL | None:
     return None
 
 
+def variant() -> str | None:
+    """Name of the instruction set that the loaded library was compiled for."""
+    library = load()
+    if library is None:
+        return None
+    return Path(library._name).name.split(".")[0].removeprefix("_recurrence_")
+
+
 def find(variant: str) -> Path | None:
     """The file of one variant beside this module."""
     folder = Path(__file__).parent

@@ -102,7 +102,7 @@ class Backward : Walker<T> {
 
   void step(int t, const T* x, T* input_grad, T* hidden_grad, Range forward_panels) {
     const Range some = running(t);
-    const int m = int(a.batch_sizes[t]);
+    const int m = plan.sizes[t];
     const bool gru = a.cell == kGru;
     T* gates_grad = !ih.a.enabled ? input_grad : hh.a.enabled || gru ? buffers.gates_grad.get() : hidden_grad;
     T* hidden_gates_grad = !gru ? gates_grad : hh.a.enabled ? buffers.hidden_gates_grad.get() : hidden_grad;
@@ -269,7 +269,7 @@ class Backward : Walker<T> {
         T* to = packed_.get();
         for (int t = chunk.begin; t < chunk.end; t++) {
           const T* h = previous(t, a.output, a.h0);
-          for (int b = 0; b < int(a.batch_sizes[t]); b++, to += panel_width<T>)
+          for (int b = 0; b < plan.sizes[t]; b++, to += panel_width<T>)
             pack_row(to, h + size_t(b) * H + j, a.hidden_mask ? a.hidden_mask + size_t(b) * H + j : nullptr, width);
         }
         multiply(hidden_grad + mine.begin, 1, D, mine.size(), packed_.get(), depth, a.grad_weight_hh + size_t(mine.begin) * H + j,

@@ -58,7 +58,7 @@ class Forward : Walker<T> {
  private:
   void step(int t, const T* x, Range panels) {
     const Range some = running(t);
-    const int m = int(a.batch_sizes[t]);
+    const int m = plan.sizes[t];
     T* v = a.hidden_part ? a.hidden_part + at(t) * D : buffers.hidden.get();
     T* gates = a.gates ? a.gates + at(t) * D : buffers.gates.get();
     const T* h = previous(t, a.output, a.h0);
@@ -144,7 +144,7 @@ class Forward : Walker<T> {
     int t = plan.steps - 1;
     for (int b = rows.begin; b < rows.end; b++) {
       t = plan.steps - 1;
-      while (t >= 0 && a.batch_sizes[t] <= b) t--;
+      while (t >= 0 && plan.sizes[t] <= b) t--;
       const T* h = t >= 0 ? a.output + (at(t) + b) * H : a.h0 + size_t(b) * H;
       for (int j = units.begin; j < units.end; j++) a.hn[size_t(b) * H + j] = h[j];
       if (a.cell != kLstm) continue;

@@ -17,7 +17,7 @@ struct RecurrenceArgs {
   int64_t chunk_rows;  // rows whose products with the input weights are taken together; 0: chosen here
   int64_t keep;        // forward: a gradient will follow
   double zoneout_h, zoneout_c;
-  const int64_t* batch_sizes;  // [steps]
+  const int64_t* batch_sizes;  // [steps], or null if all sequences run to the end
   const T* input;              // [N, inputs], or [N, D] already projected if weight_ih is null
   const T* weight_ih;          // [D, inputs] or null
   const T* weight_hh;          // [D, H]
@@ -53,6 +53,7 @@ struct Plan {
   int G, H, D, I, steps, batch;
   int row_teams, column_teams;
   bool zoneout;
+  std::vector<int> sizes;        // how many sequences run at each step
   std::vector<int> offset;       // of each step's rows, and the total
   std::vector<Range> chunks;     // of steps
   int longest_chunk = 0;         // in rows
@@ -64,12 +65,14 @@ struct Plan {
       : a(args), G(gates_of(args.cell)), H(int(args.units)), D(G * H), I(int(args.inputs)), steps(int(args.steps)),
         batch(int(args.batch)), zoneout(args.zoneout_h != 0 || args.zoneout_c != 0 || args.zoneout_mask_h || args.zoneout_mask_c),
         barrier(members) {
+    sizes.resize(steps);
     offset.resize(steps + 1);
     offset[0] = 0;
     bool ragged = false;
     for (int t = 0; t < steps; t++) {
-      offset[t + 1] = offset[t] + int(a.batch_sizes[t]);
-      ragged = ragged || a.batch_sizes[t] != batch;
+      sizes[t] = a.batch_sizes ? int(a.batch_sizes[t]) : batch;
+      offset[t + 1] = offset[t] + sizes[t];
+      ragged = ragged || sizes[t] != batch;
     }
     const int wanted = a.chunk_rows ? int(a.chunk_rows) : 192;
     for (int t = 0; t < steps;) {
@@ -141,7 +144,7 @@ class Walker {
   Range units, rows;
   Norm<T> ih, hh, cell;
 
-  Range running(int t) const { return Norm<T>::clipped(rows, int(a.batch_sizes[t])); }
+  Range running(int t) const { return Norm<T>::clipped(rows, plan.sizes[t]); }
   size_t at(int t) const { return size_t(plan.offset[t]); }
   const T* previous(int t, const T* sequence, const T* initial) const { return t ? sequence + at(t - 1) * H : initial; }
 
