@@ -57,7 +57,7 @@ class SequenceNorm(NamedTuple):
         weights = tuple(
             at(w)[..., None] if between and isinstance(w, Tensor) else at(w) for w in (self.w_feature, self.w_batch)
         )
-        mask = None if mask is None else mask[..., None].expand(grouped.shape[:-1])
+        mask = None if mask is None else mask.expand(grouped.shape[:-1])
         over = (grouped.ndim - 3,)
         statistics = choose(population, self.uses, grouped, over, weights, mask)
         weight, bias = (None if p is None else p.view(self.groups, -1) for p in (self.weight, self.bias))

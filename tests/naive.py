@@ -46,7 +46,7 @@ def run(layer: Recurrent, sequences: list[Tensor]) -> tuple[list[Tensor], list[t
     return outputs, last
 
 
-def run_direction(kind, layer, get, sequences):  # noqa: ANN001, ANN201
+def run_direction(kind, layer, get, sequences):
     hidden, gates = layer.hidden_size, len(layer.cell.gates)
     zero = sequences[0].new_zeros(hidden)
     h = [zero.new_zeros(layer.state_size("h")) for _ in sequences]

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence, pad_sequence
 
-from lightning_bln import ALL_MODES, BLNGRU, BLNLSTM, BLNRNN, Recurrent, freeze_population, recompute_population, set_mode
+from lightning_bln import (
+    ALL_MODES,
+    BLNGRU,
+    BLNLSTM,
+    BLNRNN,
+    Recurrent,
+    freeze_population,
+    recompute_population,
+    set_mode,
+)
 from lightning_bln.modes import fan_out
 from tests import naive
 
@@ -45,15 +54,12 @@ def same_as_torch(ours: nn.Module, theirs: nn.Module, x: Tensor | PackedSequence
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", PAIRS)
-@pytest.mark.parametrize(("layers", "bidirectional"), itertools.product((1, 2), (False, True)))
+@pytest.mark.parametrize(("kind", "proj_size"), [("lstm", 0), ("lstm", 2), ("gru", 0), ("rnn", 0)])
+@pytest.mark.parametrize(("layers", "bidirectional"), list(itertools.product((1, 2), (False, True))))
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("form", ["batch", "packed", "unsorted", "unbatched"])
-@pytest.mark.parametrize("proj_size", [0, 2])
 def test_without_norm_it_is_torchs_layer(kind, layers, bidirectional, batch_first, bias, form, proj_size) -> None:
-    if proj_size and kind != "lstm":
-        pytest.skip("only nn.LSTM has projections")
     options = {"num_layers": layers, "bidirectional": bidirectional, "batch_first": batch_first, "bias": bias}
     if proj_size:
         options["proj_size"] = proj_size
@@ -287,7 +293,7 @@ def test_bad_input_is_named_and_nothing_is_gathered(x, hx, error, words) -> None
     ],
 )
 def test_bad_options_are_named(options, words) -> None:
-    with pytest.raises(ValueError, match="but|has no") as caught:
+    with pytest.raises(ValueError, match=r"but|has no") as caught:
         Recurrent("lstm", 3, 4, **options)
     assert words in str(caught.value)
 
@@ -296,7 +302,7 @@ def test_a_state_dict_of_another_size_is_refused_and_nothing_changes() -> None:
     layer, other = BLNLSTM(3, 4), BLNLSTM(3, 5)
     recompute_population(other, [torch.randn(5, 8, 3)])
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    with pytest.raises((ValueError, RuntimeError), match="size|feature axis"):
+    with pytest.raises(ValueError, match="load it into a layer of the size"):
         layer.load_state_dict(other.state_dict())
     for name, value in layer.state_dict().items():
         assert torch.equal(value, before[name]), name

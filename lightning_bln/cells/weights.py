@@ -12,6 +12,7 @@ from lightning_bln.cells.cell import Cell
 from lightning_bln.functional import NORMS, check_choice
 from lightning_bln.gate_norm import GateNorm
 from lightning_bln.modes import StatisticsMode
+from lightning_bln.population import check_state_dict
 
 
 class Weights(NamedTuple):
@@ -163,6 +164,10 @@ class HasCells(nn.Module):
         dtype = next(self.parameters()).dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"x has dtype {x.dtype}, but the layer's parameters have {dtype}; convert one with .to()")
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        check_state_dict(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, norm={self.norm!r}"
