@@ -51,7 +51,7 @@ def reason_against(cell: Cell, x: Tensor, weights: Weights) -> str | None:
         return f"the parameters have dtype {weights.weight_hh.dtype}, and the compiled kernels take float32 and float64"
     if x.ndim != 3:
         return "fan-out over statistics modes has no compiled kernel"
-    if load() is None:
+    if not is_built():
         return f"the compiled kernels are not installed; {HOW_TO_BUILD}"
     return None
 
@@ -70,6 +70,12 @@ def runs_compiled(backend: str, cell: Cell, x: Tensor, weights: Weights) -> bool
     if reason is not None and "not installed" in reason:
         warn_missing()
     return reason is None
+
+
+@torch.compiler.assume_constant_result
+def is_built() -> bool:
+    """Whether the library is there and loads."""
+    return load() is not None
 
 
 @cache

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_bln._compat import HAS_CUSTOM_OPS
 from lightning_bln.functional import Statistics, is_zero
 from lightning_bln.gate_norm import SequenceNorm
 from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, load
@@ -359,8 +359,8 @@ def layer(
         None if not any(settings[4:7]) else torch.stack([mixing(norm, steps) for norm in norms]),
         *(given(norm, dtype) for norm in norms),
     )
-    if torch.compiler.is_compiling() and operators() is not None:
-        found = operators()[0](*tensors, *constants, list(settings[:INTEGERS]), list(settings[INTEGERS:]))[:6]
+    if torch.compiler.is_compiling() and HAS_CUSTOM_OPS:
+        found = torch.ops.lightning_bln.recurrence(*tensors, *constants, list(settings[:INTEGERS]), list(settings[INTEGERS:]))[:6]
     else:
         found = Recurrence.apply(settings, constants, *tensors)
     state = (found[1], found[2]) if cell == "lstm" else (found[1],)
@@ -418,13 +418,3 @@ def statistics(
     if is_zero(norm.w_feature):
         mean = unused.expand_as(mean)
     return Statistics(batch[:, 0], batch[:, 1], mean[:, 0], mean[:, 1])
-
-
-@cache
-def operators() -> tuple[Any, Any] | None:
-    """The passes as registered operators, which compilers and exporters see as one node each; None in torch 2.3."""
-    if not hasattr(torch.library, "custom_op"):
-        return None
-    from lightning_bln.kernels.operators import recurrence, recurrence_backward
-
-    return recurrence, recurrence_backward
