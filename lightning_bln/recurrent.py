@@ -301,7 +301,9 @@ class Recurrent(HasCells):
             weights.bias_hh,
             first[0],
             first[1] if len(first) > 1 else None,
-            *(None if norm is None else norm.weight for norm in norms),
+            None if norms.ih is None else norms.ih.weight,
+            None if norms.hh is None else norms.hh.weight,
+            None if norms.cell is None else norms.cell.weight,
             None if norms.cell is None else norms.cell.bias,
         )
         result = cpu.layer(

@@ -146,7 +146,7 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs: Outputs) -> RecurrenceArgs:
     """The library's structure for the forward pass; the backward pass adds to it."""
-    rows, samples, features, units, columns = sizes_of(inputs, settings)
+    _, samples, features, units, columns = sizes_of(inputs, settings)
     args = RecurrenceArgs()
     args.cell, args.steps, args.batch = settings.cell, settings.steps, samples
     args.inputs, args.units, args.threads = features, units, torch.get_num_threads()
@@ -174,7 +174,9 @@ def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs:
         norm.joint, norm.scale, norm.eps = settings.joint, getattr(settings, f"scale_{name}"), settings.eps
         norm.w_feature, norm.w_batch = (pointer(constants.mixing[index, part]) for part in (0, 1))
         norm.weight = pointer(getattr(inputs, f"weight_norm_{name}"))
-        set_given(norm, getattr(constants, f"given_{name}"), getattr(settings, f"uses_{name}"), settings.steps, width, parts)
+        set_given(
+            norm, getattr(constants, f"given_{name}"), getattr(settings, f"uses_{name}"), settings.steps, width, parts
+        )
         norm.batch_moments = pointer(outputs[3 + index])
         if norm.batch_moments:
             norm.feature_moments = norm.batch_moments + settings.steps * 2 * width * outputs.output.element_size()
@@ -249,7 +251,7 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, settings: Settings, constants: Constants, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        outputs = forward(Inputs(*inputs), constants, settings)
+        outputs = forward(Inputs(*inputs), constants, settings)  # type: ignore[arg-type]
         ctx.settings, ctx.count = settings, len(inputs)
         ctx.set_materialize_grads(False)
         if settings.keep:
@@ -264,14 +266,12 @@ class Recurrence(torch.autograd.Function):
         inputs, constants = Inputs(*saved[:count]), Constants(*saved[count : count + len(Constants._fields)])
         outputs = Outputs(*saved[count + len(Constants._fields) :])
         found = backward(grads[:3], inputs, constants, settings, outputs, ctx.needs_input_grad[2])
-        return (None, None, *as_gradients(found, inputs, settings))
+        return (None, None, *as_gradients(found, inputs, settings))  # type: ignore[arg-type]
 
 
 def as_gradients(found: Sequence[Tensor], inputs: Inputs, settings: Settings) -> list[Tensor | None]:
     """What autograd takes: None where there is nothing, and the biases' common sum twice."""
-    grads = [
-        None if value is None or grad.numel() == 0 else grad for value, grad in zip(inputs, found, strict=True)
-    ]
+    grads = [None if value is None or grad.numel() == 0 else grad for value, grad in zip(inputs, found, strict=True)]
     if inputs.bias_hh is not None and grads[4] is None:
         grads[4] = grads[3]
     return grads
@@ -331,7 +331,7 @@ def layer(
     Returns:
         Outputs, last states and statistics.
     """
-    tensors = Inputs(*(None if value is None else value.contiguous() for value in inputs))
+    tensors = Inputs(*(None if value is None else value.contiguous() for value in inputs))  # type: ignore[arg-type]
     needs_grad = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
     observes = any(norm is not None and norm.observes for norm in norms)
     settings = Settings(
@@ -354,13 +354,15 @@ def layer(
     dtype = inputs.weight_hh.dtype
     constants = Constants(
         None if sizes is None else torch.tensor(sizes),
-        None if hidden_mask is None else hidden_mask.contiguous(),
-        None if zoneout_mask is None else zoneout_mask.contiguous(),
+        None if hidden_mask is None else hidden_mask.to(dtype).contiguous(),
+        None if zoneout_mask is None else zoneout_mask.to(dtype).contiguous(),
         None if not any(settings[4:7]) else torch.stack([mixing(norm, steps) for norm in norms]),
         *(given(norm, dtype) for norm in norms),
     )
     if torch.compiler.is_compiling() and HAS_CUSTOM_OPS:
-        found = torch.ops.lightning_bln.recurrence(*tensors, *constants, list(settings[:INTEGERS]), list(settings[INTEGERS:]))[:6]
+        found = torch.ops.lightning_bln.recurrence(
+            *tensors, *constants, list(settings[:INTEGERS]), list(settings[INTEGERS:])
+        )[:6]
     else:
         found = Recurrence.apply(settings, constants, *tensors)
     state = (found[1], found[2]) if cell == "lstm" else (found[1],)

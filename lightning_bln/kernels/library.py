@@ -66,23 +66,28 @@ def load() -> ctypes.CDLL | None:
     names = list(VARIANTS)
     best = names.index(ability) if ability in names else len(names) - 1
     for name in names[best:]:
-        path = find(VARIANTS[name])
-        if path is None:
-            continue
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError as error:
-            warnings.warn(f"{path.name} does not load ({error}); the next slower kernels are tried", stacklevel=2)
-            continue
-        library.bln_args_size.restype = _INTEGER
-        if library.bln_args_size() != ctypes.sizeof(RecurrenceArgs):
-            warnings.warn(
-                f"{path.name} was built from other sources than this package's; install it again", stacklevel=2
-            )
-            continue
-        share_threads(library)
-        return library
+        library = open_library(VARIANTS[name])
+        if library is not None:
+            return library
     return None
+
+
+def open_library(variant: str) -> ctypes.CDLL | None:
+    """One variant, ready to be called; None, and a warning, if it was built but does not serve."""
+    path = find(variant)
+    if path is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        warnings.warn(f"{path.name} does not load ({error}); slower kernels are tried", stacklevel=2)
+        return None
+    library.bln_args_size.restype = _INTEGER
+    if library.bln_args_size() != ctypes.sizeof(RecurrenceArgs):
+        warnings.warn(f"{path.name} was built from other sources than this package's; install it again", stacklevel=2)
+        return None
+    share_threads(library)
+    return library
 
 
 def variant() -> str | None:

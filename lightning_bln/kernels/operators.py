@@ -54,14 +54,14 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 def recurrence_backward(*args: Any) -> tuple[Tensor, ...]:
     """Its gradients."""
     *passed, outputs, needs_x = args
-    return tuple(cpu.backward(passed[:3], *unpack(passed[3:]), cpu.Outputs(*outputs), needs_x))
+    return tuple(cpu.backward(passed[:3], *unpack(passed[3:]), cpu.Outputs(*outputs), needs_x))  # type: ignore[arg-type]
 
 
 @recurrence_backward.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
     *passed, _, needs_x = args
     inputs, _, settings = unpack(passed[3:])
-    return tuple(cpu.empty_gradients(inputs, settings, needs_x))
+    return tuple(cpu.empty_gradients(inputs, settings, needs_x))  # type: ignore[arg-type]
 
 
 def unpack(args: Sequence[Any]) -> tuple[cpu.Inputs, cpu.Constants, cpu.Settings]:
