@@ -1,1 +1,31 @@
 """Batch Layer Normalization and normalised recurrent networks for PyTorch and Lightning."""
+
+from lightning_bln.conv import ConvBLN1d, ConvBLN2d, ConvBLN3d
+from lightning_bln.functional import Statistics, batch_layer_norm
+from lightning_bln.modes import ALL_MODES, BATCH_INDEPENDENT_MODES, StatisticsMode, fan_out, set_mode, using_mode
+from lightning_bln.moments import Moments
+from lightning_bln.norm import BatchLayerNorm, Normalization
+from lightning_bln.population import Population, freeze_population, recompute_population, reset_population
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ALL_MODES",
+    "BATCH_INDEPENDENT_MODES",
+    "BatchLayerNorm",
+    "ConvBLN1d",
+    "ConvBLN2d",
+    "ConvBLN3d",
+    "Moments",
+    "Normalization",
+    "Population",
+    "Statistics",
+    "StatisticsMode",
+    "batch_layer_norm",
+    "fan_out",
+    "freeze_population",
+    "recompute_population",
+    "reset_population",
+    "set_mode",
+    "using_mode",
+]

@@ -1,0 +1,151 @@
+"""Convolution, activation and batch layer normalization in one block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lightning_bln.functional import check_choice
+from lightning_bln.norm import BatchLayerNorm
+
+ORDERS = ("conv-act-norm", "conv-norm-act")
+
+
+class _ConvBLN(nn.Module):
+    """The block of :class:`ConvBLN2d`, for any number of spatial axes."""
+
+    convolution: ClassVar[type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        *,
+        stride: int | tuple[int, ...] = 1,
+        padding: int | str | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        activation: Callable[[Tensor], Tensor] | type[nn.Module] | None = nn.Tanh,
+        order: str = "conv-act-norm",
+        positions: str = "separate",
+        eps: float = 1e-3,
+        delta: float = 1e-4,
+        affine: bool = True,
+        scale: bool | float = True,
+        population: str = "pooled",
+        momentum: float | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        check_choice("order", order, ORDERS)
+        if not (activation is None or callable(activation)):
+            raise ValueError(f"activation={activation!r}, but it is not callable; pass nn.ReLU, torch.tanh or None")
+        self.order = order
+        convolution: Any = self.convolution
+        self.conv = convolution(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        if activation is None:
+            activation = nn.Identity
+        self.activation = activation() if isinstance(activation, type) else activation
+        self.norm = BatchLayerNorm(
+            out_channels,
+            channel_dim=1,
+            positions=positions,
+            eps=eps,
+            delta=delta,
+            affine=affine,
+            scale=scale,
+            population=population,
+            momentum=momentum,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the block on ``(batch, in_channels, *spatial)``."""
+        spatial = len(self.conv.kernel_size)
+        if x.ndim != spatial + 2:
+            raise ValueError(
+                f"x has {x.ndim} axes of shape {tuple(x.shape)}, but {type(self).__name__} takes {spatial + 2}: "
+                "(batch, in_channels, *spatial); add or drop axes"
+            )
+        if x.shape[1] != self.conv.in_channels:
+            raise ValueError(
+                f"in_channels={self.conv.in_channels}, but the input's channel axis (dim 1) has {x.shape[1]}; "
+                "change one of them"
+            )
+        y = self.conv(x)
+        return self.norm(self.activation(y)) if self.order == "conv-act-norm" else self.activation(self.norm(y))
+
+    def extra_repr(self) -> str:
+        return f"order={self.order!r}"
+
+
+class ConvBLN1d(_ConvBLN):
+    """The block of :class:`ConvBLN2d` over one spatial axis: ``(batch, channels, length)``.
+
+    Example:
+        >>> ConvBLN1d(3, 8, 5, padding=2)(torch.randn(4, 3, 20)).shape
+        torch.Size([4, 8, 20])
+    """
+
+    convolution = nn.Conv1d
+
+
+class ConvBLN2d(_ConvBLN):
+    """Convolution, activation and :class:`BatchLayerNorm` over the channels, in the order asked for.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output, the features that are normalised.
+        kernel_size: As for :class:`torch.nn.Conv2d`, like ``stride`` to ``padding_mode``.
+        activation: A module class (``nn.ReLU``), a module or a function (``torch.relu``), or ``None`` for none.
+        order: ``"conv-act-norm"``, the paper's, or ``"conv-norm-act"``.
+        positions: ``"separate"`` keeps batch statistics of each pixel, as the authors do, and so fixes the image size;
+            ``"shared"`` takes them over pixels too, for images of any size.
+        eps: As for :class:`BatchLayerNorm`, like the rest.
+
+    Shape:
+        ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height', width')``.
+
+    Raises:
+        ValueError: An option is unknown, or the input's rank or channels do not fit.
+
+    Example:
+        >>> block = ConvBLN2d(3, 6, 5, padding="same", activation=nn.ReLU, order="conv-norm-act")
+        >>> block(torch.randn(4, 3, 32, 32)).shape
+        torch.Size([4, 6, 32, 32])
+
+    Source:
+        Ziaee and Cano, arXiv 2209.08898, section 4.
+    """
+
+    convolution = nn.Conv2d
+
+
+class ConvBLN3d(_ConvBLN):
+    """The block of :class:`ConvBLN2d` over three spatial axes: ``(batch, channels, depth, height, width)``.
+
+    Example:
+        >>> ConvBLN3d(1, 2, 3)(torch.randn(2, 1, 5, 5, 5)).shape
+        torch.Size([2, 2, 3, 3, 3])
+    """
+
+    convolution = nn.Conv3d

@@ -1,0 +1,247 @@
+"""Batch layer normalization as a function: the equation, and nothing that remembers."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NORMS = ("bln", "layer", "batch")
+
+
+class Statistics(NamedTuple):
+    """The four statistics of the equation; ``None`` stands for the current input's own."""
+
+    batch_mean: Tensor | None = None
+    batch_var: Tensor | None = None
+    feature_mean: Tensor | None = None
+    feature_var: Tensor | None = None
+
+
+def batch_layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    batch_mean: Tensor | None = None,
+    batch_var: Tensor | None = None,
+    feature_mean: Tensor | None = None,
+    feature_var: Tensor | None = None,
+    batch_size: float | Tensor | None = None,
+    mask: Tensor | None = None,
+    eps: float = 1e-3,
+    delta: float = 1e-4,
+    scale: bool | float = True,
+    channel_dim: int = -1,
+    batch_dim: int = 0,
+    positions: str = "separate",
+    norm: str = "bln",
+) -> Tensor:
+    r"""Normalise an input by its batch's statistics and by its own features', weighted by the inverse batch size.
+
+    .. math::
+        y = \gamma s \left( w_F \frac{x - \mu_F}{\sqrt{\sigma_F^2 + \epsilon}}
+                          + w_B \frac{x - \mu_B}{\sqrt{\sigma_B^2 + \epsilon}} \right) + \beta, \qquad
+        w_F = \frac{1}{m} - \delta, \quad w_B = 1 - \frac{1}{m} - \delta
+
+    with :math:`m` the batch size, :math:`\mu_B, \sigma_B^2` over the batch axis (a value per position and feature),
+    :math:`\mu_F, \sigma_F^2` over the feature axis (a value per sample and position), biased variances, and
+    :math:`s = 1/\sqrt{d}` for :math:`d` features. Gradients flow through every statistic that is not given.
+
+    Args:
+        x: The input, with a batch axis, a feature axis and any number of other axes ("positions").
+        weight: :math:`\gamma`, shape ``(d,)``; one if left out.
+        bias: :math:`\beta`, shape ``(d,)``; zero if left out.
+        batch_mean: Used in place of :math:`\mu_B`. This and the next three broadcast against ``x`` with its batch
+            axis moved first and its feature axis last: ``(d,)``, ``(*positions, d)`` or ``(1, *positions, d)``.
+        batch_var: Used in place of :math:`\sigma_B^2`.
+        feature_mean: Used in place of :math:`\mu_F`: ``(*positions, 1)`` or ``(m, *positions, 1)``.
+        feature_var: Used in place of :math:`\sigma_F^2`.
+        batch_size: Used in place of :math:`m` in the two weights: a number, or a tensor that broadcasts as above.
+        mask: True where ``x`` holds data, shape ``(m, *positions)``; padding enters no batch statistic, and
+            :math:`m` is the number of true entries at a position.
+        eps: Added to the variances.
+        delta: The authors' correction of the two weights.
+        scale: ``True`` for :math:`s = 1/\sqrt{d}`, ``False`` for 1, or :math:`s` itself.
+        channel_dim: The feature axis.
+        batch_dim: The batch axis.
+        positions: ``"separate"`` for batch statistics of each position, ``"shared"`` for one over all of them.
+        norm: ``"bln"``, or one half of the equation: ``"layer"`` (:math:`w_F, w_B = 1, 0`) or ``"batch"`` (0, 1).
+
+    Returns:
+        A tensor of the shape and dtype of ``x``.
+
+    Raises:
+        ValueError: An axis, a shape or an option does not fit, or the batch is empty.
+        TypeError: ``x`` does not hold floating-point numbers.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0, 6.0], [3.0, 8.0, 1.0], [2.0, 2.0, 2.0]])
+        >>> y = batch_layer_norm(x)
+        >>> torch.equal(batch_layer_norm(x, batch_mean=x.mean(0)), y)
+        True
+        >>> batch_layer_norm(x, norm="batch", scale=False).mean(0).abs().max() < 1e-6
+        tensor(True)
+
+    Source:
+        Ziaee and Cano, "Batch Layer Normalization, A new normalization layer for CNNs and RNNs", arXiv 2209.08898.
+    """
+    batch_dim, channel_dim = check_input(x, batch_dim=batch_dim, channel_dim=channel_dim)
+    check_choice("positions", positions, ("separate", "shared"))
+    num_features = x.shape[channel_dim]
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != (num_features,):
+            raise ValueError(
+                f"{name} has shape {tuple(parameter.shape)}, but the input's feature axis (dim {channel_dim}) has "
+                f"{num_features}; pass a {name} of shape ({num_features},)"
+            )
+    canonical = x.movedim((batch_dim, channel_dim), (0, -1))
+    if mask is not None and mask.shape != canonical.shape[:-1]:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, but the input without its feature axis, batch first, has "
+            f"{tuple(canonical.shape[:-1])}; pass one bool for each of those"
+        )
+    over = tuple(range(canonical.ndim - 1)) if positions == "shared" else (0,)
+    if batch_size is None:
+        batch_size = canonical.shape[0] if mask is None else mask.sum(0, keepdim=True)[..., None].clamp(min=1)
+    given = Statistics(batch_mean, batch_var, feature_mean, feature_var)
+    weights = mixing_weights(batch_size, delta, norm)
+    statistics = complete(given, canonical, over, weights, mask)
+    y = normalize(canonical, statistics, weights, weight, bias, scale=scale_factor(scale, num_features), eps=eps)
+    return y.movedim((0, -1), (batch_dim, channel_dim))
+
+
+def mixing_weights(batch_size: float | Tensor, delta: float = 1e-4, norm: str = "bln") -> tuple:
+    """The weights of the feature part and of the batch part, ``(w_F, w_B)``.
+
+    Example:
+        >>> mixing_weights(4, delta=0.0)
+        (0.25, 0.75)
+        >>> mixing_weights(4, norm="layer")
+        (1.0, 0.0)
+    """
+    check_choice("norm", norm, NORMS)
+    if norm == "layer":
+        return 1.0, 0.0
+    if norm == "batch":
+        return 0.0, 1.0
+    inverse = 1.0 / batch_size
+    return inverse - delta, 1.0 - (inverse + delta)
+
+
+def normalize(
+    x: Tensor,
+    statistics: Statistics,
+    weights: tuple,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    scale: float,
+    eps: float,
+) -> Tensor:
+    """The equation of :func:`batch_layer_norm` on statistics that broadcast against ``x``, features last."""
+    w_feature, w_batch = weights
+    wide = widen(x)
+    y: Tensor | None = None
+    if not is_zero(w_feature):
+        assert statistics.feature_mean is not None
+        assert statistics.feature_var is not None
+        y = (wide - statistics.feature_mean) * (torch.rsqrt(statistics.feature_var + eps) * (w_feature * scale))
+    if not is_zero(w_batch):
+        assert statistics.batch_mean is not None
+        assert statistics.batch_var is not None
+        part = (wide - statistics.batch_mean) * (torch.rsqrt(statistics.batch_var + eps) * (w_batch * scale))
+        y = part if y is None else y + part
+    assert y is not None
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype)
+
+
+def complete(
+    given: Statistics, x: Tensor, over: tuple[int, ...], weights: tuple, mask: Tensor | None = None
+) -> Statistics:
+    """``given`` with its gaps filled from ``x``, except for those that ``weights`` leave unused."""
+    w_feature, w_batch = weights
+    if not is_zero(w_batch) and (given.batch_mean is None or given.batch_var is None):
+        mean, var = batch_statistics(x, over, mask)
+        given = given._replace(
+            batch_mean=mean if given.batch_mean is None else given.batch_mean,
+            batch_var=var if given.batch_var is None else given.batch_var,
+        )
+    if not is_zero(w_feature) and (given.feature_mean is None or given.feature_var is None):
+        mean, var = feature_statistics(x)
+        given = given._replace(
+            feature_mean=mean if given.feature_mean is None else given.feature_mean,
+            feature_var=var if given.feature_var is None else given.feature_var,
+        )
+    return given
+
+
+def batch_statistics(x: Tensor, over: tuple[int, ...], mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over the axes ``over``, kept as axes of size one; where ``mask`` is false, x is ignored.
+
+    Example:
+        >>> batch_statistics(torch.tensor([[1.0], [3.0], [99.0]]), (0,), torch.tensor([True, True, False]))
+        (tensor([[2.]]), tensor([[1.]]))
+    """
+    x = widen(x)
+    if mask is None:
+        var, mean = torch.var_mean(x, over, correction=0, keepdim=True)
+        return mean, var
+    mask = mask[..., None]
+    count = mask.sum(over, keepdim=True).clamp(min=1)
+    mean = x.masked_fill(~mask, 0).sum(over, keepdim=True) / count
+    var = (x - mean).masked_fill(~mask, 0).square().sum(over, keepdim=True) / count
+    return mean, var
+
+
+def feature_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over the last axis, kept as an axis of size one."""
+    var, mean = torch.var_mean(widen(x), -1, correction=0, keepdim=True)
+    return mean, var
+
+
+def scale_factor(scale: bool | float, num_features: int) -> float:
+    """The number that ``scale`` stands for: ``True`` is the paper's 1/sqrt(d), ``False`` is one."""
+    if scale is True:
+        return 1.0 / math.sqrt(num_features)
+    return 1.0 if scale is False else float(scale)
+
+
+def widen(x: Tensor) -> Tensor:
+    """``x`` in float32 if its own dtype is too narrow for statistics."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def is_zero(weight: float | Tensor) -> bool:
+    """Whether a mixing weight switches its part of the equation off."""
+    return isinstance(weight, float) and weight == 0.0
+
+
+def check_input(x: Tensor, *, batch_dim: int, channel_dim: int) -> tuple[int, int]:
+    """Raise unless ``x`` can be normalised over those axes; return them counted from the front."""
+    if not torch.is_floating_point(x):
+        raise TypeError(f"x has dtype {x.dtype}, which holds no fractions; convert it with x.float()")
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, but a batch axis and a feature axis are needed; add one")
+    axes = []
+    for name, dim in (("batch_dim", batch_dim), ("channel_dim", channel_dim)):
+        if not -x.ndim <= dim < x.ndim:
+            raise ValueError(f"{name}={dim}, but x has {x.ndim} axes; pass {name} in [{-x.ndim}, {x.ndim - 1}]")
+        axes.append(dim % x.ndim)
+    if axes[0] == axes[1]:
+        raise ValueError(f"batch_dim={batch_dim} and channel_dim={channel_dim} are the same axis; pass two")
+    if x.numel() == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}, an empty batch; pass at least one sample")
+    return axes[0], axes[1]
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}, but it must be one of {', '.join(map(repr, choices))}")

@@ -1,0 +1,200 @@
+"""Statistics modes: which of the four statistics come from the population at inference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class StatisticsMode(str):
+    """Where each of the four statistics comes from at inference, written as four letters.
+
+    The letters stand for batch mean, batch variance, feature mean and feature variance, in this order: ``p`` takes the
+    statistic from the population, ``c`` from the current input. ``cccc`` is what training computes. A mode is a
+    string, equal to its four letters.
+
+    Args:
+        letters: Four letters out of ``p`` and ``c``.
+
+    Raises:
+        ValueError: ``letters`` is anything else.
+
+    Example:
+        >>> mode = StatisticsMode("ppcc")
+        >>> str(mode), mode.uses_population, mode.is_batch_independent
+        ('ppcc', (True, True, False, False), True)
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, letters: str) -> StatisticsMode:
+        if not isinstance(letters, str) or len(letters) != 4 or set(letters) - set("pc"):
+            raise ValueError(
+                f"mode={letters!r}, but a statistics mode is four letters, each p (population) or c (current), "
+                "for batch mean, batch variance, feature mean, feature variance: 'ppcc', say"
+            )
+        return super().__new__(cls, letters)
+
+    @property
+    def uses_population(self) -> tuple[bool, bool, bool, bool]:
+        """For each of the four statistics, whether the population gives it."""
+        first, second, third, fourth = (letter == "p" for letter in self)
+        return first, second, third, fourth
+
+    @property
+    def is_batch_independent(self) -> bool:
+        """Whether a sample's output is the same whichever samples share its batch."""
+        return self.startswith("pp")
+
+
+ALL_MODES: tuple[StatisticsMode, ...] = tuple(StatisticsMode("".join(letters)) for letters in product("pc", repeat=4))
+BATCH_INDEPENDENT_MODES: tuple[StatisticsMode, ...] = tuple(mode for mode in ALL_MODES if mode.is_batch_independent)
+DEFAULT_MODE = StatisticsMode("ppcc")
+
+
+class HasMode(nn.Module):
+    """A layer whose inference depends on a statistics mode; the mode is saved with the state dict as extra state.
+
+    The default ``ppcc`` is the habit of :class:`torch.nn.BatchNorm1d` and :class:`torch.nn.LayerNorm` in one: the
+    population for the batch's statistics, the current input for its own features'.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._mode = DEFAULT_MODE
+        self.fan: FanOut | None = None
+
+    @property
+    def mode(self) -> StatisticsMode:
+        """The statistics mode used in evaluation."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        self._mode = StatisticsMode(mode)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self._mode.uses_population)
+
+    def set_extra_state(self, state: Any) -> None:
+        self.mode = "".join("p" if population else "c" for population in state.tolist())
+
+
+class FanOut:
+    """Several modes at once: the first layer met repeats its input for each, later ones find groups of samples."""
+
+    def __init__(self, modes: Iterable[str]) -> None:
+        self.modes = tuple(StatisticsMode(mode) for mode in modes)
+        self.is_fanned = False
+
+    def enter(self, x: Tensor, batch_dim: int) -> Tensor:
+        """``x`` with its batch axis repeated for each mode, mode by mode, unless a layer before has done so."""
+        if self.is_fanned:
+            return x
+        self.is_fanned = True
+        repeats = [1] * x.ndim
+        repeats[batch_dim] = len(self.modes)
+        return x.repeat(repeats)
+
+    def uses_population(self, device: torch.device) -> tuple[bool | Tensor, ...]:
+        """For each statistic, whether the population gives it: one answer, or one for each mode where they differ."""
+        columns = zip(*(mode.uses_population for mode in self.modes), strict=True)
+        return tuple(column[0] if len(set(column)) == 1 else torch.tensor(column, device=device) for column in columns)
+
+
+@contextmanager
+def fan_out(model: nn.Module, modes: Iterable[str]) -> Iterator[FanOut]:
+    """Within the context, one evaluation forward computes every mode: the output's batch is mode by mode.
+
+    Holds for one forward, or for several after ``fan.is_fanned = False`` in between. Layers between those with a mode
+    must treat samples one by one, as layers in evaluation do.
+
+    Example:
+        >>> from lightning_bln import BatchLayerNorm
+        >>> layer, x = BatchLayerNorm(2).eval(), torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+        >>> with fan_out(layer, ["cccc", "ppcc"]):
+        ...     layer(x).shape
+        torch.Size([4, 2])
+    """
+    layers = require_mode_layers(model)
+    fan = FanOut(modes)
+    for layer in layers:
+        layer.fan = fan
+    try:
+        yield fan
+    finally:
+        for layer in layers:
+            layer.fan = None
+
+
+def mode_layers(model: nn.Module) -> list[HasMode]:
+    """Every layer of ``model`` that has a statistics mode, in the order of ``model.modules()``."""
+    return [module for module in model.modules() if isinstance(module, HasMode)]
+
+
+def set_mode(model: nn.Module, mode: str) -> None:
+    """Set the statistics mode of every layer inside ``model``.
+
+    Args:
+        model: A module with at least one layer that has a mode.
+        mode: Four letters, see :class:`StatisticsMode`.
+
+    Raises:
+        ValueError: ``mode`` is no statistics mode, or ``model`` has no layer with one; nothing is set then.
+
+    Example:
+        >>> from lightning_bln import BatchLayerNorm
+        >>> layer = BatchLayerNorm(3)
+        >>> set_mode(layer, "pppp")
+        >>> layer.mode
+        'pppp'
+    """
+    mode = StatisticsMode(mode)
+    for layer in require_mode_layers(model):
+        layer.mode = mode
+
+
+@contextmanager
+def using_mode(model: nn.Module, mode: str) -> Iterator[None]:
+    """Within the context, ``mode`` is the mode of every layer inside ``model``; then each has its own again.
+
+    Args:
+        model: A module with at least one layer that has a mode.
+        mode: Four letters, see :class:`StatisticsMode`.
+
+    Raises:
+        ValueError: As :func:`set_mode`.
+
+    Example:
+        >>> from lightning_bln import BatchLayerNorm
+        >>> layer = BatchLayerNorm(3)
+        >>> with using_mode(layer, "cccc"):
+        ...     print(layer.mode)
+        cccc
+        >>> layer.mode
+        'ppcc'
+    """
+    layers = require_mode_layers(model)
+    before = [layer.mode for layer in layers]
+    set_mode(model, mode)
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            layer.mode = own
+
+
+def require_mode_layers(model: nn.Module) -> list[HasMode]:
+    """:func:`mode_layers`, or an error where there is none."""
+    layers = mode_layers(model)
+    if not layers:
+        raise ValueError(
+            f"model={type(model).__name__} has no layer with a statistics mode; put a BatchLayerNorm or a recurrent "
+            "layer with norm='bln' into it"
+        )
+    return layers

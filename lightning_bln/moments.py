@@ -1,0 +1,90 @@
+"""Mergeable moments: count, mean and sum of squared deviations."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    r"""Count, mean and :math:`M_2 = \sum (x - \bar x)^2` of the numbers seen so far; merging loses no precision.
+
+    .. math::
+        n = n_a + n_b, \quad \delta = \bar x_b - \bar x_a, \quad
+        \bar x = \bar x_a + \delta \frac{n_b}{n}, \quad M_2 = M_{2,a} + M_{2,b} + \delta^2 \frac{n_a n_b}{n}
+
+    Args:
+        count: Numbers seen, shape ``(*positions)``, integers.
+        mean: Their mean, shape ``(*positions, k)`` for ``k`` quantities.
+        m2: Their sum of squared deviations from the mean, shape ``(*positions, k)``.
+
+    Example:
+        >>> a, b = Moments.of(torch.tensor([[1.0], [2.0]])), Moments.of(torch.tensor([[6.0]]))
+        >>> a.merge(b).mean, a.merge(b).var(correction=0)
+        (tensor([3.]), tensor([4.6667]))
+
+    Source:
+        Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    """
+
+    count: Tensor  # type: ignore[assignment]  # also the name of a method of tuple
+    mean: Tensor
+    m2: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Moments:
+        """The moments over the first axis of ``x``, shape ``(samples, *positions, k)``."""
+        if x.ndim < 2 or len(x) == 0:
+            raise ValueError(f"x has shape {tuple(x.shape)}, but samples come first; pass (samples, *positions, k)")
+        var, mean = torch.var_mean(x, 0, correction=0)
+        count = torch.full(mean.shape[:-1], len(x), dtype=torch.long, device=x.device)
+        return cls(count, mean, var * len(x))
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both sets of numbers together (Chan's formula); shapes broadcast."""
+        count = self.count + other.count
+        share = (other.count.to(self.mean.dtype) / count.clamp(min=1))[..., None]
+        delta = other.mean - self.mean
+        m2 = self.m2 + other.m2 + delta.square() * (self.count[..., None] * share)
+        return Moments(count, self.mean + delta * share, m2)
+
+    def merge_positions(self) -> Moments:
+        """The moments over the first position axis, as if its numbers had been seen at one position."""
+        count = self.count.sum(0)
+        weight = self.count[..., None].to(self.mean.dtype)
+        mean = (self.mean * weight).sum(0) / count[..., None].clamp(min=1)
+        m2 = (self.m2 + weight * (self.mean - mean).square()).sum(0)
+        return Moments(count, mean, m2)
+
+    def var(self, correction: int = 1) -> Tensor:
+        """Variance with divisor ``count - correction``, or ``count`` where that would be zero."""
+        return (
+            self.m2 / torch.where(self.count > correction, self.count - correction, self.count.clamp(min=1))[..., None]
+        )
+
+    def all_reduce(self) -> Moments:
+        """The moments of all ranks together, the same bits on each; without a process group, these.
+
+        Ranks may have seen different numbers of leading positions (sequences of different lengths), or none.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self
+        gathered: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, tuple(part.cpu() for part in self))
+        parts = [Moments(*part) for part in gathered if part[0].numel()]
+        if not parts:
+            return self
+        longest = max(len(part.count) for part in parts)
+        total = parts[0].grown(longest)
+        for part in parts[1:]:
+            total = total.merge(part.grown(longest))
+        return Moments(*(part.to(self.mean.device) for part in total))
+
+    def grown(self, length: int) -> Moments:
+        """These moments with empty ones appended until there are ``length`` leading positions."""
+        missing = length - len(self.count)
+        if missing <= 0:
+            return self
+        return Moments(*(torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) for part in self))

@@ -1,0 +1,345 @@
+"""The population a layer normalises by at inference: gathered from batches, then frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bln.functional import Statistics, check_choice
+from lightning_bln.moments import Moments
+
+ESTIMATORS = ("pooled", "paper")
+FROZEN = (*Statistics._fields, "batch_size")
+
+POSITIONAL = ("count", "feature_mean", "feature_var", "batch_size")
+
+
+class Observed(NamedTuple):
+    """What one batch shows of a layer: batch statistics ``(*positions, d)``, all else ``(*positions)``."""
+
+    batch_mean: Tensor
+    batch_var: Tensor
+    feature_mean: Tensor
+    feature_var: Tensor
+    seen: Tensor
+    batch_size: Tensor
+
+
+class Population(nn.Module):
+    r"""A layer's statistics for each position, gathered batch by batch and frozen for inference.
+
+    What is being gathered (``count``, ``mean``, ``m2``) lies apart from what is frozen (``batch_mean``, ``batch_var``,
+    ``feature_mean``, ``feature_var``, ``batch_size``); both are in the state dict. Positions are sized by the
+    first batch and grow along the first position axis; a position beyond those seen takes the last one's statistics.
+
+    The equation weighs its parts by :math:`1/m`; the frozen ``batch_size`` is the one whose inverse is the mean of that
+    over all samples: samples divided by batches.
+
+    Args:
+        num_features: Size of the feature axis.
+        estimator: ``"pooled"`` for mean and unbiased variance over all samples seen (Chan's merge), or ``"paper"`` for
+            the average of the batches' means and of their variances times :math:`m/(m-1)`, as the authors compute it.
+        momentum: If given, every batch moves the frozen population this far towards its own statistics.
+        device: Where the statistics lie.
+        dtype: Their dtype; at least float32 whatever the module is converted to.
+        merge_positions: Keep one set of statistics for all positions along the first position axis.
+
+    Raises:
+        ValueError: ``estimator`` or ``momentum`` is out of range.
+    """
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+    batch_mean: Tensor
+    batch_var: Tensor
+    feature_mean: Tensor
+    feature_var: Tensor
+    batch_size: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        estimator: str = "pooled",
+        momentum: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        merge_positions: bool = False,
+    ) -> None:
+        super().__init__()
+        check_choice("population", estimator, ESTIMATORS)
+        if momentum is not None and not 0 < momentum <= 1:
+            raise ValueError(f"momentum={momentum}, but it must lie in (0, 1], or be None to gather and freeze")
+        self.num_features, self.estimator, self.momentum = num_features, estimator, momentum
+        self.merge_positions = merge_positions
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        quantities = (1 if estimator == "pooled" else 2) * num_features + 3
+        self.register_buffer("count", torch.zeros(0, dtype=torch.long, device=device))
+        for name in ("mean", "m2"):
+            self.register_buffer(name, torch.zeros(0, quantities, **factory))
+        for name in FROZEN:
+            features = () if name in POSITIONAL else (num_features,)
+            self.register_buffer(name, torch.zeros(0, *features, **factory))
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether there is a population to normalise by."""
+        return self.batch_mean.shape[0] > 0
+
+    @property
+    def is_gathering(self) -> bool:
+        """Whether anything has been gathered since the last reset."""
+        return self.count.shape[0] > 0
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Shape of the positions seen so far."""
+        seen = self.count if self.is_gathering else self.feature_mean
+        return tuple(seen.shape)
+
+    def gather(self, observed: Observed) -> None:
+        """Take in one batch; with ``momentum``, let the frozen population follow it."""
+        moments = self._moments(observed)
+        if self.merge_positions:
+            moments = Moments(*(part[None] for part in moments.merge_positions()))
+        gathered = self._gathered()
+        self._assign(moments if gathered is None else merge_grown(gathered, moments))
+        if self.momentum is not None:
+            self._follow(self._values(moments), self.momentum)
+
+    def freeze(self) -> None:
+        """Make what has been gathered, on all ranks together, the population; keeps what was gathered.
+
+        Raises:
+            RuntimeError: Nothing has been gathered.
+        """
+        moments = Moments(self.count, self.mean, self.m2).all_reduce()
+        if not moments.count.numel():
+            raise RuntimeError(
+                "no statistics have been gathered to freeze; run batches through the model in training mode first, "
+                "or call recompute_population(model, batches)"
+            )
+        self._assign_frozen(self._values(moments))
+
+    def reset(self) -> None:
+        """Forget what has been gathered; what is frozen stays."""
+        self.count, self.mean, self.m2 = (getattr(self, name)[:0] for name in Moments._fields)
+
+    def at(self, positions: tuple[int, ...]) -> tuple[Statistics, Tensor]:
+        """Frozen statistics and batch size at the leading ``positions``, each with a feature axis, if of size one."""
+        if tuple(self.feature_mean.shape[1:]) != positions[1:]:
+            raise ValueError(position_mismatch(positions, tuple(self.feature_mean.shape)))
+        last = self.feature_mean.shape[0] - 1
+        frozen = [getattr(self, name) for name in FROZEN]
+        if positions[0] != last + 1:
+            index = torch.arange(positions[0], device=self.feature_mean.device).clamp(max=last)
+            frozen = [value[index] for value in frozen]
+        batch_mean, batch_var, *positional = frozen
+        feature_mean, feature_var, batch_size = (value[..., None] for value in positional)
+        return Statistics(batch_mean, batch_var, feature_mean, feature_var), batch_size
+
+    def _moments(self, observed: Observed) -> Moments:
+        """The batch as moments of one vector of quantities for each position: every number that will be frozen."""
+        dtype = self.mean.dtype
+        mean, var, feature_mean, feature_var, inverse = (
+            value.to(dtype) for value in (*observed[:4], 1.0 / observed.batch_size)
+        )
+        if self.estimator == "pooled":
+            quantities = torch.cat([mean, torch.stack([feature_mean, feature_var, inverse], -1)], -1)
+            spread = torch.cat([var * observed.seen[..., None], var.new_zeros(*var.shape[:-1], 3)], -1)
+            return Moments(observed.seen, quantities, spread)
+        unbias = torch.where(inverse < 1, 1.0 / (1.0 - inverse), 1.0)
+        quantities = torch.cat(
+            [mean, var * unbias[..., None], torch.stack([feature_mean, feature_var * unbias, inverse], -1)], -1
+        )
+        return Moments(torch.ones_like(observed.seen), quantities, torch.zeros_like(quantities))
+
+    def _values(self, moments: Moments) -> list[Tensor]:
+        """The values to freeze, in the order of ``FROZEN``."""
+        d = self.num_features
+        mean = moments.mean[..., :d]
+        var = moments.var()[..., :d] if self.estimator == "pooled" else moments.mean[..., d : 2 * d]
+        feature_mean, feature_var, inverse = moments.mean[..., -3:].unbind(-1)
+        return [mean, var, feature_mean, feature_var, 1.0 / inverse]
+
+    def _gathered(self) -> Moments | None:
+        return Moments(self.count, self.mean, self.m2) if self.is_gathering else None
+
+    def _assign(self, moments: Moments) -> None:
+        self.count, self.mean, self.m2 = (part.detach() for part in moments)
+
+    def _assign_frozen(self, values: list[Tensor]) -> None:
+        with torch.inference_mode(False):  # frozen during a validation, they must still serve a later training
+            for name, value in zip(FROZEN, values, strict=True):
+                setattr(self, name, value.detach().clone())
+
+    def _follow(self, values: list[Tensor], momentum: float) -> None:
+        """Move the frozen population towards ``values``; positions it has not seen yet take theirs."""
+        if not self.is_frozen:
+            return self._assign_frozen(values)
+        moved = []
+        for name, value in zip(FROZEN, values, strict=True):
+            own = getattr(self, name)
+            both = min(len(own), len(value))
+            longer = own if len(own) > len(value) else value
+            moved.append(torch.cat([torch.lerp(own[:both], value[:both], momentum), longer[both:]]))
+        self._assign_frozen(moved)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Population:
+        super()._apply(fn, recurse)
+        for name in ("mean", "m2", *FROZEN):
+            buffer = getattr(self, name)
+            if buffer.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, buffer.float())
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        for name, own in self.named_buffers(recurse=False):
+            saved = state_dict.get(prefix + name)
+            if saved is None:
+                continue
+            if name not in POSITIONAL and saved.shape[-1] != own.shape[-1]:
+                raise ValueError(
+                    f"state_dict[{prefix + name!r}] has feature axis {saved.shape[-1]}, but the layer needs "
+                    f"{own.shape[-1]} (num_features={self.num_features}, population={self.estimator!r}); load it into "
+                    "a layer of the size and estimator it was saved from"
+                )
+        for name, own in self.named_buffers(recurse=False):
+            saved = state_dict.get(prefix + name)
+            if saved is not None and saved.shape != own.shape:
+                setattr(self, name, own.new_zeros(saved.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        state = "frozen" if self.is_frozen else "empty"
+        return f"{self.num_features}, estimator={self.estimator!r}, positions={self.positions}, {state}"
+
+
+def merge_grown(a: Moments, b: Moments) -> Moments:
+    """Merge moments that may have seen different numbers of leading positions."""
+    if a.count.shape[1:] != b.count.shape[1:]:
+        raise ValueError(position_mismatch(tuple(b.count.shape), tuple(a.count.shape)))
+    longest = max(len(a.count), len(b.count))
+    return a.grown(longest).merge(b.grown(longest))
+
+
+def position_mismatch(positions: tuple[int, ...], known: tuple[int, ...]) -> str:
+    """Why statistics of positions shaped ``positions`` cannot meet a population shaped ``known``."""
+    return (
+        f"x has positions of shape {positions}, but the population has {known}, and only the first position axis may "
+        "change its length; use positions='shared' for inputs of any size, or reset the population"
+    )
+
+
+def populations(model: nn.Module) -> list[Population]:
+    """Every population inside ``model``."""
+    return [module for module in model.modules() if isinstance(module, Population)]
+
+
+def require_populations(model: nn.Module) -> list[Population]:
+    """:func:`populations`, or an error where there is none."""
+    found = populations(model)
+    if not found:
+        raise ValueError(
+            f"model={type(model).__name__} has no layer with a population; put a BatchLayerNorm or a recurrent layer "
+            "with norm='bln' into it"
+        )
+    return found
+
+
+def freeze_population(model: nn.Module) -> None:
+    """Make what every layer of ``model`` has gathered its population.
+
+    Raises:
+        ValueError: ``model`` has no layer with a population.
+        RuntimeError: A layer has gathered nothing; none is frozen then.
+    """
+    found = require_populations(model)
+    empty = [name for name, module in model.named_modules() if module in found and not module.is_gathering]
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if empty and not distributed:
+        raise RuntimeError(
+            f"{empty[0]} has gathered no statistics to freeze; run batches through it in training mode first, or "
+            "call recompute_population(model, batches)"
+        )
+    for population in found:
+        population.freeze()
+
+
+def reset_population(model: nn.Module) -> None:
+    """Forget what every layer of ``model`` has gathered; what is frozen stays."""
+    for population in require_populations(model):
+        population.reset()
+
+
+@contextmanager
+def gathering(model: nn.Module) -> Iterator[None]:
+    """Within the context nothing in ``model`` trains, but its layers gather their statistics afresh.
+
+    Everything is in evaluation mode (no dropout), except that layers with a population normalise by the current batch
+    and gather. Weights, gradients and every module's own mode are untouched; if the body raises, so is the population.
+    """
+    found = require_populations(model)
+    holders = [module for module in model.modules() if any(child in found for child in module.children())]
+    before = [dict(population.named_buffers()) for population in found]
+    training = {module: module.training for module in model.modules()}
+    reset_population(model)
+    model.eval()
+    for holder in holders:
+        holder.training = True
+    try:
+        with torch.no_grad():
+            yield
+    except BaseException:
+        for population, buffers in zip(found, before, strict=True):
+            for name, buffer in buffers.items():
+                setattr(population, name, buffer)
+        raise
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def recompute_population(
+    model: nn.Module, batches: Iterable[Any], *, predict: Callable[[Any], Any] | None = None, limit: int | None = None
+) -> None:
+    """Compute the population of every layer of ``model`` over ``batches``, at its weights as they are.
+
+    Args:
+        model: Any module with layers that have a population. It is run without dropout and without gradients.
+        batches: What to run it on, training batches as a rule; about 20 do (see ``docs/statistics.md``).
+        predict: Called with each batch; left out, the model is called with the batch, or with its first entry where the
+            batch is a tuple or a list.
+        limit: Use no more than this many batches.
+
+    Raises:
+        ValueError: ``model`` has no layer with a population, or ``batches`` is empty. The population is as before then,
+            as it is after any error on the way.
+
+    Example:
+        >>> from lightning_bln import BatchLayerNorm
+        >>> layer = BatchLayerNorm(2, scale=False)
+        >>> recompute_population(layer, [torch.tensor([[0.0, 4.0], [2.0, 8.0]])])
+        >>> layer.population.batch_mean, layer.population.batch_var
+        (tensor([[1., 6.]]), tensor([[2., 8.]]))
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}, but at least one batch is needed; pass a positive number or None")
+    with gathering(model):
+        seen = 0
+        for batch in batches:
+            if predict is not None:
+                predict(batch)
+            else:
+                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            seen += 1
+            if seen == limit:
+                break
+        if not seen:
+            raise ValueError("batches is empty, so there is nothing to compute a population from; pass at least one")
+        freeze_population(model)
