@@ -59,8 +59,8 @@ def observe(statistics: Statistics, x: Tensor, places: tuple[int, ...], over: tu
     wide, narrow = (1, *places, x.shape[-1]), (*x.shape[:-1], 1)
     seen = x.shape[:-1].numel() // torch.Size(places).numel()
     return Observed(
-        batch_mean.expand(wide).squeeze(0),
-        batch_var.expand(wide).squeeze(0),
+        (batch_mean.reshape(wide) if batch_mean.ndim > len(wide) else batch_mean.expand(wide)).squeeze(0),
+        (batch_var.reshape(wide) if batch_var.ndim > len(wide) else batch_var.expand(wide)).squeeze(0),
         feature_mean.expand(narrow).squeeze(-1).mean(over).expand(places),
         feature_var.expand(narrow).squeeze(-1).mean(over).expand(places),
         seen=torch.full(places, seen, device=x.device),

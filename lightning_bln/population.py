@@ -260,7 +260,7 @@ def freeze_population(model: nn.Module) -> None:
         RuntimeError: A layer has gathered nothing; none is frozen then.
     """
     found = require_populations(model)
-    empty = [name for name, module in model.named_modules() if module in found and not module.is_gathering]
+    empty = [name for name, module in model.named_modules() if isinstance(module, Population) and not module.is_gathering]
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if empty and not distributed:
         raise RuntimeError(
@@ -285,7 +285,7 @@ def gathering(model: nn.Module) -> Iterator[None]:
     and gather. Weights, gradients and every module's own mode are untouched; if the body raises, so is the population.
     """
     found = require_populations(model)
-    holders = [module for module in model.modules() if any(child in found for child in module.children())]
+    holders = [module for module in model.modules() if any(isinstance(child, Population) for child in module.children())]
     before = [dict(population.named_buffers()) for population in found]
     training = {module: module.training for module in model.modules()}
     reset_population(model)
