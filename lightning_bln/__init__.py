@@ -6,12 +6,16 @@ from lightning_bln.modes import ALL_MODES, BATCH_INDEPENDENT_MODES, StatisticsMo
 from lightning_bln.moments import Moments
 from lightning_bln.norm import BatchLayerNorm, Normalization
 from lightning_bln.population import Population, freeze_population, recompute_population, reset_population
+from lightning_bln.recurrent import BLNGRU, BLNLSTM, BLNRNN, Recurrent
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ALL_MODES",
     "BATCH_INDEPENDENT_MODES",
+    "BLNGRU",
+    "BLNLSTM",
+    "BLNRNN",
     "BatchLayerNorm",
     "ConvBLN1d",
     "ConvBLN2d",
@@ -19,6 +23,7 @@ __all__ = [
     "Moments",
     "Normalization",
     "Population",
+    "Recurrent",
     "Statistics",
     "StatisticsMode",
     "batch_layer_norm",

@@ -19,7 +19,7 @@ from lightning_bln.functional import (
     scale_factor,
 )
 from lightning_bln.modes import HasMode
-from lightning_bln.population import Observed, Population
+from lightning_bln.population import Observed, Population, check_state_dict
 
 Uses = tuple["bool | Tensor", ...]
 
@@ -52,18 +52,18 @@ def choose(
 
 def observe(statistics: Statistics, x: Tensor, places: tuple[int, ...], over: tuple[int, ...]) -> Observed:
     """A training batch's statistics as a population takes them; those its norm leaves unused are zero and one."""
-    zero, one = x.new_zeros(()), x.new_ones(())
+    d, per_sample = x.shape[-1], (*x.shape[:-1], 1)
+    unused = (x.new_zeros(d), x.new_ones(d), x.new_zeros(per_sample), x.new_ones(per_sample))
     batch_mean, batch_var, feature_mean, feature_var = (
-        default if value is None else value for value, default in zip(statistics, (zero, one, zero, one), strict=True)
+        default if value is None else value for value, default in zip(statistics, unused, strict=True)
     )
-    wide, narrow = (1, *places, x.shape[-1]), (*x.shape[:-1], 1)
-    seen = x.shape[:-1].numel() // torch.Size(places).numel()
+    number = torch.Size(places).numel()
     return Observed(
-        (batch_mean.reshape(wide) if batch_mean.ndim > len(wide) else batch_mean.expand(wide)).squeeze(0),
-        (batch_var.reshape(wide) if batch_var.ndim > len(wide) else batch_var.expand(wide)).squeeze(0),
-        feature_mean.expand(narrow).squeeze(-1).mean(over).expand(places),
-        feature_var.expand(narrow).squeeze(-1).mean(over).expand(places),
-        seen=torch.full(places, seen, device=x.device),
+        batch_mean.reshape(-1, d).expand(number, d).reshape(*places, d),
+        batch_var.reshape(-1, d).expand(number, d).reshape(*places, d),
+        feature_mean.squeeze(-1).mean(over).expand(places),
+        feature_var.squeeze(-1).mean(over).expand(places),
+        seen=torch.full(places, x.shape[:-1].numel() // number, device=x.device),
         batch_size=torch.full(places, len(x), device=x.device),
     )
 
@@ -195,6 +195,10 @@ class Normalization(HasMode):
             raise TypeError(
                 f"x has dtype {x.dtype}, but the layer's parameters have {self.weight.dtype}; convert one with .to()"
             )
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        check_state_dict(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return (

@@ -199,16 +199,7 @@ class Population(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        for name, own in self.named_buffers(recurse=False):
-            saved = state_dict.get(prefix + name)
-            if saved is None:
-                continue
-            if name not in POSITIONAL and saved.shape[-1] != own.shape[-1]:
-                raise ValueError(
-                    f"state_dict[{prefix + name!r}] has feature axis {saved.shape[-1]}, but the layer needs "
-                    f"{own.shape[-1]} (num_features={self.num_features}, population={self.estimator!r}); load it into "
-                    "a layer of the size and estimator it was saved from"
-                )
+        check_state_dict(self, state_dict, prefix)
         for name, own in self.named_buffers(recurse=False):
             saved = state_dict.get(prefix + name)
             if saved is not None and saved.shape != own.shape:
@@ -236,6 +227,26 @@ def position_mismatch(positions: tuple[int, ...], known: tuple[int, ...]) -> str
     )
 
 
+def check_state_dict(module: nn.Module, state_dict: dict, prefix: str) -> None:
+    """Raise if something in ``state_dict`` cannot be loaded into ``module``, before any of it is.
+
+    Populations take any number of positions, but no other number of features.
+    """
+    needed = {name: parameter.shape for name, parameter in module.named_parameters()}
+    for path, child in module.named_modules():
+        if isinstance(child, Population):
+            within = f"{path}." if path else ""
+            sized = (name for name, _ in child.named_buffers(recurse=False) if name not in POSITIONAL)
+            needed |= {within + name: getattr(child, name).shape[-1:] for name in sized}
+    for name, shape in needed.items():
+        saved = state_dict.get(prefix + name)
+        if saved is not None and saved.shape[-len(shape) :] != shape:
+            raise ValueError(
+                f"state_dict[{prefix + name!r}] has shape {tuple(saved.shape)}, but the size needed is {tuple(shape)}; "
+                "load it into a layer of the size and kind it was saved from"
+            )
+
+
 def populations(model: nn.Module) -> list[Population]:
     """Every population inside ``model``."""
     return [module for module in model.modules() if isinstance(module, Population)]
@@ -260,7 +271,9 @@ def freeze_population(model: nn.Module) -> None:
         RuntimeError: A layer has gathered nothing; none is frozen then.
     """
     found = require_populations(model)
-    empty = [name for name, module in model.named_modules() if isinstance(module, Population) and not module.is_gathering]
+    empty = [
+        name for name, module in model.named_modules() if isinstance(module, Population) and not module.is_gathering
+    ]
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if empty and not distributed:
         raise RuntimeError(
@@ -285,7 +298,9 @@ def gathering(model: nn.Module) -> Iterator[None]:
     and gather. Weights, gradients and every module's own mode are untouched; if the body raises, so is the population.
     """
     found = require_populations(model)
-    holders = [module for module in model.modules() if any(isinstance(child, Population) for child in module.children())]
+    holders = [
+        module for module in model.modules() if any(isinstance(child, Population) for child in module.children())
+    ]
     before = [dict(population.named_buffers()) for population in found]
     training = {module: module.training for module in model.modules()}
     reset_population(model)

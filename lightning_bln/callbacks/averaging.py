@@ -1,0 +1,64 @@
+"""Statistics beside averaged weights: a population belongs to the weights it was computed at and has no average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_bln import _compat
+from lightning_bln.modes import HasMode
+from lightning_bln.population import Population, populations
+
+
+def keep_apart(callback: Any, module: nn.Module) -> None:
+    """Let a ``WeightAveraging`` callback average and exchange everything in ``module`` except populations.
+
+    It pairs buffers by position and copies one into the other: populations grow with the data, so the shapes may
+    differ, and counts would be averaged as if they were weights.
+    """
+    averaged = _compat.averaged_model(callback)
+    if not isinstance(averaged, AveragedModel):
+        return
+    averaged.update_parameters = without_populations(averaged.update_parameters, averaged, module)  # type: ignore
+    for name in _compat.SWAPS:
+        method = getattr(type(callback), name).__get__(callback)
+        setattr(callback, name, without_populations(method, averaged, module))
+
+
+def write_statistics(module: nn.Module, state_dict: dict[str, Any]) -> None:
+    """Put the modes and populations of ``module`` into a checkpoint whose weights may be an average's."""
+    for name, part in module.named_modules():
+        prefix = f"{name}." if name else ""
+        entries: dict[str, Tensor] = {}
+        if isinstance(part, HasMode):
+            entries["_extra_state"] = part.get_extra_state()
+        if isinstance(part, Population):
+            entries |= dict(part.named_buffers(recurse=False))
+        state_dict.update({prefix + key: value for key, value in entries.items() if prefix + key in state_dict})
+
+
+def without_populations(function: Callable, *models: nn.Module) -> Callable:
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with hidden_populations(*models):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@contextmanager
+def hidden_populations(*models: nn.Module) -> Iterator[None]:
+    found = [population for model in models for population in populations(model)]
+    buffers = [population._buffers for population in found]
+    for population in found:
+        population._buffers = {}
+    try:
+        yield
+    finally:
+        for population, own in zip(found, buffers, strict=True):
+            population._buffers = own

@@ -1,0 +1,182 @@
+"""Whether a mode's score is the model's, or depends on which samples happen to share a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_bln.callbacks.evaluation import Evaluation
+from lightning_bln.modes import StatisticsMode
+from lightning_bln.sweep import Regrouped, SweepResult, number
+
+TARGETS = ("y", "target", "targets", "label", "labels")
+SAMPLES = 4096
+BYTES = 2**28
+
+
+class NotRegroupable(Exception):
+    """Why these batches cannot be taken apart and put together again."""
+
+
+@dataclass
+class Kept:
+    """A validation batch, kept to be regrouped."""
+
+    batch: Any
+    dataloader_idx: int | None
+    tensors: list[Tensor]
+    size: int
+    target: Tensor | None
+
+
+class Guard:
+    """Keeps the validation batches as they come, up to a bound, and scores them again in other batches."""
+
+    def __init__(self, tolerance: float, is_strict: bool) -> None:
+        self.tolerance, self.is_strict = tolerance, is_strict
+        self.kept: list[Kept] = []
+        self.is_complete = True
+        self.samples = self.bytes = 0
+        self.reason: str | None = None
+
+    def keep(self, batch: Any, dataloader_idx: int | None) -> None:
+        """Take a copy of ``batch`` before anything can change it."""
+        if self.reason is not None or not self.is_complete:
+            return
+        try:
+            kept = dissect(batch, dataloader_idx)
+        except NotRegroupable as error:
+            self.reason, self.kept = str(error), []
+            return
+        self.samples += kept.size
+        self.bytes += sum(tensor.nbytes for tensor in kept.tensors)
+        if len(self.kept) >= 2 and (self.samples > SAMPLES or self.bytes > BYTES):
+            self.is_complete = False
+            return
+        self.kept.append(kept)
+
+    def judge(self, evaluation: Evaluation, result: SweepResult, candidates: Sequence[StatisticsMode]) -> None:
+        """Score ``result.chosen`` and the best batch-independent mode on regrouped batches; write into ``result``."""
+        chosen = result.chosen
+        assert chosen is not None
+        independent = [mode for mode in candidates if mode.is_batch_independent and mode in result.scores]
+        modes = [chosen, *([result.best(among=independent)] if independent else [])]
+        regrouped = self._regrouped()
+        strategy = evaluation.trainer.strategy
+        if not strategy.reduce_boolean_decision(regrouped is not None, all=True) or regrouped is None:
+            rank_zero_info(
+                f"BLNStatsCallback did not check whether {chosen} depends on how batches are grouped: "
+                f"{self.reason or 'another rank could not regroup its batches'}."
+            )
+            return
+        loaded = [(kept.batch, kept.dataloader_idx) for kept in self.kept]
+        pairs = {}
+        for mode in modes:
+            # the pass just done has this value already, where all its batches were kept
+            before = result.scores[mode][result.monitor]
+            if not self.is_complete:
+                before = evaluation.score(mode, loaded, result.monitor)
+            pairs[mode] = Regrouped(before, evaluation.score(mode, regrouped, result.monitor))
+        result.regrouped = pairs
+        self._conclude(result, modes)
+
+    def _conclude(self, result: SweepResult, modes: list[StatisticsMode]) -> None:
+        chosen, *others = modes
+        pair = result.regrouped[chosen]
+        # a metric that is itself taken batch by batch moves for every mode: that much is not the mode's doing
+        baseline = result.regrouped[others[0]].spread if others else 0.0
+        if not pair.spread - baseline > self.tolerance:
+            return
+        moved = (
+            f"{chosen} has the best {result.monitor} ({number(pair.as_loaded)}), but the same samples in other batches "
+            f"give {number(pair.regrouped)}, {100 * pair.spread:.1f} % off"
+        )
+        if others and self.is_strict:
+            result.chosen = others[0]
+            value = number(result.scores[others[0]][result.monitor])
+            result.note = f"{moved}, so {others[0]} ({value}) is set, which does not depend on the batch."
+        else:
+            result.note = f"{moved}: expect that at inference, or use a batch-independent mode."
+
+    def _regrouped(self) -> list[tuple[Any, int | None]] | None:
+        if self.reason is not None:
+            return None
+        try:
+            found = []
+            for index in dict.fromkeys(kept.dataloader_idx for kept in self.kept):
+                group = [kept for kept in self.kept if kept.dataloader_idx == index]
+                found += [(batch, index) for batch in regroup(group)]
+        except NotRegroupable as error:
+            self.reason = str(error)
+            return None
+        return found
+
+
+def dissect(batch: Any, dataloader_idx: int | None) -> Kept:
+    """A copy of ``batch``, its tensors, and how many samples it has."""
+    own = apply_to_collection(batch, Tensor, torch.clone)
+    tensors: list[Tensor] = []
+    others: list[Any] = []
+    apply_to_collection(own, Tensor, tensors.append)
+    apply_to_collection(own, object, others.append, wrong_dtype=(Tensor, Mapping, list, tuple, type(None)))
+    if others:
+        raise NotRegroupable(f"a batch holds a {type(others[0]).__name__} beside its tensors")
+    sizes = {tensor.shape[0] if tensor.ndim else None for tensor in tensors}
+    size = sizes.pop() if len(sizes) == 1 else None
+    if not size:
+        raise NotRegroupable("a batch's tensors do not share a first axis of samples")
+    return Kept(own, dataloader_idx, tensors, size, find_target(own, size))
+
+
+def find_target(batch: Any, size: int) -> Tensor | None:
+    """The tensor of one number a sample that is the target by name, or by standing last."""
+    found: Any = None
+    if isinstance(batch, Mapping):
+        found = next((batch[name] for name in TARGETS if name in batch), None)
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        found = batch[-1]
+    return found.flatten() if isinstance(found, Tensor) and found.numel() == size else None
+
+
+def regroup(kept: list[Kept]) -> list[Any]:
+    """The samples of ``kept`` in other batches of the same sizes; a lone batch is split in two."""
+    shapes = {tuple((tensor.shape[1:], tensor.dtype) for tensor in one.tensors) for one in kept}
+    if len(shapes) > 1:
+        raise NotRegroupable("batches differ in more than their number of samples, as padded ones do")
+    sizes = [one.size for one in kept]
+    if len(sizes) == 1:
+        sizes = [sizes[0] - sizes[0] // 2, sizes[0] // 2]
+    if sum(sizes) < 4:
+        raise NotRegroupable("there are too few samples")
+    columns = [torch.cat(tensors) for tensors in zip(*(one.tensors for one in kept), strict=True)]
+    targets = [one.target for one in kept if one.target is not None]
+    order = new_order(torch.cat(targets) if len(targets) == len(kept) else None, sizes).to(columns[0].device)
+    pieces = zip(*(column[order].split(sizes) for column in columns), strict=True)
+    return [fill(kept[0].batch, list(piece)) for piece in pieces]
+
+
+def new_order(target: Tensor | None, sizes: list[int]) -> Tensor:
+    """Sorted by target, unless there is none or the data comes nearly so; then shuffled."""
+    shuffled = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(0))
+    if target is None or is_sorted(target.double().cpu(), sizes):
+        return shuffled
+    return torch.argsort(target.cpu(), stable=True)
+
+
+def is_sorted(target: Tensor, sizes: list[int]) -> bool:
+    """Whether batches differ in target more than the samples within one do, or none differ at all."""
+    total = target.var(correction=0)
+    within = sum(part.var(correction=0) * len(part) for part in target.split(sizes) if len(part)) / len(target)
+    return bool(within <= total / 2)
+
+
+def fill(template: Any, tensors: list[Tensor]) -> Any:
+    """``template`` with other tensors in the same places."""
+    rest = iter(tensors)
+    return apply_to_collection(template, Tensor, lambda _: next(rest))

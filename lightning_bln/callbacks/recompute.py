@@ -1,0 +1,171 @@
+"""The population computed over training batches inside fit, leaving training as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_bln import _compat
+from lightning_bln.callbacks.evaluation import RandomState, Silent
+from lightning_bln.callbacks.user_state import UserState
+from lightning_bln.population import recompute_population, reset_population
+
+STEP = "population_step"
+"""A module's own forward for this, where its training_step cannot serve: it takes ``(batch, batch_idx)``."""
+
+
+def recompute(trainer: Any, module: Any, *, limit: int | None, dataloader: Iterable[Any] | None = None) -> None:
+    """Compute the population of ``module`` at its weights as they are, over the Trainer's training data.
+
+    Args:
+        trainer: A Trainer within ``fit``.
+        module: The module it trains.
+        limit: Use at most this many batches on each rank.
+        dataloader: Batches to use in place of the training data.
+    """
+    with undisturbed(trainer, module):
+        batches = training_batches(trainer) if dataloader is None else enumerated(dataloader)
+        recompute_population(module, batches, predict=lambda item: run_step(trainer, module, *item), limit=limit)
+        reset_population(module)
+
+
+def check_recompute(trainer: Any, module: Any) -> None:
+    """Raise where the population could not be recomputed without harm, before anything has changed."""
+    if hasattr(module, STEP):
+        return
+    if not module.automatic_optimization:
+        raise _compat.misconfiguration(
+            trainer,
+            "population='recompute', but the module optimises by hand, so its training_step would move the weights; "
+            f"give it a method {STEP}(batch, batch_idx) that only calls the model, or set population='epoch'",
+        )
+    if _compat.takes_dataloader_iter(module.training_step):
+        raise _compat.misconfiguration(
+            trainer,
+            "population='recompute', but training_step(dataloader_iter) draws its own batches; give the module a "
+            f"method {STEP}(batch, batch_idx) that only calls the model, or set population='epoch'",
+        )
+
+
+def run_step(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = _compat.before_batch_transfer(module, batch, 0)
+    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    if hasattr(module, STEP):
+        with trainer.precision_plugin.train_step_context():
+            getattr(module, STEP)(batch, batch_idx)
+    else:
+        indexed = _compat.takes_batch_idx(module.training_step)
+        trainer.strategy.training_step(batch, *([batch_idx] if indexed else []))
+
+
+@contextmanager
+def undisturbed(trainer: Any, module: Any) -> Iterator[None]:
+    """Put back after the context all that a training step touches besides gradients: randomness, state, logs, stage."""
+    user = UserState(module)
+    state, random, stage = user.take(), RandomState(module.device), trainer.state.stage
+    hook, loggers = _compat.current_hook(module), trainer.loggers
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        try:
+            user.put(UserState.copy(state))
+            module.__dict__["log"] = module.__dict__["log_dict"] = mute
+            _compat.set_current_hook(module, "training_step")
+            if loggers:
+                trainer.loggers = [Silent() for _ in loggers]
+            trainer.training = True
+            yield
+        finally:
+            module.__dict__.pop("log", None)
+            module.__dict__.pop("log_dict", None)
+            user.put(state)
+            _compat.set_current_hook(module, hook)
+            if loggers:
+                trainer.loggers = loggers
+            trainer.state.stage = stage
+            random.restore()
+
+
+def mute(*args: Any, **kwargs: Any) -> None:
+    """Stands in for ``self.log``."""
+
+
+def training_batches(trainer: Any) -> Iterator[tuple[Any, int]]:
+    """A pass over the training data of its own; the one that trains does not notice."""
+    source = _compat.train_loader(trainer)
+    combined = type(source)(_compat.tree_map(lambda one: apart(trainer, one), source.iterables), source._mode)
+    combined.limits = source.limits
+    with restored_generators(source.flattened):
+        for batch, batch_idx, _ in combined:
+            yield batch, batch_idx
+
+
+def enumerated(dataloader: Iterable[Any]) -> Iterator[tuple[Any, int]]:
+    for batch_idx, batch in enumerate(dataloader):
+        yield batch, batch_idx
+
+
+def apart(trainer: Any, loader: Any) -> Any:
+    """A loader of the same batches that shares no iterator with ``loader``."""
+    if isinstance(loader, DataLoader) and loader.persistent_workers and loader.num_workers:
+        # its workers serve one iterator at a time: a second one takes the batches the first still waits for
+        if type(loader) is not DataLoader:
+            raise _compat.misconfiguration(
+                trainer,
+                f"population='recompute', but {type(loader).__name__}(persistent_workers=True) cannot be read a second "
+                "time while it trains; set persistent_workers=False, or pass stats_dataloader=",
+            )
+        batching: dict[str, Any] = {"batch_sampler": loader.batch_sampler}
+        if loader.batch_sampler is None or isinstance(loader.dataset, torch.utils.data.IterableDataset):
+            batching = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        return DataLoader(
+            loader.dataset,
+            **batching,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            generator=loader.generator,
+            prefetch_factor=loader.prefetch_factor,
+        )
+    if isinstance(loader, Iterator):
+        raise _compat.misconfiguration(
+            trainer,
+            f"population='recompute', but the training data is a {type(loader).__name__}, which can be read only once; "
+            "pass stats_dataloader=, or set population='epoch'",
+        )
+    return loader
+
+
+@contextmanager
+def restored_generators(loaders: Iterable[Any]) -> Iterator[None]:
+    """Within the context loaders and samplers may draw from generators of their own; then those are set back."""
+    generators = []
+    for loader in loaders:
+        sampler = getattr(loader, "sampler", None)
+        holders = [loader, sampler, getattr(loader, "batch_sampler", None)]
+        holders.append(getattr(holders[-1], "sampler", None))
+        generators += [one for one in (getattr(holder, "generator", None) for holder in holders) if one is not None]
+    states = [(generator, generator.get_state()) for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def fingerprint(module: nn.Module) -> tuple[float, float]:
+    """Two sums over all weights, by which to tell that they moved, through an optimizer or otherwise."""
+    with torch.no_grad():
+        sums = [(one.double().sum(), one.double().square().sum()) for one in module.parameters() if one.numel()]
+        if not sums:
+            return 0.0, 0.0
+        total = torch.stack([torch.stack(pair) for pair in sums]).sum(0)
+    return float(total[0]), float(total[1])

@@ -1,0 +1,322 @@
+"""The callback: when the population is frozen and when a statistics mode is chosen; what that takes is done elsewhere."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from rich.console import Console
+
+from lightning_bln import _compat
+from lightning_bln.callbacks.averaging import keep_apart, write_statistics
+from lightning_bln.callbacks.evaluation import Evaluation
+from lightning_bln.callbacks.guard import Guard
+from lightning_bln.callbacks.recompute import check_recompute, fingerprint, recompute
+from lightning_bln.modes import ALL_MODES, BATCH_INDEPENDENT_MODES, StatisticsMode, mode_layers
+from lightning_bln.population import Population, freeze_population, populations, reset_population
+from lightning_bln.sweep import Direction, SweepResult, check_direction
+
+for _namespace in _compat.namespaces():
+    _compat.check(_namespace)
+
+
+class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
+    r"""Freeze the population before each validation, and set the statistics mode that validates best.
+
+    Every candidate mode is evaluated in the same pass over the validation data, with the module's own
+    ``validation_step`` and whatever it logs. The best one is set, and its values stand under their plain names, so that
+    checkpoints, early stopping, schedulers and loggers act on the model as it will be used. Mode and population are
+    part of the checkpoint.
+
+    Args:
+        monitor: Name of a logged validation metric that decides.
+        mode: Whether a small (``"min"``) or a large (``"max"``) value of it is good.
+        candidates: The modes to choose from: ``"all"`` 16, ``"batch_independent"`` (``pp**``), or modes by name.
+        population: ``"recompute"`` computes it over training batches at the weights being validated; ``"epoch"``
+            takes the average over the epoch's training batches, whose weights moved meanwhile, as the paper does.
+        recompute_batches: How many training batches to recompute it over, on each rank; None for all.
+        every_n_epochs: Choose at every n-th epoch; the population is frozen at every validation.
+        guard: What to do where the best mode uses the current batch and its score depends on how the samples are
+            grouped into batches: ``"strict"`` sets the best batch-independent mode instead, ``"warn"`` says by how
+            much the score moves, ``"off"`` does not look.
+        tolerance: How far, relatively, the score may move.
+        stats_dataloader: Batches to recompute the population over, in place of the training data.
+        log: Whether to log ``bln/mode`` (0 to 15, counting c as 1 and p as 0) and ``bln/<metric>/<mode>``.
+        plot: Whether to give the heat map to loggers that take figures, at the end of fit.
+        save_dir: Where to write ``bln_sweep.json`` and ``bln_sweep.png`` at the end of fit; None writes nothing.
+        verbose: Whether to print the table at the end of fit.
+
+    Attributes:
+        result: The last :class:`~lightning_bln.sweep.SweepResult`, or None before the first choice.
+        history: ``(epoch, step, mode, score)`` of every choice.
+
+    Raises:
+        ValueError: An argument is none of those above.
+        MisconfigurationException: At the start of fit or validate, where model, data or Trainer cannot be served; at
+            the first validation, where nothing logs ``monitor``.
+
+    Example:
+        >>> callback = BLNStatsCallback(monitor="val_acc", mode="max", candidates="batch_independent")
+        >>> callback.candidates
+        ('pppp', 'pppc', 'ppcp', 'ppcc')
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        mode: Direction = "min",
+        *,
+        candidates: str | Iterable[str] = "all",
+        population: str = "recompute",
+        recompute_batches: int | None = 50,
+        every_n_epochs: int = 1,
+        guard: str = "strict",
+        tolerance: float = 0.01,
+        stats_dataloader: Iterable[Any] | None = None,
+        log: bool = True,
+        plot: bool = False,
+        save_dir: str | Path | None = None,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        if population not in ("recompute", "epoch"):
+            raise ValueError(f"population={population!r}, but it must be 'recompute' or 'epoch'")
+        if guard not in ("strict", "warn", "off"):
+            raise ValueError(f"guard={guard!r}, but it must be 'strict', 'warn' or 'off'")
+        if recompute_batches is not None and recompute_batches < 1:
+            raise ValueError(f"recompute_batches={recompute_batches}, but it must be positive, or None for all")
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs={every_n_epochs}, but it must be positive")
+        if not (tolerance >= 0 and math.isfinite(tolerance)):
+            raise ValueError(f"tolerance={tolerance}, but it must be zero or positive")
+        self.monitor, self.mode = monitor, check_direction(mode)
+        self.candidates = parse_candidates(candidates)
+        self.population, self.recompute_batches = population, recompute_batches
+        self.every_n_epochs, self.guard, self.tolerance = every_n_epochs, guard, tolerance
+        self.stats_dataloader = stats_dataloader
+        self.should_log, self.plot, self.verbose = log, plot, verbose
+        self.save_dir = None if save_dir is None else Path(save_dir)
+        self.result: SweepResult | None = None
+        self.history: list[tuple[int, int, str, float]] = []
+        self._evaluation: Evaluation | None = None
+        self._guard: Guard | None = None
+        self._sweeps = False
+        self._frozen_at: tuple[float, float] | None = None
+        self._warned: str | None = None
+        self._quiet = ExitStack()
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        ours = [callback for callback in trainer.callbacks if isinstance(callback, BLNStatsCallback)]
+        if len(ours) > 1:
+            raise _compat.misconfiguration(
+                trainer,
+                f"callbacks has {len(ours)} BLNStatsCallback, but a model has one statistics mode at a time; keep one",
+            )
+        # the Trainer iterates over the old list meanwhile, so it gets a new one: ours after all that log or average
+        # weights, before those that save
+        others = [callback for callback in trainer.callbacks if callback is not self]
+        last = next((place for place, one in enumerate(others) if saves_checkpoints(one)), len(others))
+        trainer.callbacks = [*others[:last], self, *others[last:]]
+        names = [
+            f"{name}.{buffer}".lstrip(".")
+            for name, module in pl_module.named_modules()
+            if isinstance(module, Population)
+            for buffer, _ in module.named_buffers()
+        ]
+        _compat.ignore_in_ddp(pl_module, names)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self._check(trainer, pl_module)
+        if self.population == "recompute":
+            check_recompute(trainer, pl_module)
+        for callback in trainer.callbacks:
+            keep_apart(callback, pl_module)
+        if self.result is not None:
+            rank_zero_info(f"BLNStatsCallback resumes with statistics mode {mode_layers(pl_module)[0].mode}.")
+
+    def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
+        # before training there is no population, and nobody wants to be told so
+        self._quiet.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=".*needs a population.*")
+
+    def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
+        self._quiet.close()
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        reset_population(pl_module)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self._evaluation = self._guard = None
+        fitting = trainer.state.fn == "fit"
+        self._sweeps = (
+            not trainer.sanity_checking
+            and not trainer.barebones
+            and (not fitting or (trainer.current_epoch + 1) % self.every_n_epochs == 0)
+        )
+        if not fitting:
+            self._check(trainer, pl_module)
+            if not all(one.is_frozen for one in populations(pl_module)):
+                self._sweeps = False
+                rank_zero_info("BLNStatsCallback chooses no mode: the model has no population yet; call fit first.")
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        # not earlier: averaged weights are swapped in by other callbacks in this very hook
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._freeze(trainer, pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if not self._sweeps:
+            return
+        if self._evaluation is None:
+            # only now have the module's own hooks for the start of the epoch run
+            self._evaluation = Evaluation(trainer, pl_module, self.candidates)
+            self._guard = Guard(self.tolerance, self.guard == "strict") if self._is_guarded else None
+        index = _compat.results(_compat.evaluation_loop(trainer)).dataloader_idx
+        if self._guard is not None:
+            self._guard.keep(batch, index)
+        self._evaluation.step(batch, batch_idx, index)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        evaluation, guard = self._evaluation, self._guard
+        self._evaluation = self._guard = None
+        if evaluation is None:
+            return
+        scores = self._agree(evaluation, evaluation.finish())
+        result = SweepResult(scores, self.monitor, self.mode, evaluation.incumbent)
+        try:
+            result.chosen = result.best(among=self.candidates)
+        except ValueError:  # NaN everywhere, and layers of different modes: leave them
+            return
+        if guard is not None and not result.chosen.is_batch_independent:
+            guard.judge(evaluation, result, self.candidates)
+        result.chosen = StatisticsMode(trainer.strategy.broadcast(str(result.chosen)))
+        evaluation.install(result.chosen)
+        self.result = result
+        score = result.scores.get(result.chosen, {}).get(self.monitor, math.nan)
+        self.history.append((trainer.current_epoch, trainer.global_step, str(result.chosen), score))
+        if result.note is not None and result.note != self._warned:
+            self._warned = result.note
+            rank_zero_warn(result.note)
+        if self.should_log:
+            self._log_scores(trainer, result)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._freeze(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.result is None or not trainer.is_global_zero:
+            return
+        if self.verbose:
+            Console().print(self.result)
+        if self.save_dir is not None:
+            self.save_dir.mkdir(parents=True, exist_ok=True)
+            self.result.to_json(self.save_dir / "bln_sweep.json")
+            self.result.plot().savefig(self.save_dir / "bln_sweep.png", dpi=150)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._evaluation = self._guard = None
+        self._quiet.close()
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        write_statistics(pl_module, checkpoint["state_dict"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "result": None if self.result is None else self.result.to_dict(),
+            "history": [list(choice) for choice in self.history],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        saved = state_dict["result"]
+        self.result = None if saved is None else SweepResult.from_dict(saved)
+        self.history = [(epoch, step, mode, score) for epoch, step, mode, score in state_dict["history"]]
+
+    @property
+    def _is_guarded(self) -> bool:
+        return self.guard != "off" and not all(one.is_batch_independent for one in self.candidates)
+
+    def _check(self, trainer: Any, module: Any) -> None:
+        if not mode_layers(module):
+            raise _compat.misconfiguration(
+                trainer,
+                f"model={type(module).__name__} has no layer with a statistics mode, so there is nothing to choose; put "
+                "a BatchLayerNorm or a recurrent layer with norm='bln' into it, or take the callback away",
+            )
+        if _compat.takes_dataloader_iter(module.validation_step):
+            raise _compat.misconfiguration(
+                trainer,
+                "validation_step(dataloader_iter) draws its own batches, so modes cannot share them; declare it as "
+                "validation_step(batch, batch_idx)",
+            )
+
+    def _freeze(self, trainer: Any, module: Any) -> None:
+        weights = fingerprint(module)
+        if weights == self._frozen_at:
+            return
+        gathered = all(one.is_gathering for one in populations(module))
+        if self.population == "epoch" and gathered:
+            freeze_population(module)
+        elif self.population == "recompute" or self._frozen_at is not None:
+            recompute(trainer, module, limit=self.recompute_batches, dataloader=self.stats_dataloader)
+        self._frozen_at = weights
+
+    def _agree(
+        self, evaluation: Evaluation, scores: dict[StatisticsMode, dict[str, float]]
+    ) -> dict[StatisticsMode, dict[str, float]]:
+        """The scores with the monitored one averaged over ranks."""
+        known = sorted({name for values in scores.values() for name in values})
+        if self.monitor not in known:
+            logged = ", ".join(known) if known else "nothing"
+            raise _compat.misconfiguration(
+                evaluation.trainer,
+                f"monitor={self.monitor!r}, but the validation logged {logged}; monitor one of these, or log it in "
+                "validation_step",
+            )
+        values = evaluation.agreed([values.get(self.monitor, math.nan) for values in scores.values()])
+        for own, value in zip(scores.values(), values, strict=True):
+            own[self.monitor] = value
+        return scores
+
+    def _log_scores(self, trainer: Any, result: SweepResult) -> None:
+        assert result.chosen is not None
+        self.log("bln/mode", float(ALL_MODES.index(result.chosen)))
+        if trainer.state.fn != "fit":
+            return
+        shown = result.shown()
+        for mode, values in result.scores.items():
+            self.log_dict({f"bln/{name}/{mode}": values[name] for name in shown if name in values})
+        for mode, pair in result.regrouped.items():
+            if math.isfinite(pair.spread):
+                self.log(f"bln/spread/{mode}", pair.spread)
+
+
+def parse_candidates(candidates: str | Iterable[str]) -> tuple[StatisticsMode, ...]:
+    """The modes that ``candidates`` names."""
+    named = {"all": ALL_MODES, "batch_independent": BATCH_INDEPENDENT_MODES}
+    if isinstance(candidates, str):
+        if candidates not in named:
+            raise ValueError(
+                f"candidates={candidates!r}, but it must be 'all', 'batch_independent' or a list of modes: ['ppcc'], say"
+            )
+        return named[candidates]
+    modes = tuple(dict.fromkeys(StatisticsMode(one) for one in candidates))
+    if not modes:
+        raise ValueError("candidates is empty, but there must be a mode to choose; pass 'all', or modes by name")
+    return modes
+
+
+def saves_checkpoints(callback: Any) -> bool:
+    return any(base.__name__ == "Checkpoint" for base in type(callback).__mro__)
+
+

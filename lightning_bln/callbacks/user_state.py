@@ -1,0 +1,157 @@
+"""What a user's validation_step changes besides its log: taken aside and put back, so that modes do not mix."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from lightning_bln._compat import lightning_base
+from lightning_bln.modes import mode_layers
+from lightning_bln.population import populations
+
+Snapshot = list[dict[str, Any]]
+
+MODULE_INTERNALS = frozenset(nn.Module().__dict__)
+METRIC_INTERNALS = MODULE_INTERNALS | {
+    "update",
+    "compute",
+    "_update_signature",
+    "_defaults",
+    "_reductions",
+    "_persistent",
+}
+SEQUENCES = (list, tuple, set, frozenset)
+DICTIONARIES = (dict, OrderedDict, Counter)
+MUTABLE = (Tensor, np.ndarray, list, set, dict, deque)
+PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, *MUTABLE, tuple, frozenset)
+LARGEST_BUFFER = 2**20
+
+
+class UserState:
+    """The mutable state of a LightningModule that is neither weight nor statistic.
+
+    That is: plain attributes and buffers of the module, those of its children, the state of every torchmetrics object
+    (also of those in plain lists and dicts), and the fields of small helper objects such as running averages. State is
+    swapped by reference: every object keeps its identity, so references a user holds stay right.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        root_internals = frozenset(lightning_base(module)().__dict__) | {"forward", "log", "log_dict"}
+        metrics = unique(found for found in [*module.modules(), *reachable(module)] if is_metric(found))
+        metrics = unique(part for metric in metrics for part in metric.modules() if is_metric(part))
+        ours = {id(layer) for holder in mode_layers(module) for layer in holder.modules()}
+        ours |= {id(population) for population in populations(module)}
+        ours |= {id(part) for metric in metrics for part in metric.modules()}
+        children = [child for child in module.modules() if child is not module and id(child) not in ours]
+
+        self.owners: list[tuple[dict[str, Any], frozenset[str]]] = [(module.__dict__, root_internals)]
+        for child in children:
+            if any(isinstance(value, PLAIN) and name not in MODULE_INTERNALS for name, value in child.__dict__.items()):
+                self.owners.append((child.__dict__, MODULE_INTERNALS | {"forward"}))
+        for metric in metrics:
+            self.owners.append((metric.__dict__, METRIC_INTERNALS if isinstance(metric, Metric) else MODULE_INTERNALS))
+        for holder in [module, *children]:
+            for value in unique(plain_values(holder)):
+                if is_helper(value):
+                    self.owners.append((value.__dict__, frozenset()))
+        for holder in [module, *children]:
+            buffers = holder._buffers
+            if buffers and all(one is None or one.numel() <= LARGEST_BUFFER for one in buffers.values()):
+                self.owners.append((buffers, frozenset()))
+
+    def take(self) -> Snapshot:
+        """The state as it is, by reference."""
+        return [
+            {name: value for name, value in fields.items() if name not in skip and not name.startswith("_hparams")}
+            for fields, skip in self.owners
+        ]
+
+    def put(self, snapshot: Snapshot) -> None:
+        """Make ``snapshot`` the state."""
+        for (fields, skip), values in zip(self.owners, snapshot, strict=True):
+            if len(fields) > len(values):
+                for name in list(fields):
+                    if name not in values and name not in skip and not name.startswith("_hparams"):
+                        del fields[name]
+            fields.update(values)
+
+    @staticmethod
+    def copy(snapshot: Snapshot) -> Snapshot:
+        """A snapshot of the same values in containers and tensors of its own; what shared an object still does."""
+        memo: dict[int, tuple[Any, Any]] = {}
+        return [{name: rebuild(value, memo) for name, value in values.items()} for values in snapshot]
+
+
+def rebuild(value: Any, memo: dict[int, tuple[Any, Any]]) -> Any:
+    """Copy what a step may change in place; anything else is shared."""
+    if isinstance(value, (int, float, str, type(None))):
+        return value
+    known = memo.get(id(value))
+    if known is not None:
+        return known[0]
+    copied = value
+    kind = type(value)
+    if isinstance(value, Tensor):
+        copied = value if isinstance(value, nn.Parameter) else value.detach().clone()
+    elif isinstance(value, np.ndarray):
+        copied = value.copy()
+    elif kind in SEQUENCES:
+        copied = kind(rebuild(one, memo) for one in value)
+    elif kind is deque:
+        copied = deque((rebuild(one, memo) for one in value), value.maxlen)
+    elif kind is defaultdict:
+        copied = defaultdict(value.default_factory, {key: rebuild(one, memo) for key, one in value.items()})
+    elif kind in DICTIONARIES:
+        copied = kind((key, rebuild(one, memo)) for key, one in value.items())
+        if kind is Counter:
+            copied = Counter(dict(value))
+    memo[id(value)] = (copied, value)
+    return copied
+
+
+def is_metric(value: Any) -> bool:
+    return isinstance(value, (Metric, MetricCollection))
+
+
+def is_helper(value: Any) -> bool:
+    """Whether ``value`` is an object of a user's class that only holds plain values, as a running average does."""
+    if isinstance(value, (nn.Module, type, *PLAIN)) or callable(value) or not hasattr(value, "__dict__"):
+        return False
+    if type(value).__module__.partition(".")[0] in {"torch", "lightning", "pytorch_lightning", "lightning_fabric"}:
+        return False
+    return bool(value.__dict__) and all(isinstance(one, PLAIN) for one in value.__dict__.values())
+
+
+def plain_values(module: nn.Module) -> Iterator[Any]:
+    """Attributes of ``module`` that nn.Module does not manage, and what lies in their containers."""
+    for name, value in module.__dict__.items():
+        if name not in MODULE_INTERNALS and name not in {"_trainer", "_fabric", "_hparams", "_hparams_initial"}:
+            yield from flattened(value, depth=3)
+
+
+def flattened(value: Any, depth: int) -> Iterator[Any]:
+    yield value
+    if depth and isinstance(value, dict):
+        for one in value.values():
+            yield from flattened(one, depth - 1)
+    elif depth and isinstance(value, (list, tuple, set, deque)) and len(value) <= 64:
+        for one in value:
+            yield from flattened(one, depth - 1)
+
+
+def reachable(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules kept in plain containers, where ``module.modules()`` does not find them."""
+    for child in module.modules():
+        for value in plain_values(child):
+            if isinstance(value, nn.Module):
+                yield value
+
+
+def unique(values: Iterable[Any]) -> list[Any]:
+    return list({id(value): value for value in values}.values())

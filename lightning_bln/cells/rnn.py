@@ -1,0 +1,27 @@
+"""Simple recurrent network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lightning_bln.cells.cell import Cell, Gates
+from lightning_bln.functional import check_choice
+
+NONLINEARITIES = {"tanh": torch.tanh, "relu": torch.relu}
+
+
+class RNN(Cell):
+    """Simple recurrent network (Elman 1990), with ``nonlinearity="tanh"`` or ``"relu"``."""
+
+    gates = ("hidden",)
+    options = {"nonlinearity": "tanh"}
+    nonlinearity: str
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        check_choice("nonlinearity", self.nonlinearity, tuple(NONLINEARITIES))
+
+    def step(self, x: Gates, state: Any, project: Any) -> Any:
+        return self.State(h=NONLINEARITIES[self.nonlinearity]((x + project(state.h)).hidden))

@@ -1,0 +1,5 @@
+"""Recurrences: the reference in plain torch operations, and faster ones with the same results."""
+
+from lightning_bln.kernels.reference import HiddenWeights, Noise, Result, Sequences, recurrence
+
+__all__ = ["HiddenWeights", "Noise", "Result", "Sequences", "recurrence"]

@@ -1,0 +1,58 @@
+"""Convolution blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_bln import BatchLayerNorm, ConvBLN1d, ConvBLN2d, ConvBLN3d, recompute_population
+
+BLOCKS = {1: ConvBLN1d, 2: ConvBLN2d, 3: ConvBLN3d}
+
+
+@pytest.mark.parametrize("axes", BLOCKS)
+@pytest.mark.parametrize("order", ["conv-act-norm", "conv-norm-act"])
+@pytest.mark.parametrize("positions", ["separate", "shared"])
+def test_the_block_is_its_parts_in_order(axes, order, positions) -> None:
+    block = BLOCKS[axes](2, 4, 3, activation=nn.ReLU, order=order, positions=positions)
+    x = torch.randn(3, 2, *[6] * axes)
+    norm = BatchLayerNorm(4, channel_dim=1, positions=positions)
+    parts = (torch.relu, norm) if order == "conv-act-norm" else (norm, torch.relu)
+    expected = block.conv(x)
+    for part in parts:
+        expected = part(expected)
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_statistics_are_those_of_channels_last() -> None:
+    block = ConvBLN2d(2, 4, 3, activation=None)
+    x = torch.randn(3, 2, 6, 6)
+    last = BatchLayerNorm(4)
+    torch.testing.assert_close(block(x), last(block.conv(x).movedim(1, -1)).movedim(-1, 1))
+
+
+def test_any_callable_activates() -> None:
+    for activation in (nn.GELU, nn.PReLU(), torch.sin, None):
+        assert ConvBLN2d(2, 4, 3, activation=activation)(torch.randn(3, 2, 6, 6)).shape == (3, 4, 4, 4)
+
+
+def test_shared_positions_evaluate_images_of_another_size() -> None:
+    block = ConvBLN2d(2, 4, 3, positions="shared")
+    recompute_population(block, [torch.randn(3, 2, 6, 6)])
+    assert block.eval()(torch.randn(1, 2, 11, 9)).shape == (1, 4, 9, 7)
+
+
+@pytest.mark.parametrize(
+    ("options", "x", "words"),
+    [
+        ({"order": "norm-conv"}, None, "order='norm-conv'"),
+        ({"activation": "relu"}, None, "activation='relu'"),
+        ({}, torch.randn(2, 6, 6), "x has 3 axes"),
+        ({}, torch.randn(3, 3, 6, 6), "in_channels=2"),
+    ],
+)
+def test_bad_input_is_named(options, x, words) -> None:
+    with pytest.raises(ValueError, match="but") as caught:
+        ConvBLN2d(2, 4, 3, **options)(x)
+    assert words in str(caught.value)
