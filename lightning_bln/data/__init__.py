@@ -4,6 +4,7 @@ from lightning_bln.data.batching import LengthBuckets, pad_batch, pad_to_length,
 from lightning_bln.data.files import DataError, Remote, data_dir, download
 from lightning_bln.data.images import Images, read_cifar10, read_idx, read_mnist
 from lightning_bln.data.language import TokenWindows, read_penn_treebank, read_tiny_shakespeare, words_by_line
+from lightning_bln.data.modules import CIFAR10Data, IMDBData, LanguageData, MNISTData, TextData, standardise
 from lightning_bln.data.reviews import LabelledTexts, read_folder, read_imdb, read_table
 from lightning_bln.data.text import (
     TextPipeline,
@@ -15,11 +16,16 @@ from lightning_bln.data.text import (
 )
 
 __all__ = [
+    "CIFAR10Data",
     "DataError",
+    "IMDBData",
     "Images",
     "LabelledTexts",
+    "LanguageData",
     "LengthBuckets",
+    "MNISTData",
     "Remote",
+    "TextData",
     "TextPipeline",
     "TokenWindows",
     "Vocabulary",
@@ -40,5 +46,6 @@ __all__ = [
     "read_table",
     "read_tiny_shakespeare",
     "seeded_split",
+    "standardise",
     "words_by_line",
 ]

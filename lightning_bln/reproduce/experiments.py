@@ -17,6 +17,7 @@ from lightning_bln.data import (
     read_cifar10,
     read_imdb,
     seeded_split,
+    standardise,
 )
 from lightning_bln.models.paper import Classifier, PaperCIFAR10, PaperIMDB
 
@@ -98,12 +99,8 @@ def read_imdb_samples(directory: Path | None) -> tuple[Samples, Samples]:
 def read_cifar10_samples(directory: Path | None) -> tuple[Samples, Samples]:
     """Read the images, every pixel and channel standardised by the training pool, as the authors do."""
     train, test = read_cifar10(directory)
-    pixels = train.pixels.float()
-    mean, std = pixels.mean(0), pixels.std(0, unbiased=False).clamp_min(1e-6)
-    return (
-        Samples((pixels - mean) / std, train.labels),
-        Samples((test.pixels.float() - mean) / std, test.labels),
-    )
+    inputs, test_inputs = standardise(train.pixels, test.pixels)
+    return Samples(inputs, train.labels), Samples(test_inputs, test.labels)
 
 
 EXPERIMENTS = {
