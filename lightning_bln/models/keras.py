@@ -8,18 +8,18 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 GATES = 4
 
 
 class KerasLSTM(nn.Module):
-    """One LSTM layer as ``tf.keras.layers.LSTM`` trains it.
+    """One LSTM layer as ``tf.keras.layers.LSTM`` of TensorFlow 2.1 trains it.
 
     The recurrence is that of :class:`torch.nn.LSTM`. What differs is one bias instead of two, the initial weights
-    (Glorot uniform, bias zero and one for the forget gate) and dropout: in training every sequence draws one mask a gate
-    for its inputs and one a gate for its hidden state, and keeps them over time (Gal and Ghahramani 2016). Keras falls
-    back to these per-gate masks (its ``implementation=1``) whenever recurrent dropout is asked for.
+    (Glorot uniform, bias zero and one for the forget gate) and dropout: in training every sequence draws one mask for its
+    inputs and one for its hidden state, and keeps them over time (Gal and Ghahramani 2016). All gates share them, as they
+    do in TensorFlow 2.1, which the authors used; later versions draw one a gate as soon as recurrent dropout is asked for.
 
     Args:
         input_size: features of the input.
@@ -63,22 +63,25 @@ class KerasLSTM(nn.Module):
         Returns:
             The hidden state at every step, ``[batch, time, hidden_size]``.
         """
-        masks = self._mask(x, self.input_size, self.dropout), self._mask(x, self.hidden_size, self.recurrent_dropout)
-        if len(x) > 1 and self.training and any(mask is not None for mask in masks):
-            return _MaskedLSTM.apply(x.transpose(0, 1), self.weight_ih, self.weight_hh, self.bias, *masks).transpose(0, 1)
-        # One sequence has one mask, which the weights can take: then torch's fused LSTM computes the same.
-        weight_ih, weight_hh = (
-            weight if mask is None else (weight.unflatten(0, (GATES, -1)) * mask).flatten(0, 1)
-            for weight, mask in zip((self.weight_ih, self.weight_hh), masks, strict=True)
-        )
+        input_mask = self._mask(x, self.input_size, self.dropout)
+        hidden_mask = self._mask(x, self.hidden_size, self.recurrent_dropout)
+        if input_mask is not None:
+            x = x * input_mask[:, None]
+        weight_hh = self.weight_hh
+        if hidden_mask is not None and len(x) > 1:
+            gates = nn.functional.linear(x.transpose(0, 1), self.weight_ih, self.bias)
+            return _MaskedRecurrence.apply(gates, weight_hh, hidden_mask).transpose(0, 1)
+        # Without a mask, or with one sequence, whose mask the weights can take, torch's fused LSTM computes the same.
+        if hidden_mask is not None:
+            weight_hh = weight_hh * hidden_mask
         state = x.new_zeros(1, len(x), self.hidden_size)
-        weights = [weight_ih, weight_hh, self.bias, torch.zeros_like(self.bias)]
+        weights = [self.weight_ih, weight_hh, self.bias, torch.zeros_like(self.bias)]
         return torch.lstm(x, (state, state), weights, True, 1, 0.0, self.training, False, True)[0]
 
     def _mask(self, x: Tensor, size: int, chance: float) -> Tensor | None:
         if not self.training or chance == 0.0:
             return None
-        return x.new_empty(GATES, len(x), size).bernoulli_(1.0 - chance).div_(1.0 - chance)
+        return x.new_empty(len(x), size).bernoulli_(1.0 - chance).div_(1.0 - chance)
 
     def extra_repr(self) -> str:
         return (
@@ -87,101 +90,55 @@ class KerasLSTM(nn.Module):
         )
 
 
-class _MaskedLSTM(torch.autograd.Function):
-    """LSTM over time-major input with a mask a gate on inputs and hidden states; gate order of nn.LSTM.
+class _MaskedRecurrence(torch.autograd.Function):
+    """The LSTM's recurrence on projected inputs ``[time, batch, 4 * hidden]``, with a mask on what enters ``weight_hh``.
 
-    Written by hand because autograd spends more on the 80 steps' bookkeeping than the steps cost. Masked inputs are
-    formed gate by gate in one small buffer: all four at once would be four times the input.
+    Written by hand because autograd spends more on the bookkeeping of 80 steps than the steps cost.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_ih: Tensor,
-        weight_hh: Tensor,
-        bias: Tensor,
-        input_mask: Tensor | None,
-        hidden_mask: Tensor | None,
-    ) -> Tensor:
-        steps, batch, features = x.shape
+    def forward(ctx: Any, projected: Tensor, weight_hh: Tensor, mask: Tensor) -> Tensor:
+        steps, batch, _ = projected.shape
         hidden = weight_hh.shape[1]
-        kernels, recurrent = weight_ih.view(GATES, hidden, features), weight_hh.view(GATES, hidden, hidden)
-        biases = bias.view(GATES, hidden)
-        gates = x.new_empty(GATES, steps, batch, hidden)
-        x = x.contiguous()
-        masked = x if input_mask is None else torch.empty_like(x)
-        for gate in range(GATES):
-            if input_mask is not None:
-                torch.mul(x, input_mask[gate], out=masked)
-            torch.addmm(biases[gate], masked.view(-1, features), kernels[gate].t(), out=gates[gate].view(-1, hidden))
-        cells, outputs = x.new_empty(steps, batch, hidden), x.new_empty(steps, batch, hidden)
+        gates = projected.contiguous().clone()
+        cells, outputs = (projected.new_empty(steps, batch, hidden) for _ in range(2))
         squashed = torch.empty_like(cells)
-        recurrent_t = recurrent.transpose(1, 2).contiguous()
-        entering = x.new_zeros(GATES, batch, hidden)
-        cell = x.new_zeros(batch, hidden)
-        for step in range(steps):
-            now = gates[:, step]
-            if step:
-                now.baddbmm_(entering, recurrent_t)
-            now[:2].sigmoid_()
-            now[2].tanh_()
-            now[3].sigmoid_()
-            torch.mul(now[1], cell, out=cells[step])
-            cell = cells[step].addcmul_(now[0], now[2])
-            torch.tanh(cell, out=squashed[step])
-            torch.mul(now[3], squashed[step], out=outputs[step])
-            if hidden_mask is None:
-                entering = outputs[step].expand(GATES, batch, hidden)
-            else:
-                torch.mul(outputs[step], hidden_mask, out=entering)
-        ctx.save_for_backward(x, weight_ih, weight_hh, input_mask, hidden_mask, gates, cells, squashed, outputs)
+        cell, entering = (projected.new_zeros(batch, hidden) for _ in range(2))
+        weight_t = weight_hh.t().contiguous()
+        for now, new_cell, new_squashed, output in zip(gates, cells, squashed, outputs, strict=True):
+            i, f, g, o = now.addmm_(entering, weight_t).chunk(GATES, 1)
+            now[:, : 2 * hidden].sigmoid_()
+            g.tanh_()
+            o.sigmoid_()
+            cell = torch.mul(f, cell, out=new_cell).addcmul_(i, g)
+            torch.tanh(cell, out=new_squashed)
+            torch.mul(o, new_squashed, out=output)
+            torch.mul(output, mask, out=entering)
+        ctx.save_for_backward(weight_hh, mask, gates, cells, squashed, outputs)
         return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_ih, weight_hh, input_mask, hidden_mask, gates, cells, squashed, outputs = ctx.saved_tensors
-        steps, batch, features = x.shape
-        hidden = weight_hh.shape[1]
-        kernels, recurrent = weight_ih.view(GATES, hidden, features), weight_hh.view(GATES, hidden, hidden)
+    def backward(ctx: Any, grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        weight_hh, mask, gates, cells, squashed, outputs = ctx.saved_tensors
+        steps, batch, hidden = outputs.shape
         before = torch.cat([torch.zeros_like(cells[:1]), cells[:-1]])
-        i, f, g, o = gates
+        i, f, g, o = gates.chunk(GATES, -1)
         # What each gate's gradient is multiplied by, for all steps at once; only the chain itself is left to the loop.
-        factors = torch.stack([g * i * (1 - i), before * f * (1 - f), i * (1 - g * g), squashed * o * (1 - o)])
+        factors = torch.stack([g * i * (1 - i), before * f * (1 - f), i * (1 - g * g), squashed * o * (1 - o)], 2)
         into_cell = o * (1 - squashed * squashed)
-        grads = torch.empty_like(gates)
-        grad_cell = grad_outputs.new_zeros(batch, hidden)
-        leaving = grad_outputs.new_empty(GATES, batch, hidden)
-        grad_outputs = grad_outputs.contiguous()
+        grads = torch.empty_like(factors)
+        grad_cell, leaving = (grad_outputs.new_zeros(batch, hidden) for _ in range(2))
         for step in range(steps - 1, -1, -1):
-            grad_hidden = grad_outputs[step]
-            if step < steps - 1:
-                torch.bmm(grads[:, step + 1], recurrent, out=leaving)
-                if hidden_mask is not None:
-                    leaving.mul_(hidden_mask)
-                grad_hidden = leaving.sum(0).add_(grad_hidden)
+            grad_hidden = grad_outputs[step] + leaving
             grad_cell.addcmul_(grad_hidden, into_cell[step])
-            torch.mul(grad_cell, factors[:3, step], out=grads[:3, step])
-            torch.mul(grad_hidden, factors[3, step], out=grads[3, step])
+            torch.mul(grad_cell[:, None], factors[step, :, :3], out=grads[step, :, :3])
+            torch.mul(grad_hidden, factors[step, :, 3], out=grads[step, :, 3])
             grad_cell.mul_(f[step])
-        grad_x, back = torch.zeros_like(x), torch.empty_like(x)
-        grad_ih, grad_hh = torch.empty_like(weight_ih), torch.empty_like(weight_hh)
-        masked = x if input_mask is None else torch.empty_like(x)
-        entered = outputs[:-1] if hidden_mask is None else torch.empty_like(outputs[:-1])
-        for gate in range(GATES):
-            flat = grads[gate].view(-1, hidden)
-            torch.mm(flat, kernels[gate], out=back.view(-1, features))
-            if input_mask is None:
-                grad_x.add_(back)
-            else:
-                grad_x.addcmul_(back, input_mask[gate])
-                torch.mul(x, input_mask[gate], out=masked)
-            if hidden_mask is not None:
-                torch.mul(outputs[:-1], hidden_mask[gate], out=entered)
-            torch.mm(flat.t(), masked.view(-1, features), out=grad_ih.view(GATES, hidden, features)[gate])
-            torch.mm(flat[batch:].t(), entered.view(-1, hidden), out=grad_hh.view(GATES, hidden, hidden)[gate])
-        return grad_x, grad_ih, grad_hh, grads.sum((1, 2)).view(-1), None, None
+            torch.mm(grads[step].view(batch, -1), weight_hh, out=leaving).mul_(mask)
+        grad_gates = grads.view(steps, batch, -1)
+        grad_weight = grad_gates[1:].flatten(0, 1).t() @ (outputs[:-1] * mask).flatten(0, 1)
+        return grad_gates, grad_weight, None
 
 
 def keras_dense(in_features: int, out_features: int) -> nn.Linear:
