@@ -26,7 +26,7 @@ def seeded_split(length: int, sizes: Sequence[int | float], seed: int) -> list[T
 
     Example:
         >>> [part.tolist() for part in seeded_split(5, [0.4, 3], seed=1)]
-        [[4, 3], [1, 2, 0]]
+        [[0, 4], [2, 3, 1]]
     """
     counts = [round(size * length) if isinstance(size, float) else size for size in sizes]
     if min(counts) < 0 or sum(counts) > length:
@@ -51,7 +51,7 @@ class LengthBuckets(Sampler[list[int]]):
 
     Example:
         >>> [sorted(batch) for batch in LengthBuckets([9, 1, 8, 2], 2, shuffle=True, seed=0)]
-        [[0, 2], [1, 3]]
+        [[1, 3], [0, 2]]
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class LengthBuckets(Sampler[list[int]]):
 
     def _cut(self, order: list[int]) -> list[list[int]]:
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        return batches[: len(self)] if self.drop_last and batches and len(batches[-1]) < self.batch_size else batches
+        return batches[:-1] if self.drop_last and batches and len(batches[-1]) < self.batch_size else batches
 
 
 def pad_batch(samples: Sequence[tuple[Tensor, int]], padding: int = 0) -> tuple[Tensor, Tensor, Tensor]:

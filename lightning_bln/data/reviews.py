@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import sys
@@ -153,11 +154,16 @@ def _place(name: str) -> tuple[str, int, int] | None:
 
 def _review_archive(path: Path) -> list[tuple[str, int, int, str]]:
     rows = []
-    # A stream: seeking in gzip would unpack the archive again for every review.
-    with reading(path), tarfile.open(path, "r|*") as archive:
-        for member in archive:
-            if member.isfile() and (place := _place(member.name)) and (stream := archive.extractfile(member)):
-                rows.append((*place, stream.read().decode("utf-8")))
+    with reading(path), path.open("rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        # Unpacked by gzip, which notices a file cut short, and read as a stream, since seeking would unpack it again.
+        with gzip.open(raw) if packed else raw as source, tarfile.open(fileobj=source, mode="r|") as archive:
+            for member in archive:
+                if member.isfile() and (place := _place(member.name)) and (stream := archive.extractfile(member)):
+                    rows.append((*place, stream.read().decode("utf-8")))
+            while source.read(1 << 20):
+                pass
     return rows
 
 
