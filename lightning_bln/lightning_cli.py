@@ -145,10 +145,10 @@ class CLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None, run: bool = True, **kwargs: Any) -> None:
         kwargs.setdefault("save_config_callback", SaveConfig if run else None)
+        kwargs.setdefault("parser_kwargs", {"prog": "bln"} if run else None)
         super().__init__(
             trainer_class=Trainer,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "bln"} if run else None,
             args=args,
             run=run,
             **kwargs,
