@@ -175,7 +175,7 @@ class Population(nn.Module):
 
     def _assign_frozen(self, values: list[Tensor]) -> None:
         for name, value in zip(FROZEN, values, strict=True):
-            setattr(self, name, lasting(value).clone())
+            setattr(self, name, lasting(value.clone()))
 
     def _follow(self, values: list[Tensor], momentum: float) -> None:
         """Move the frozen population towards ``values``; positions it has not seen yet take theirs."""
