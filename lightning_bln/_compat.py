@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch
 from torch import nn
 from torch.utils import _pytree
 
@@ -21,6 +22,16 @@ tree_flatten, tree_map, tree_unflatten = _pytree.tree_flatten, _pytree.tree_map,
 
 HAS_CUSTOM_OPS = hasattr(torch.library, "custom_op")
 """torch 2.3 has none: there the compiled kernels are plain autograd functions, at which torch.compile breaks."""
+
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """``torch.is_autocast_enabled``, which takes the device's type from torch 2.4 on."""
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except TypeError:
+        return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
+
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 """The two names under which the same Trainer is distributed; a Trainer takes callbacks of its own namespace only."""

@@ -119,7 +119,7 @@ def demo(output: Path = Path("runs/demo"), epochs: int = 8, seed: int = 0) -> di
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # lightning 2.6 on torch 2.13
     torch.set_num_threads(1)  # so small a network gains nothing from more, and suffers where others use the cores
-    L.seed_everything(seed, verbose=False)
+    torch.manual_seed(seed)
     data, model = DigitRows(seed=seed), RowClassifier()
     statistics = BLNStatsCallback(monitor="val_loss", save_dir=output)
     checkpoint = ModelCheckpoint(output, filename="digits", enable_version_counter=False)

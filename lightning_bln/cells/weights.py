@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_bln._compat import is_autocast_enabled
 from lightning_bln.cells.cell import Cell
 from lightning_bln.functional import NORMS, check_choice
 from lightning_bln.gate_norm import GateNorm
@@ -162,7 +163,7 @@ class HasCells(nn.Module):
         if x.numel() == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}, an empty batch or a sequence of no steps; pass some data")
         dtype = next(self.parameters()).dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != dtype and not is_autocast_enabled(x.device.type):
             raise TypeError(f"x has dtype {x.dtype}, but the layer's parameters have {dtype}; convert one with .to()")
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
