@@ -256,7 +256,7 @@ class Evaluation:
         lost = self.names(results)
         self.user.put(run.state)
         dict.clear(results)
-        dict.update(results, {**foreign, **run.results})
+        dict.update(results, {**foreign, **{key: _compat.plain_row(row) for key, row in run.results.items()}})
         lost -= self.names(results)
         for name in _compat.CONNECTOR_METRICS:
             values = getattr(self.connector, name)
