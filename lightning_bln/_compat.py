@@ -13,11 +13,15 @@ from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils import _pytree
 
 tree_flatten, tree_map, tree_unflatten = _pytree.tree_flatten, _pytree.tree_map, _pytree.tree_unflatten
 """Walk nested batches, outputs and loaders, with the types that libraries have registered; torch has no public name."""
+
+HAS_CUSTOM_OPS = hasattr(torch.library, "custom_op")
+"""torch 2.3 has none: there the compiled kernels are plain autograd functions, at which torch.compile breaks."""
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 """The two names under which the same Trainer is distributed; a Trainer takes callbacks of its own namespace only."""
