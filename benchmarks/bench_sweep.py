@@ -25,7 +25,7 @@ import torchmetrics
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_bln import BatchLayerNorm, BLNLSTM
+from lightning_bln import BLNLSTM, BatchLayerNorm
 from lightning_bln.callbacks import BLNStatsCallback
 
 CLOCK = time.perf_counter

@@ -81,7 +81,7 @@ def swap_results(loop: Any, collection: Any) -> Any:
 
 def new_results(loop: Any) -> Any:
     """A collection for one mode; its class is private, but the loop has one to take the class from."""
-    return mode_results(type(loop._results))(training=False)
+    return mode_results(type(loop._results))(training=False)  # type: ignore[arg-type]
 
 
 @cache
