@@ -16,6 +16,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
+tree_flatten, tree_map, tree_unflatten = _pytree.tree_flatten, _pytree.tree_map, _pytree.tree_unflatten
+"""Walk nested batches, outputs and loaders, with the types that libraries have registered; torch has no public name."""
+
 HAS_CUSTOM_OPS = hasattr(torch.library, "custom_op")
 """torch 2.3 has none: there the compiled kernels are plain autograd functions, at which torch.compile breaks."""
 
@@ -107,10 +110,6 @@ CONNECTOR_METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metr
 def connector(trainer: Any) -> Any:
     """Holds those dictionaries, and the hook last logged from, by which it knows when to reset values."""
     return trainer._logger_connector
-
-
-tree_map = _pytree.tree_map
-"""How CombinedLoader walks its loaders; torch has no public name for it."""
 
 
 def train_loader(trainer: Any) -> Any:

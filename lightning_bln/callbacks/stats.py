@@ -17,6 +17,7 @@ from lightning_bln.callbacks.averaging import keep_apart, write_statistics
 from lightning_bln.callbacks.evaluation import Evaluation
 from lightning_bln.callbacks.guard import Guard
 from lightning_bln.callbacks.recompute import check_recompute, fingerprint, recompute
+from lightning_bln.fanout import SharedForward
 from lightning_bln.modes import ALL_MODES, BATCH_INDEPENDENT_MODES, StatisticsMode, mode_layers
 from lightning_bln.population import Population, freeze_population, populations, reset_population
 from lightning_bln.sweep import Direction, SweepResult, check_direction
@@ -105,6 +106,7 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         self.history: list[tuple[int, int, str, float]] = []
         self._evaluation: Evaluation | None = None
         self._guard: Guard | None = None
+        self._shared: SharedForward | None = None
         self._sweeps = False
         self._frozen_at: tuple[float, float] | None = None
         self._warned: str | None = None
@@ -113,6 +115,9 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
     @property
     def state_key(self) -> str:
         return self._generate_state_key(monitor=self.monitor, mode=self.mode)
+
+    shares_forwards = True
+    """Whether modes share forwards where the model allows; results are the same without."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         ours = [callback for callback in trainer.callbacks if isinstance(callback, BLNStatsCallback)]
@@ -180,7 +185,9 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
             return
         if self._evaluation is None:
             # only now have the module's own hooks for the start of the epoch run
-            self._evaluation = Evaluation(trainer, pl_module, self.candidates)
+            if self._shared is None and self.shares_forwards:
+                self._shared = SharedForward(pl_module)
+            self._evaluation = Evaluation(trainer, pl_module, self.candidates, self._shared)
             self._guard = Guard(self.tolerance, self.guard == "strict") if self._is_guarded else None
         index = _compat.results(_compat.evaluation_loop(trainer)).dataloader_idx
         if self._guard is not None:
@@ -223,6 +230,9 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
             self.save_dir.mkdir(parents=True, exist_ok=True)
             self.result.to_json(self.save_dir / "bln_sweep.json")
             self.result.plot().savefig(self.save_dir / "bln_sweep.png", dpi=150)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._shared = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._evaluation = self._guard = None
@@ -295,7 +305,9 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
             return
         shown = result.shown()
         for mode, values in result.scores.items():
-            self.log_dict({f"bln/{name}/{mode}": values[name] for name in shown if name in values})
+            named = {f"bln/{name}/{mode}": values[name] for name in shown if name in values}
+            # the name may hold a dataloader's index, which must not be given a second one
+            self.log_dict(named, add_dataloader_idx=False)
         for mode, pair in result.regrouped.items():
             if math.isfinite(pair.spread):
                 self.log(f"bln/spread/{mode}", pair.spread)
