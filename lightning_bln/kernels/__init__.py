@@ -1,7 +1,7 @@
 """Recurrences: the reference in plain torch operations, and faster ones with the same results."""
 
 from lightning_bln._compat import HAS_CUSTOM_OPS
-from lightning_bln.kernels import cpu, library
+from lightning_bln.kernels import cpu, dense, library
 from lightning_bln.kernels.choice import BACKENDS, available, runs_compiled
 from lightning_bln.kernels.reference import HiddenWeights, Noise, Result, Sequences, recurrence
 
@@ -16,6 +16,7 @@ __all__ = [
     "Sequences",
     "available",
     "cpu",
+    "dense",
     "library",
     "recurrence",
     "runs_compiled",

@@ -13,7 +13,7 @@ from lightning_bln.cells.gru import GRU
 from lightning_bln.cells.lstm import LSTM
 from lightning_bln.cells.rnn import RNN
 from lightning_bln.cells.weights import Weights
-from lightning_bln.kernels.library import load, variant
+from lightning_bln.kernels.library import is_built, variant
 
 BACKENDS = ("auto", "reference", "cpu")
 HOW_TO_BUILD = (
@@ -70,12 +70,6 @@ def runs_compiled(backend: str, cell: Cell, x: Tensor, weights: Weights) -> bool
     if reason is not None and "not installed" in reason:
         warn_missing()
     return reason is None
-
-
-@torch.compiler.assume_constant_result
-def is_built() -> bool:
-    """Whether the library is there and loads."""
-    return load() is not None
 
 
 @cache
