@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from lightning_bln.cells.registry import build
 from lightning_bln.cells.weights import HasCells, Weights
+from lightning_bln.fanned import run_each_mode
 from lightning_bln.functional import check_choice
 from lightning_bln.gate_norm import GateNorm
 from lightning_bln.kernels import BACKENDS, HiddenWeights, Noise, Sequences, cpu, recurrence, runs_compiled
@@ -201,8 +202,10 @@ class Recurrent(HasCells):
                 x = x.transpose(0, 1)
         fan = self._fan()
         if fan is not None:
-            if packed is not None:
-                raise ValueError("fan-out takes no packed sequences; run each mode on its own")
+            if not batched:
+                raise ValueError("fan-out needs a batch axis to lay modes along; pass a batch of one")
+            if packed is not None or runs_compiled(self.backend, self.cell, x, self._weights("_l0")):
+                return run_each_mode(self, input, hx, fan, 0 if self.batch_first else 1)
             x = fan.enter(x, 1)
         state = self._first_state(x, hx, batched)
         if packed is not None and packed.sorted_indices is not None and hx is not None:
