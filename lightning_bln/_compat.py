@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch
 from torch import nn
 from torch.utils import _pytree
 
@@ -23,7 +22,6 @@ tree_flatten, tree_map, tree_unflatten = _pytree.tree_flatten, _pytree.tree_map,
 
 HAS_CUSTOM_OPS = hasattr(torch.library, "custom_op")
 """torch 2.3 has none: there the compiled kernels are plain autograd functions, at which torch.compile breaks."""
-
 
 
 def is_autocast_enabled(device_type: str) -> bool:

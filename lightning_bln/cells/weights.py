@@ -71,7 +71,9 @@ class HasCells(nn.Module):
         if not 0 <= proj_size < hidden_size:
             raise ValueError(f"proj_size={proj_size}, but it must be smaller than hidden_size={hidden_size}; lower it")
         for name in ("gate_statistics", "time_statistics"):
-            check_choice(name, norm_options.get(name, "separate"), ("separate", "joint" if "gate" in name else "shared"))
+            check_choice(
+                name, norm_options.get(name, "separate"), ("separate", "joint" if "gate" in name else "shared")
+            )
         self.cell, self.input_size, self.hidden_size = cell, input_size, hidden_size
         self.bias, self.proj_size, self.norm = bias, proj_size, norm
         self._normalizes = {"input": norm_input, "hidden": norm_hidden, "cell": norm_cell and cell.has_norm_cell}

@@ -40,9 +40,7 @@ def paper_norm(norm: str, num_features: int, *, channel_dim: int = -1, populatio
     """
     if norm not in PAPER_NORMS:
         raise ValueError(f"norm={norm!r}; use one of {', '.join(PAPER_NORMS)}")
-    layer = Normalization(
-        num_features, channel_dim=channel_dim, **{"population": population, **PAPER_NORMS[norm]}
-    )
+    layer = Normalization(num_features, channel_dim=channel_dim, **{"population": population, **PAPER_NORMS[norm]})
     if norm == "batch":
         # Keras's running statistics start at mean 0 and variance 1 and keep a share of that for hundreds of steps.
         frozen = layer.population
