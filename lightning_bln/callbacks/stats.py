@@ -337,7 +337,7 @@ def of_both(cls: type, later: tuple[type, ...]) -> type:
     """``cls`` under its own name, as a callback of further namespaces too."""
     names: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     names["__reduce__"] = lambda self: (revive, (cls, self.__dict__))
-    return type(cls)(cls.__name__, (cls, *later), names)
+    return type(cls)(cls.__name__, (cls, *later), names)  # type: ignore[call-overload]
 
 
 def revive(cls: type, state: dict[str, Any]) -> Any:
