@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import glob
+import os
 import warnings
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -140,8 +141,8 @@ def variant() -> str | None:
 
 
 def find(variant: str) -> Path | None:
-    """The file of one variant beside this module."""
-    folder = Path(__file__).parent
+    """The file of one variant, beside this module or in the folder that ``BLN_KERNELS`` names."""
+    folder = Path(os.environ.get("BLN_KERNELS", Path(__file__).parent))
     for suffix in EXTENSION_SUFFIXES:
         path = folder / f"_recurrence_{variant}{suffix}"
         if path.exists():
