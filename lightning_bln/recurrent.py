@@ -14,10 +14,10 @@ from lightning_bln.cells.registry import build
 from lightning_bln.cells.weights import HasCells, Weights
 from lightning_bln.functional import check_choice
 from lightning_bln.gate_norm import GateNorm
-from lightning_bln.kernels import HiddenWeights, Noise, Sequences, recurrence
+from lightning_bln.kernels import HiddenWeights, Noise, Sequences, run
 from lightning_bln.modes import FanOut
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "compile")
 State = Tensor | tuple[Tensor, ...]
 
 
@@ -53,7 +53,8 @@ class Recurrent(HasCells):
         zoneout: Probability that a unit of a state keeps its value over a step.
         time_statistics: ``"separate"`` population for each time step, or ``"shared"``.
         gate_statistics: Feature statistics of each gate (``"separate"``), or over all gates at once (``"joint"``).
-        backend: ``"auto"`` for the fastest there is, or ``"reference"``.
+        backend: ``"auto"`` for the fastest there is, ``"reference"`` for plain torch operations, which have gradients of
+            any order, or ``"compile"`` for steps that :func:`torch.compile` has fused.
         eps: Added to the variances.
         delta: The authors' correction of the mixing weights.
         population: ``"pooled"`` or ``"paper"``, see :class:`~lightning_bln.Population`.
@@ -155,7 +156,7 @@ class Recurrent(HasCells):
         self.backend = backend
         for layer in range(num_layers):
             for suffix in self._suffixes(layer):
-                size = input_size if layer == 0 else self.state_size("h") * self.num_directions
+                size = input_size if layer == 0 else self.output_size * self.num_directions
                 self._register(suffix, size)
         self.reset_parameters()
 
@@ -245,15 +246,16 @@ class Recurrent(HasCells):
         steps, samples = x.shape[0], x.shape[-2]
         running = [samples] * steps if sizes is None else sizes
         mask = self._mask(x[0], self.input_dropout)
-        x = F.linear(x if mask is None else x * mask, weights.weight_ih)
+        bias = weights.bias_ih if weights.norm_ih is None else None
+        x = F.linear(x if mask is None else x * mask, weights.weight_ih, bias)
         x = x.unflatten(-1, (len(self.cell.gates), -1))
         if weights.norm_ih is not None:
             data = None if sizes is None else is_running(sizes, x)
             x, observed = weights.norm_ih.sequence(steps, running)(x, slice(None), data)
             if observed is not None:
                 weights.norm_ih.gather(observed, running)
-        if weights.bias_ih is not None:
-            x = x + weights.bias_ih.view(len(self.cell.gates), -1)
+            if weights.bias_ih is not None:
+                x = x + weights.bias_ih.view(len(self.cell.gates), -1)
         hidden = HiddenWeights(
             weights.weight_hh,
             weights.bias_hh,
@@ -262,7 +264,7 @@ class Recurrent(HasCells):
             None if weights.norm_cell is None else weights.norm_cell.sequence(steps, running),
         )
         noise = Noise(self._mask(state[0], self.recurrent_dropout), self.zoneout, self.training)
-        result = recurrence(self.cell, Sequences(x, state, sizes), hidden, noise)
+        result = run(self.backend, weights.cell, Sequences(x, state, sizes), hidden, noise)
         for norm, observed in zip(weights.norm_hh, result.norm_hh, strict=False):
             norm.gather(observed, running)
         if weights.norm_cell is not None and result.norm_cell is not None:
