@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_bln.cells.cell import LinearCell
 from lightning_bln.cells.gates import Gates
-from lightning_bln.kernels.reference import HiddenWeights, Recorder, Result, Sequences, identity, stack
+from lightning_bln.kernels.reference import HiddenWeights, Recorder, Result, Sequences, identity
 
 
 def linear_scan(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
