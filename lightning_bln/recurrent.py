@@ -53,8 +53,8 @@ class Recurrent(HasCells):
         zoneout: Probability that a unit of a state keeps its value over a step.
         time_statistics: ``"separate"`` population for each time step, or ``"shared"``.
         gate_statistics: Feature statistics of each gate (``"separate"``), or over all gates at once (``"joint"``).
-        backend: ``"auto"`` for the fastest there is, ``"reference"`` for plain torch operations, which have gradients of
-            any order, or ``"compile"`` for steps that :func:`torch.compile` has fused.
+        backend: ``"auto"`` for the fastest there is, ``"reference"`` for plain torch operations, which have gradients
+            of any order, or ``"compile"`` for steps that :func:`torch.compile` has fused.
         eps: Added to the variances.
         delta: The authors' correction of the mixing weights.
         population: ``"pooled"`` or ``"paper"``, see :class:`~lightning_bln.Population`.

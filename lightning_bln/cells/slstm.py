@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import addcmul, exp, maximum, sigmoid, tanh
+from torch import addcmul, exp, maximum, sigmoid, tanh, where
 from torch.nn import functional as F
 
 from lightning_bln.cells.cell import Cell
@@ -35,7 +35,7 @@ class SLSTM(Cell):
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         a = x + project(state.h)
         log_f = F.logsigmoid(a.forget) + state.m
-        m = maximum(log_f, a.input)
-        i, f = exp(a.input - m), exp(log_f - m)
+        m = where(state.n == 0, a.input, maximum(log_f, a.input))  # before the first step there is nothing to outweigh
+        i, f = exp(a.input - m), exp((log_f - m).clamp(max=0))
         c, n = addcmul(f * state.c, i, tanh(a.cell)), addcmul(i, f, state.n)
         return self.State(h=sigmoid(a.output) * self.norm_cell(c / n), c=c, n=n, m=m)

@@ -76,11 +76,10 @@ def scan_recurrence(cell: LinearCell, sequences: Sequences, weights: HiddenWeigh
     first = cell.State(*sequences.state)
     x = cell.prepare(Gates(sequences.x, cell.gates), first)
     a, b = cell.coefficients(x)
-    steps, samples = sequences.x.shape[0], first[0].shape[-2]
     running = None
     if sequences.sizes is not None:
         sizes = torch.tensor(sequences.sizes, device=a.device)
-        running = torch.arange(samples, device=a.device)[:, None] < sizes[:, None, None]
+        running = torch.arange(first[0].shape[-2], device=a.device)[:, None] < sizes[:, None, None]
         a, b = a.where(running, 1.0), b.where(running, 0.0)
     s = linear_scan(a, b, getattr(first, cell.linear))
     norm_cell = None if weights.norm_cell is None else Recorder(weights.norm_cell)
