@@ -162,8 +162,10 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
         self._quiet.close()
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        reset_population(pl_module)
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        # not at the epoch's start: the Trainer skips that hook when it resumes, in mid-epoch and just after an epoch
+        if batch_idx == 0:
+            reset_population(pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._evaluation = self._guard = None
