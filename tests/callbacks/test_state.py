@@ -44,9 +44,7 @@ class Resumable:
         self.place = state["place"]
 
 
-def fit(
-    model: Any, callback: Any, *others: Any, checkpoint: Any = None, data: Any = None, **options: Any
-) -> Any:
+def fit(model: Any, callback: Any, *others: Any, checkpoint: Any = None, data: Any = None, **options: Any) -> Any:
     trainer = zoo.trainer(callback, *others, **options)
     trainer.fit(model, steady_data() if data is None else data, zoo.val_data(), ckpt_path=checkpoint)
     return trainer
