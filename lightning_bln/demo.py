@@ -50,13 +50,16 @@ class DigitRows(L.LightningDataModule):
         }
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.splits["train"], self.batch_size, shuffle=True)
+        return DataLoader(self.splits["train"], batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.splits["val"], self.batch_size)
+        return DataLoader(self.splits["val"], batch_size=self.batch_size)
 
     def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.splits["test"], self.batch_size)
+        return DataLoader(self.splits["test"], batch_size=self.batch_size)
+
+    def predict_dataloader(self) -> DataLoader:
+        return self.test_dataloader()
 
     def sorted_by_class(self, split: str) -> DataLoader:
         """The same images, all zeros first and all nines last."""
@@ -100,6 +103,9 @@ class RowClassifier(L.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.test_acc(self(batch[0]), batch[1])
         self.log("test_acc", self.test_acc)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).argmax(-1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.lr)

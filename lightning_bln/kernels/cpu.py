@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_bln._compat import HAS_CUSTOM_OPS
 from lightning_bln.functional import Statistics, is_zero
 from lightning_bln.gate_norm import SequenceNorm
-from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, load
+from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, load, pointer, set_given
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 DTYPES = {torch.float32: "float", torch.float64: "double"}
@@ -139,11 +139,6 @@ def allocate(inputs: Inputs, constants: Constants, settings: Settings) -> Output
     )
 
 
-def pointer(tensor: Tensor | None) -> int | None:
-    """Where a tensor's numbers lie; None for none."""
-    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
-
-
 def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs: Outputs) -> RecurrenceArgs:
     """The library's structure for the forward pass; the backward pass adds to it."""
     _, samples, features, units, columns = sizes_of(inputs, settings)
@@ -181,19 +176,6 @@ def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs:
         if norm.batch_moments:
             norm.feature_moments = norm.batch_moments + settings.steps * 2 * width * outputs.output.element_size()
     return args
-
-
-def set_given(norm: NormArgs, given: Tensor | None, uses: int, steps: int, width: int, groups: int) -> None:
-    """Point a norm at those of the population's statistics that it uses."""
-    if given is None:
-        return
-    at = given.data_ptr()
-    for bit, (name, size) in enumerate(
-        (("batch_mean", width), ("batch_var", width), ("feature_mean", groups), ("feature_var", groups))
-    ):
-        if uses >> bit & 1:
-            setattr(norm, name, at)
-        at += steps * size * given.element_size()
 
 
 def call(direction: str, args: RecurrenceArgs, dtype: torch.dtype) -> None:

@@ -258,6 +258,11 @@ class Norm {
     });
   }
 
+  // What leave_totals() would leave, for members that walk alone.
+  void copy_totals(T* bias, T* gain) const {
+    for (int j = 0; j < D; j++) bias[j] = bias_sum_[j], gain[j] = weight_sum_[j];
+  }
+
  private:
   int group(int gate) const { return groups_ == 1 ? 0 : gate; }
   int features() const { return groups_ == 1 ? D : units_; }
@@ -275,6 +280,29 @@ class Norm {
   void measure(const T* x, ptrdiff_t ld, Range rows) {
     T* mean = column_slot(member_.row);
     T* spread = mean + D;
+    // Blocks that stay in the cache between their two passes.
+    const int most = block_size / (gates_ * own_.size() > 0 ? gates_ * own_.size() : 1), step = most < 32 ? 32 : most;
+    for (int begin = rows.begin; begin == rows.begin || begin < rows.end; begin += step) {
+      const Range block{begin, rows.end - begin < step ? rows.end : begin + step};
+      if (begin == rows.begin) {
+        measure_block<Batch, Feature>(x, ld, block, mean, spread);
+        continue;
+      }
+      measure_block<Batch, Feature>(x, ld, block, c1_, c2_);
+      if (!Batch) continue;
+      const T before = T(begin - rows.begin), share = T(block.size()) / (before + T(block.size()));
+      for_own([&](int j0, int j1) {
+        for (int j = j0; j < j1; j++) {
+          const T distance = c1_[j] - mean[j];
+          mean[j] += distance * share;
+          spread[j] += c2_[j] + distance * distance * before * share;
+        }
+      });
+    }
+  }
+
+  template <bool Batch, bool Feature>
+  void measure_block(const T* x, ptrdiff_t ld, Range rows, T* mean, T* spread) {
     T* row_mean = row_slot(member_.column);
     T* row_spread = row_mean + row_size_;
     const T many = T(rows.size() > 0 ? rows.size() : 1);
@@ -428,6 +456,7 @@ class Norm {
     return {range.begin < limit ? range.begin : limit, range.end < limit ? range.end : limit};
   }
   static constexpr int grain = 16;
+  static constexpr int block_size = 65536 / sizeof(T);
   Range unit_part(int k) const { return part(units_, k, member_.columns, grain); }
 
  private:
