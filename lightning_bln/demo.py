@@ -50,13 +50,16 @@ class DigitRows(L.LightningDataModule):
         }
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.splits["train"], self.batch_size, shuffle=True)
+        return DataLoader(self.splits["train"], batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.splits["val"], self.batch_size)
+        return DataLoader(self.splits["val"], batch_size=self.batch_size)
 
     def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.splits["test"], self.batch_size)
+        return DataLoader(self.splits["test"], batch_size=self.batch_size)
+
+    def predict_dataloader(self) -> DataLoader:
+        return self.test_dataloader()
 
     def sorted_by_class(self, split: str) -> DataLoader:
         """The same images, all zeros first and all nines last."""
@@ -101,6 +104,9 @@ class RowClassifier(L.LightningModule):
         self.test_acc(self(batch[0]), batch[1])
         self.log("test_acc", self.test_acc)
 
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).argmax(-1)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.lr)
 
@@ -119,7 +125,7 @@ def demo(output: Path = Path("runs/demo"), epochs: int = 8, seed: int = 0) -> di
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # lightning 2.6 on torch 2.13
     torch.set_num_threads(1)  # so small a network gains nothing from more, and suffers where others use the cores
-    L.seed_everything(seed, verbose=False)
+    torch.manual_seed(seed)
     data, model = DigitRows(seed=seed), RowClassifier()
     statistics = BLNStatsCallback(monitor="val_loss", save_dir=output)
     checkpoint = ModelCheckpoint(output, filename="digits", enable_version_counter=False)

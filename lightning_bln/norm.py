@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_bln._compat import is_autocast_enabled
 from lightning_bln.functional import (
     NORMS,
     Statistics,
@@ -250,7 +251,7 @@ class Normalization(HasMode):
         )
 
     def _check_dtype(self, x: Tensor) -> None:
-        if self.weight is not None and x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if self.weight is not None and x.dtype != self.weight.dtype and not is_autocast_enabled(x.device.type):
             raise TypeError(
                 f"x has dtype {x.dtype}, but the layer's parameters have {self.weight.dtype}; convert one with .to()"
             )

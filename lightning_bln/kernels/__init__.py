@@ -4,6 +4,7 @@ from lightning_bln._compat import HAS_CUSTOM_OPS
 from lightning_bln.kernels import cpu, dense, library
 from lightning_bln.kernels.choice import BACKENDS, available, runs_compiled
 from lightning_bln.kernels.reference import HiddenWeights, Noise, Result, Sequences, recurrence
+from lightning_bln.kernels.torch_ops import run
 
 if HAS_CUSTOM_OPS:
     from lightning_bln.kernels import operators as operators
@@ -19,5 +20,6 @@ __all__ = [
     "dense",
     "library",
     "recurrence",
+    "run",
     "runs_compiled",
 ]
