@@ -19,8 +19,6 @@ class Gates:
         tensor([10.])
     """
 
-    __slots__ = ("_names", "_parts", "_value")
-
     def __init__(self, value: Tensor | None, names: tuple[str, ...], parts: dict[str, Tensor] | None = None) -> None:
         self._value, self._names, self._parts = value, names, parts
 
@@ -81,8 +79,6 @@ class Steps:
 
 class Step(Gates):
     """The gates of step ``t``, of the first ``running`` samples."""
-
-    __slots__ = ("running", "steps", "t")
 
     def __init__(self, steps: Steps, t: int, running: int | None) -> None:
         super().__init__(None, steps.gates._names)

@@ -85,8 +85,6 @@ class Projection:
 class Pending(Gates):
     """A product that is computed when it is read, so that a sum with other gates is one operation."""
 
-    __slots__ = ("_h", "_product", "_t")
-
     def __init__(self, product: Product, h: Tensor, t: int, names: tuple[str, ...]) -> None:
         super().__init__(None, names)
         self._product, self._h, self._t = product, h, t
