@@ -1,6 +1,7 @@
 """Batch Layer Normalization and normalised recurrent networks for PyTorch and Lightning."""
 
 from lightning_bln.conv import ConvBLN1d, ConvBLN2d, ConvBLN3d
+from lightning_bln.convert import from_torch, to_bln
 from lightning_bln.functional import Statistics, batch_layer_norm
 from lightning_bln.modes import ALL_MODES, BATCH_INDEPENDENT_MODES, StatisticsMode, fan_out, set_mode, using_mode
 from lightning_bln.moments import Moments
@@ -29,8 +30,10 @@ __all__ = [
     "batch_layer_norm",
     "fan_out",
     "freeze_population",
+    "from_torch",
     "recompute_population",
     "reset_population",
     "set_mode",
+    "to_bln",
     "using_mode",
 ]

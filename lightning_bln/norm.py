@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_bln._compat import is_autocast_enabled
 from lightning_bln.functional import (
     NORMS,
     Statistics,
     check_choice,
     check_input,
     complete,
+    is_zero,
     mixing_weights,
     normalize,
     scale_factor,
@@ -66,6 +68,24 @@ def observe(statistics: Statistics, x: Tensor, places: tuple[int, ...], over: tu
         seen=torch.full(places, x.shape[:-1].numel() // number, device=x.device),
         batch_size=torch.full(places, len(x), device=x.device),
     )
+
+
+def as_row(weight: float | Tensor, positions: int) -> Tensor:
+    """A mixing weight at each position, in float64."""
+    if isinstance(weight, Tensor):
+        return weight.double().reshape(-1).expand(positions)
+    return torch.full((positions,), float(weight), dtype=torch.float64)
+
+
+def unused_as_constants(statistics: Statistics, weights: tuple) -> Statistics:
+    """Zero and one in place of the statistics whose mixing weight switches them off."""
+    w_feature, w_batch = weights
+    batch, feature = tuple(statistics[:2]), tuple(statistics[2:])
+    if is_zero(w_batch):
+        batch = torch.zeros_like(batch[0]), torch.ones_like(batch[0])  # type: ignore[arg-type]
+    if is_zero(w_feature):
+        feature = torch.zeros_like(feature[0]), torch.ones_like(feature[0])  # type: ignore[arg-type]
+    return Statistics(*batch, *feature)
 
 
 class Normalization(HasMode):
@@ -159,12 +179,52 @@ class Normalization(HasMode):
         over = tuple(range(batch_axis, x.ndim - 1)) if is_shared else (batch_axis,)
         population, uses, batch_size = self._source(places)
         weights = mixing_weights(x.shape[batch_axis] if batch_size is None else batch_size, self.delta, self.norm)
+        # The kernels build on norms, so that they cannot be imported above.
+        from lightning_bln.kernels.dense import runs_compiled
+
+        if not groups and runs_compiled(x, self.weight):
+            return self._compiled(x, is_shared, places, population, uses, weights)
         statistics = choose(population, uses, x, over, weights)
         if self.training:
             with torch.no_grad():
                 self.population.gather(observe(statistics, x, places, over))
         scale = scale_factor(self.scale, self.num_features)
         return normalize(x, statistics, weights, self.weight, self.bias, scale=scale, eps=self.eps)
+
+    def _compiled(
+        self,
+        x: Tensor,
+        is_shared: bool,
+        places: tuple[int, ...],
+        population: Statistics | None,
+        uses: Uses,
+        weights: tuple,
+    ) -> Tensor:
+        """:meth:`_normalize` on the compiled kernels."""
+        from lightning_bln.kernels.dense import DenseSettings, dense
+
+        flat = x.reshape(-1, 1, x.shape[-1]) if is_shared else x.reshape(x.shape[0], -1, x.shape[-1])
+        rows, positions, _ = flat.shape
+        given = None
+        if population is not None and any(uses):
+            given = torch.cat([value.reshape(-1) for value in population]).to(x.dtype)  # type: ignore[union-attr]
+        mixing = torch.stack([as_row(weight, positions) for weight in weights])
+        needs_grad = torch.is_grad_enabled() and (
+            x.requires_grad or any(p is not None and p.requires_grad for p in (self.weight, self.bias))
+        )
+        bits = sum(int(use is True) << bit for bit, use in enumerate(uses)) if given is not None else 0
+        scale = scale_factor(self.scale, self.num_features)
+        settings = DenseSettings(int(self.training or needs_grad), bits, scale, self.eps)
+        y, seen = dense(flat, self.weight, self.bias, mixing, given, settings)
+        if self.training:
+            assert seen is not None
+            used = unused_as_constants(seen, weights)
+            mean, var, feature_mean, feature_var = (
+                value.view(*places, *value.shape[1:]) for value in used if value is not None
+            )
+            counted = torch.full(places, rows), torch.full(places, x.shape[0])
+            self.population.gather(Observed(mean, var, feature_mean, feature_var, *counted))
+        return y.view(x.shape)
 
     def _source(self, positions: tuple[int, ...]) -> tuple[Statistics | None, Uses, Tensor | None]:
         """The population at ``positions``, which statistics it gives, and its batch size; nothing in training."""
@@ -191,7 +251,7 @@ class Normalization(HasMode):
         )
 
     def _check_dtype(self, x: Tensor) -> None:
-        if self.weight is not None and x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if self.weight is not None and x.dtype != self.weight.dtype and not is_autocast_enabled(x.device.type):
             raise TypeError(
                 f"x has dtype {x.dtype}, but the layer's parameters have {self.weight.dtype}; convert one with .to()"
             )

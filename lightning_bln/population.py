@@ -171,12 +171,11 @@ class Population(nn.Module):
         return Moments(self.count, self.mean, self.m2) if self.is_gathering else None
 
     def _assign(self, moments: Moments) -> None:
-        self.count, self.mean, self.m2 = (part.detach() for part in moments)
+        self.count, self.mean, self.m2 = (lasting(part) for part in moments)
 
     def _assign_frozen(self, values: list[Tensor]) -> None:
-        with torch.inference_mode(False):  # frozen during a validation, they must still serve a later training
-            for name, value in zip(FROZEN, values, strict=True):
-                setattr(self, name, value.detach().clone())
+        for name, value in zip(FROZEN, values, strict=True):
+            setattr(self, name, lasting(value.clone()))
 
     def _follow(self, values: list[Tensor], momentum: float) -> None:
         """Move the frozen population towards ``values``; positions it has not seen yet take theirs."""
@@ -209,6 +208,14 @@ class Population(nn.Module):
     def extra_repr(self) -> str:
         state = "frozen" if self.is_frozen else "empty"
         return f"{self.num_features}, estimator={self.estimator!r}, positions={self.positions}, {state}"
+
+
+def lasting(value: Tensor) -> Tensor:
+    """``value`` without history, and fit to serve a later training even if computed in inference mode."""
+    if not torch.is_inference_mode_enabled():
+        return value.detach()
+    with torch.inference_mode(False):
+        return value.clone()
 
 
 def merge_grown(a: Moments, b: Moments) -> Moments:

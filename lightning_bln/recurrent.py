@@ -12,12 +12,13 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from lightning_bln.cells.registry import build
 from lightning_bln.cells.weights import HasCells, Weights
+from lightning_bln.fanned import run_each_mode
 from lightning_bln.functional import check_choice
 from lightning_bln.gate_norm import GateNorm
-from lightning_bln.kernels import HiddenWeights, Noise, Sequences, run
+from lightning_bln.kernels import BACKENDS, HiddenWeights, Noise, Sequences, cpu, run, runs_compiled
+from lightning_bln.kernels.choice import name_of
 from lightning_bln.modes import FanOut
 
-BACKENDS = ("auto", "reference", "compile")
 State = Tensor | tuple[Tensor, ...]
 
 
@@ -54,7 +55,10 @@ class Recurrent(HasCells):
         time_statistics: ``"separate"`` population for each time step, or ``"shared"``.
         gate_statistics: Feature statistics of each gate (``"separate"``), or over all gates at once (``"joint"``).
         backend: ``"auto"`` for the fastest there is, ``"reference"`` for plain torch operations, which have gradients
-            of any order, or ``"compile"`` for steps that :func:`torch.compile` has fused.
+            of any order, ``"compile"`` for steps that :func:`torch.compile` has fused, or ``"cpu"`` for the compiled
+            kernels or an error.
+        recompute: Whether the compiled kernels compute gates and products again in the backward pass rather than keep
+            them: several times less memory for long sequences, a third more time.
         eps: Added to the variances.
         delta: The authors' correction of the mixing weights.
         population: ``"pooled"`` or ``"paper"``, see :class:`~lightning_bln.Population`.
@@ -106,6 +110,7 @@ class Recurrent(HasCells):
         time_statistics: str = "separate",
         gate_statistics: str = "separate",
         backend: str = "auto",
+        recompute: bool = False,
         eps: float = 1e-3,
         delta: float = 1e-4,
         population: str = "pooled",
@@ -153,7 +158,7 @@ class Recurrent(HasCells):
         self.num_layers, self.batch_first, self.bidirectional = num_layers, batch_first, bidirectional
         self.dropout, self.input_dropout, self.recurrent_dropout = dropout, input_dropout, recurrent_dropout
         self.zoneout, self.time_statistics, self.gate_statistics = zoneout, time_statistics, gate_statistics
-        self.backend = backend
+        self.backend, self.recompute = backend, recompute
         for layer in range(num_layers):
             for suffix in self._suffixes(layer):
                 size = input_size if layer == 0 else self.output_size * self.num_directions
@@ -198,8 +203,10 @@ class Recurrent(HasCells):
                 x = x.transpose(0, 1)
         fan = self._fan()
         if fan is not None:
-            if packed is not None:
-                raise ValueError("fan-out takes no packed sequences; run each mode on its own")
+            if not batched:
+                raise ValueError("fan-out needs a batch axis to lay modes along; pass a batch of one")
+            if packed is not None or runs_compiled(self.backend, self.cell, x, self._weights("_l0")):
+                return run_each_mode(self, input, hx, fan, 0 if self.batch_first else 1)
             x = fan.enter(x, 1)
         state = self._first_state(x, hx, batched)
         if packed is not None and packed.sorted_indices is not None and hx is not None:
@@ -246,8 +253,10 @@ class Recurrent(HasCells):
         steps, samples = x.shape[0], x.shape[-2]
         running = [samples] * steps if sizes is None else sizes
         mask = self._mask(x[0], self.input_dropout)
-        bias = weights.bias_ih if weights.norm_ih is None else None
-        x = F.linear(x if mask is None else x * mask, weights.weight_ih, bias)
+        x = x if mask is None else x * mask
+        if runs_compiled(self.backend, self.cell, x, weights):
+            return self._compiled(x, state, weights, sizes)
+        x = F.linear(x, weights.weight_ih, weights.bias_ih if weights.norm_ih is None else None)
         x = x.unflatten(-1, (len(self.cell.gates), -1))
         if weights.norm_ih is not None:
             data = None if sizes is None else is_running(sizes, x)
@@ -270,6 +279,55 @@ class Recurrent(HasCells):
         if weights.norm_cell is not None and result.norm_cell is not None:
             weights.norm_cell.gather(result.norm_cell, running)
         return result.outputs, result.state
+
+    def _compiled(
+        self, x: Tensor, state: tuple[Tensor, ...], weights: Weights, sizes: list[int] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """:meth:`_direction` as one call of the compiled kernels, on the rows that hold data."""
+        name, dtype = name_of(self.cell), weights.weight_hh.dtype
+        assert name is not None
+        steps, samples = x.shape[:2]
+        running = [samples] * steps if sizes is None else sizes
+        modules = (weights.norm_ih, *(weights.norm_hh or (None,)), weights.norm_cell)
+        norms = cpu.LayerNorms(*(None if norm is None else norm.sequence(steps, running) for norm in modules))
+        rows = None if sizes is None else is_running(sizes, x.unsqueeze(-2)).flatten().nonzero().squeeze(1)
+        flat = x.flatten(0, 1) if rows is None else x.flatten(0, 1).index_select(0, rows)
+        first = tuple(value.to(dtype) for value in state)
+        zoneout_mask = None
+        if self.zoneout and self.training:
+            shape = (2, len(flat), self.hidden_size)
+            zoneout_mask = (torch.rand(shape, dtype=dtype) < self.zoneout).to(dtype)
+        inputs = cpu.Inputs(
+            flat.to(dtype),
+            weights.weight_ih,
+            weights.weight_hh,
+            weights.bias_ih,
+            weights.bias_hh,
+            first[0],
+            first[1] if len(first) > 1 else None,
+            None if norms.ih is None else norms.ih.weight,
+            None if norms.hh is None else norms.hh.weight,
+            None if norms.cell is None else norms.cell.weight,
+            None if norms.cell is None else norms.cell.bias,
+        )
+        result = cpu.layer(
+            name,
+            inputs,
+            norms,
+            steps,
+            sizes,
+            hidden_mask=self._mask(first[0], self.recurrent_dropout),
+            zoneout=self.zoneout,
+            zoneout_mask=zoneout_mask,
+            recompute=self.recompute,
+        )
+        for norm, observed in zip(modules, result[2:], strict=True):
+            if norm is not None and observed is not None:
+                norm.gather(observed, running)
+        output = result.output
+        if rows is not None:
+            output = output.new_zeros(steps * samples, self.hidden_size).index_copy(0, rows, output)
+        return output.view(steps, samples, -1), result.state
 
     def _mask(self, like: Tensor, probability: float) -> Tensor | None:
         """What multiplies a tensor at every step to drop some of it, the rest scaled up; ``None`` if nothing drops."""

@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from lightning_bln import _compat
 from lightning_bln.callbacks.user_state import Snapshot, UserState
+from lightning_bln.fanout import SharedForward
 from lightning_bln.modes import HasMode, StatisticsMode, mode_layers
 
 EPOCH_END = "on_validation_epoch_end"
@@ -54,8 +54,11 @@ class Evaluation:
     same random state. Whatever a run does, the Trainer is left as it was found.
     """
 
-    def __init__(self, trainer: Any, module: Any, modes: Iterable[StatisticsMode]) -> None:
-        self.trainer, self.module = trainer, module
+    def __init__(
+        self, trainer: Any, module: Any, modes: Iterable[StatisticsMode], shared: SharedForward | None = None
+    ) -> None:
+        self.trainer, self.module, self.shared = trainer, module, shared
+        self.is_first = True
         self.loop = _compat.evaluation_loop(trainer)
         self.connector = _compat.connector(trainer)
         self.layers = mode_layers(module)
@@ -122,9 +125,18 @@ class Evaluation:
             self.dataloader_idx = dataloader_idx
         copies = Copies(batch)
         state = RandomState(self.module.device)
-        for run in self.runs.values():
+
+        def turn(run: Run) -> None:
             self.run_step(run, copies.next(), batch_idx, dataloader_idx)
             state.restore()
+
+        runs = list(self.runs.values())
+        if self.shared is None:
+            for run in runs:
+                turn(run)
+        else:
+            self.shared.each(runs, turn, recheck=self.is_first)
+        self.is_first = False
 
     def run_step(self, run: Run, batch: Any, batch_idx: int, dataloader_idx: int | None) -> Any:
         """One validation step of one mode, with the module's own hooks around it."""
@@ -244,7 +256,7 @@ class Evaluation:
         lost = self.names(results)
         self.user.put(run.state)
         dict.clear(results)
-        dict.update(results, {**foreign, **run.results})
+        dict.update(results, {**foreign, **{key: _compat.plain_row(row) for key, row in run.results.items()}})
         lost -= self.names(results)
         for name in _compat.CONNECTOR_METRICS:
             values = getattr(self.connector, name)
@@ -304,7 +316,15 @@ class RandomState:
 
 def copied(rows: dict[str, Any]) -> dict[str, Any]:
     """Logged values of one's own; one that is a metric object stays the user's."""
-    return {key: deepcopy(value) if value.is_tensor else value for key, value in rows.items()}
+    return {key: copied_row(value) if value.is_tensor else value for key, value in rows.items()}
+
+
+def copied_row(row: Any) -> Any:
+    # not a deep copy: a row refers to the strategy by the function that reduces it
+    own = object.__new__(type(row))
+    state = row.__getstate__()
+    own.__setstate__({name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()})
+    return own
 
 
 def same(tensor: Tensor) -> Tensor:
@@ -314,5 +334,3 @@ def same(tensor: Tensor) -> Tensor:
 def set_layer_modes(layers: list[HasMode], mode: StatisticsMode) -> None:
     for layer in layers:
         layer.mode = mode
-
-

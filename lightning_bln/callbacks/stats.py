@@ -1,4 +1,4 @@
-"""The callback: when the population is frozen and when a statistics mode is chosen; what that takes is done elsewhere."""
+"""The callback: when the population is frozen and a statistics mode chosen; what that takes is done elsewhere."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import math
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from rich.console import Console
 
 from lightning_bln import _compat
 from lightning_bln.callbacks.averaging import keep_apart, write_statistics
+from lightning_bln.callbacks.display import label_bar, log_choice, print_table, save
 from lightning_bln.callbacks.evaluation import Evaluation
 from lightning_bln.callbacks.guard import Guard
 from lightning_bln.callbacks.recompute import check_recompute, fingerprint, recompute
+from lightning_bln.fanout import SharedForward
 from lightning_bln.modes import ALL_MODES, BATCH_INDEPENDENT_MODES, StatisticsMode, mode_layers
 from lightning_bln.population import Population, freeze_population, populations, reset_population
 from lightning_bln.sweep import Direction, SweepResult, check_direction
@@ -66,6 +68,11 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         ('pppp', 'pppc', 'ppcp', 'ppcc')
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> BLNStatsCallback:
+        # the other Trainer may have been imported since this class was made, and takes only callbacks of its own
+        later = tuple(base for base in _compat.callback_bases() if not issubclass(cls, base))
+        return super().__new__(of_both(cls, later) if later else cls)  # type: ignore[arg-type]
+
     def __init__(
         self,
         monitor: str = "val_loss",
@@ -105,6 +112,7 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         self.history: list[tuple[int, int, str, float]] = []
         self._evaluation: Evaluation | None = None
         self._guard: Guard | None = None
+        self._shared: SharedForward | None = None
         self._sweeps = False
         self._frozen_at: tuple[float, float] | None = None
         self._warned: str | None = None
@@ -113,6 +121,9 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
     @property
     def state_key(self) -> str:
         return self._generate_state_key(monitor=self.monitor, mode=self.mode)
+
+    shares_forwards = True
+    """Whether modes share forwards where the model allows; results are the same without."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         ours = [callback for callback in trainer.callbacks if isinstance(callback, BLNStatsCallback)]
@@ -140,8 +151,8 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
             check_recompute(trainer, pl_module)
         for callback in trainer.callbacks:
             keep_apart(callback, pl_module)
-        if self.result is not None:
-            rank_zero_info(f"BLNStatsCallback resumes with statistics mode {mode_layers(pl_module)[0].mode}.")
+        if all(one.is_frozen for one in populations(pl_module)):
+            self._announce(pl_module, "resumes")
 
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
         # before training there is no population, and nobody wants to be told so
@@ -180,9 +191,13 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
             return
         if self._evaluation is None:
             # only now have the module's own hooks for the start of the epoch run
-            self._evaluation = Evaluation(trainer, pl_module, self.candidates)
+            if self._shared is None and self.shares_forwards:
+                self._shared = SharedForward(pl_module)
+            self._evaluation = Evaluation(trainer, pl_module, self.candidates, self._shared)
             self._guard = Guard(self.tolerance, self.guard == "strict") if self._is_guarded else None
         index = _compat.results(_compat.evaluation_loop(trainer)).dataloader_idx
+        if batch_idx == 0:
+            label_bar(trainer, f"Validation in {len(self.candidates)} modes")
         if self._guard is not None:
             self._guard.keep(batch, index)
         self._evaluation.step(batch, batch_idx, index)
@@ -217,12 +232,21 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         if self.result is None or not trainer.is_global_zero:
             return
+        if self.should_log:
+            log_choice(trainer, self.result, figure=self.plot)
         if self.verbose:
-            Console().print(self.result)
+            print_table(self.result)
         if self.save_dir is not None:
-            self.save_dir.mkdir(parents=True, exist_ok=True)
-            self.result.to_json(self.save_dir / "bln_sweep.json")
-            self.result.plot().savefig(self.save_dir / "bln_sweep.png", dpi=150)
+            save(self.result, self.save_dir)
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        self._announce(pl_module, "tests")
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        self._announce(pl_module, "predicts")
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._shared = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._evaluation = self._guard = None
@@ -246,12 +270,17 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
     def _is_guarded(self) -> bool:
         return self.guard != "off" and not all(one.is_batch_independent for one in self.candidates)
 
+    def _announce(self, module: Any, doing: str) -> None:
+        modes = sorted({str(layer.mode) for layer in mode_layers(module)})
+        if modes:
+            rank_zero_info(f"{type(module).__name__} {doing} in statistics mode {', '.join(modes)}.")
+
     def _check(self, trainer: Any, module: Any) -> None:
         if not mode_layers(module):
             raise _compat.misconfiguration(
                 trainer,
-                f"model={type(module).__name__} has no layer with a statistics mode, so there is nothing to choose; put "
-                "a BatchLayerNorm or a recurrent layer with norm='bln' into it, or take the callback away",
+                f"model={type(module).__name__} has no layer with a statistics mode, so there is nothing to choose; "
+                "put a BatchLayerNorm or a recurrent layer with norm='bln' into it, or take the callback away",
             )
         if _compat.takes_dataloader_iter(module.validation_step):
             raise _compat.misconfiguration(
@@ -295,10 +324,27 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
             return
         shown = result.shown()
         for mode, values in result.scores.items():
-            self.log_dict({f"bln/{name}/{mode}": values[name] for name in shown if name in values})
+            named = {f"bln/{name}/{mode}": values[name] for name in shown if name in values}
+            # the name may hold a dataloader's index, which must not be given a second one
+            self.log_dict(named, add_dataloader_idx=False)
         for mode, pair in result.regrouped.items():
             if math.isfinite(pair.spread):
                 self.log(f"bln/spread/{mode}", pair.spread)
+
+
+@cache
+def of_both(cls: type, later: tuple[type, ...]) -> type:
+    """``cls`` under its own name, as a callback of further namespaces too."""
+    names: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    names["__reduce__"] = lambda self: (revive, (cls, self.__dict__))
+    return type(cls)(cls.__name__, (cls, *later), names)  # type: ignore[call-overload]
+
+
+def revive(cls: type, state: dict[str, Any]) -> Any:
+    """Unpickle an instance of a class that no module has by name."""
+    instance = cls.__new__(cls)
+    instance.__dict__.update(state)
+    return instance
 
 
 def parse_candidates(candidates: str | Iterable[str]) -> tuple[StatisticsMode, ...]:
@@ -307,7 +353,7 @@ def parse_candidates(candidates: str | Iterable[str]) -> tuple[StatisticsMode, .
     if isinstance(candidates, str):
         if candidates not in named:
             raise ValueError(
-                f"candidates={candidates!r}, but it must be 'all', 'batch_independent' or a list of modes: ['ppcc'], say"
+                f"candidates={candidates!r}, but it must be 'all', 'batch_independent' or modes by name: ['ppcc'], say"
             )
         return named[candidates]
     modes = tuple(dict.fromkeys(StatisticsMode(one) for one in candidates))
@@ -318,5 +364,3 @@ def parse_candidates(candidates: str | Iterable[str]) -> tuple[StatisticsMode, .
 
 def saves_checkpoints(callback: Any) -> bool:
     return any(base.__name__ == "Checkpoint" for base in type(callback).__mro__)
-
-

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_bln._compat import is_autocast_enabled
 from lightning_bln.cells.cell import Cell
 from lightning_bln.functional import NORMS, check_choice
 from lightning_bln.gate_norm import GateNorm
@@ -74,7 +75,9 @@ class HasCells(nn.Module):
         if not 0 <= proj_size < hidden_size:
             raise ValueError(f"proj_size={proj_size}, but it must be smaller than hidden_size={hidden_size}; lower it")
         for name in ("gate_statistics", "time_statistics"):
-            check_choice(name, norm_options.get(name, "separate"), ("separate", "joint" if "gate" in name else "shared"))
+            check_choice(
+                name, norm_options.get(name, "separate"), ("separate", "joint" if "gate" in name else "shared")
+            )
         self.cell, self.input_size, self.hidden_size = cell, input_size, hidden_size
         self.bias, self.proj_size, self.norm = bias, proj_size, norm
         self._normalizes = {"input": norm_input, "hidden": norm_hidden, "cell": norm_cell and cell.has_norm_cell}
@@ -190,7 +193,7 @@ class HasCells(nn.Module):
         if x.numel() == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}, an empty batch or a sequence of no steps; pass some data")
         dtype = next(self.parameters()).dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != dtype and not is_autocast_enabled(x.device.type):
             raise TypeError(f"x has dtype {x.dtype}, but the layer's parameters have {dtype}; convert one with .to()")
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:

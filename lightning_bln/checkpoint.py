@@ -1,0 +1,83 @@
+"""A Trainer's checkpoint file: reading it, and writing a statistics mode into it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_bln.modes import HasMode
+
+
+def load_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str, Any]:
+    """What the checkpoint at ``path`` holds, on the CPU.
+
+    Raises:
+        ValueError: The file holds objects that could run code, and ``weights_only`` forbids those.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors and plain values; if you trust it, pass weights_only=False ({error})"
+        ) from error
+
+
+def write_mode(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    output: str | Path | None = None,
+    weights_only: bool = True,
+    callback: Any = None,
+) -> None:
+    """Write the statistics modes of ``model`` into the checkpoint at ``path``; all else in the file stays.
+
+    The file is replaced in one step: whoever reads it finds the old one or the new one whole, also after a crash.
+
+    Args:
+        path: A checkpoint whose ``state_dict`` is that of ``model``.
+        model: The model whose layers' modes are written.
+        output: Write to this file and leave ``path`` alone.
+        weights_only: Refuse files that could run code when they are loaded.
+        callback: A :class:`~lightning_bln.callbacks.BLNStatsCallback`; where the file has its state, the state gets
+            its result.
+
+    Raises:
+        ValueError: The file's state dict has no mode for a layer of ``model``; nothing is written then.
+    """
+    checkpoint = load_checkpoint(path, weights_only=weights_only)
+    state_dict = checkpoint["state_dict"]
+    for name, layer in model.named_modules():
+        if isinstance(layer, HasMode):
+            key = f"{name}._extra_state".lstrip(".")
+            if key not in state_dict:
+                raise ValueError(f"{path} has no entry {key!r}, so it is not of this {type(model).__name__}")
+            state_dict[key] = layer.get_extra_state()
+    saved = checkpoint.get("callbacks", {}).get(callback.state_key) if callback is not None else None
+    if saved is not None:
+        saved["result"] = callback.state_dict()["result"]
+    save_atomically(checkpoint, Path(path if output is None else output), like=Path(path))
+
+
+def save_atomically(content: Any, path: Path, like: Path) -> None:
+    """``torch.save`` to a file beside ``path`` that then takes its place, with the permissions of ``like``."""
+    path = path.resolve()  # a link to a checkpoint stays a link
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.copymode(like, name)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

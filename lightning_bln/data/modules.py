@@ -1,0 +1,453 @@
+"""Lightning data modules over the readers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_bln.data.batching import LengthBuckets, pad_batch, pad_to_length, seeded_split
+from lightning_bln.data.files import DataError, read_text
+from lightning_bln.data.images import Images, read_cifar10, read_mnist
+from lightning_bln.data.language import TokenWindows, read_penn_treebank, read_tiny_shakespeare, words_by_line
+from lightning_bln.data.reviews import LabelledTexts, read_folder, read_imdb, read_table
+from lightning_bln.data.text import PAD, UNKNOWN, TextPipeline, Tokenizer, Vocabulary, build_vocabulary, get_tokenizer
+
+PathLike = str | os.PathLike[str]
+
+
+class _DataModule(LightningDataModule):
+    """Loaders over ``self.parts``, which ``setup`` fills: a data set for each of train, validation and test."""
+
+    def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}, but a batch holds at least 1 sample")
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.parts: dict[str, Dataset[Any]] = {}
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader("validation")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test")
+
+    def _loader(self, part: str) -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(self.seed)
+        return self._make_loader(part, batch_size=self.batch_size, shuffle=part == "train", generator=generator)
+
+    def _make_loader(self, part: str, **options: Any) -> DataLoader[Any]:
+        if part not in self.parts:
+            raise DataError(f"{type(self).__name__}: no {part} data; call setup() first, or give it a {part} file")
+        workers = self.num_workers
+        return DataLoader(self.parts[part], num_workers=workers, persistent_workers=workers > 0, **options)
+
+
+class _Texts(Dataset[tuple[Tensor, int]]):
+    def __init__(self, tokens: list[Tensor], labels: list[int]) -> None:
+        self.tokens, self.labels = tokens, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.tokens[index], self.labels[index]
+
+
+class TextData(_DataModule):
+    """Labelled texts from a folder a class, CSV, TSV or JSON lines.
+
+    Batches are ``(tokens [batch, longest], lengths [batch], labels [batch])``, samples of like length together; with
+    ``fixed_length`` they are ``(tokens [batch, fixed_length], labels [batch])``, padded and cut in front. Validation
+    and test samples come in a seeded random order, never class by class: a statistics mode that uses the current batch
+    would read the labels from it.
+
+    Args:
+        train: a file ending in ``.csv``, ``.tsv``, ``.jsonl`` or ``.ndjson``, or a folder of folders.
+        test: the same for test data, if there is any.
+        batch_size: samples a batch.
+        validation: samples taken off the training data, a count or a fraction.
+        tokenizer: a name of :func:`~lightning_bln.data.get_tokenizer`, or a callable from a string to tokens.
+        vocabulary: called with tokens, returns ids (a ``torchtext.vocab.Vocab``, say); built from the training texts
+            without one.
+        max_tokens: size of a vocabulary that is built.
+        min_freq: rarer tokens are left out of a vocabulary that is built.
+        max_length: longer texts are cut, their end kept.
+        fixed_length: pad or cut every text to this length.
+        text: column or key of the text.
+        label: column or key of the label.
+        num_workers: loader processes.
+        seed: of the split and of the order.
+    """
+
+    def __init__(
+        self,
+        train: PathLike,
+        test: PathLike | None = None,
+        *,
+        batch_size: int = 32,
+        validation: int | float = 0.1,
+        tokenizer: str | Tokenizer = "basic_english",
+        vocabulary: Vocabulary | None = None,
+        max_tokens: int | None = 20_000,
+        min_freq: int = 1,
+        max_length: int | None = 400,
+        fixed_length: int | None = None,
+        text: str = "text",
+        label: str = "label",
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        self.train_path, self.test_path = train, test
+        self.validation, self.tokenizer = validation, tokenizer
+        self.vocabulary, self.max_tokens, self.min_freq = vocabulary, max_tokens, min_freq
+        self.max_length, self.fixed_length = max_length, fixed_length
+        self.text, self.label = text, label
+        self.classes: tuple[str, ...] = ()
+        self.pipeline: TextPipeline | None = None
+
+    def read(self) -> tuple[LabelledTexts, LabelledTexts | None]:
+        """Return the training texts and, if there are any, the test texts."""
+
+        def one(path: PathLike, classes: tuple[str, ...] | None) -> LabelledTexts:
+            if Path(path).is_dir():
+                return read_folder(path)
+            return read_table(path, text=self.text, label=self.label, classes=classes)
+
+        train = one(self.train_path, None)
+        return train, None if self.test_path is None else one(self.test_path, train.classes)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.parts:
+            return
+        train, test = self.read()
+        if test is not None and test.classes != train.classes:
+            raise DataError(f"{self.test_path}: classes {test.classes}, but training has {train.classes}")
+        tokenize = get_tokenizer(self.tokenizer)
+        tokens = [tokenize(text) for text in train.texts]
+        if not isinstance(self.validation, float):
+            sizes: list[int | float] = [len(tokens) - self.validation, self.validation]
+        else:
+            taken = round(self.validation * len(tokens))
+            sizes = [len(tokens) - taken, taken]
+        train_index, validation_index = (index.tolist() for index in seeded_split(len(tokens), sizes, self.seed))
+        if self.vocabulary is None:
+            # From the training part alone: the validation part must be as foreign to the model as the test set.
+            self.vocabulary = build_vocabulary(
+                (tokens[index] for index in train_index), min_freq=self.min_freq, max_tokens=self.max_tokens
+            )
+        self.pipeline = TextPipeline(tokenize, self.vocabulary)
+        self.classes = train.classes
+        self.parts["train"] = self._dataset([tokens[i] for i in train_index], [train.labels[i] for i in train_index])
+        self.parts["validation"] = self._dataset(
+            [tokens[i] for i in validation_index], [train.labels[i] for i in validation_index]
+        )
+        if test is not None:
+            (order,) = seeded_split(len(test.texts), [len(test.texts)], self.seed)
+            self.parts["test"] = self._dataset(
+                [tokenize(test.texts[i]) for i in order.tolist()], [test.labels[i] for i in order.tolist()]
+            )
+
+    @property
+    def padding(self) -> int:
+        """The id that fills up shorter texts."""
+        assert self.vocabulary is not None
+        has_padding = PAD in self.vocabulary
+        return self.vocabulary[PAD] if has_padding else 0
+
+    def _dataset(self, texts: list[list[str]], labels: list[int]) -> Dataset[Any]:
+        assert self.vocabulary is not None
+        ids = [self.vocabulary(tokens) for tokens in texts]
+        if self.fixed_length is not None:
+            return TensorDataset(pad_to_length(ids, self.fixed_length, self.padding), torch.tensor(labels))
+        # A text without a single token still is one step long: a sequence of length 0 cannot be packed.
+        kept = [sequence[-self.max_length :] if self.max_length else sequence for sequence in ids]
+        return _Texts([torch.tensor(sequence or [self.padding], dtype=torch.long) for sequence in kept], labels)
+
+    def _loader(self, part: str) -> DataLoader[Any]:
+        dataset = self.parts.get(part)
+        if not isinstance(dataset, _Texts):
+            return super()._loader(part)
+        lengths = [len(tokens) for tokens in dataset.tokens]
+        batches = LengthBuckets(lengths, self.batch_size, shuffle=part == "train", seed=self.seed)
+        return self._make_loader(part, batch_sampler=batches, collate_fn=_Padding(self.padding))
+
+
+class _Padding:
+    """Collates with :func:`~lightning_bln.data.pad_batch`; a class, since loader workers cannot be sent a lambda."""
+
+    def __init__(self, padding: int) -> None:
+        self.padding = padding
+
+    def __call__(self, samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        return pad_batch(samples, self.padding)
+
+
+class IMDBData(TextData):
+    """The IMDB reviews, from ``aclImdb_v1.tar.gz`` or the folder ``aclImdb``.
+
+    With ``tokenizer="keras"``, ``fixed_length=80`` it feeds :class:`~lightning_bln.models.PaperIMDB`.
+
+    Args:
+        data_dir: the folder that holds either; ``BLN_DATA_DIR``, or ``./data``, without one.
+        download: fetch the archive if neither is there.
+        **options: see :class:`TextData`.
+    """
+
+    def __init__(
+        self,
+        data_dir: PathLike | None = None,
+        *,
+        download: bool = False,
+        batch_size: int = 32,
+        validation: int | float = 5_000,
+        tokenizer: str | Tokenizer = "basic_english",
+        vocabulary: Vocabulary | None = None,
+        max_tokens: int | None = 20_000,
+        min_freq: int = 1,
+        max_length: int | None = 400,
+        fixed_length: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            data_dir or "",
+            batch_size=batch_size,
+            validation=validation,
+            tokenizer=tokenizer,
+            vocabulary=vocabulary,
+            max_tokens=max_tokens,
+            min_freq=min_freq,
+            max_length=max_length,
+            fixed_length=fixed_length,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        self.data_dir, self.download = data_dir, download
+
+    def prepare_data(self) -> None:
+        if self.download:
+            read_imdb(self.data_dir, fetch=True)
+
+    def read(self) -> tuple[LabelledTexts, LabelledTexts | None]:
+        return read_imdb(self.data_dir)
+
+
+class _ImageData(_DataModule):
+    """Images and labels, with a seeded validation part taken off the training set."""
+
+    def __init__(
+        self,
+        data_dir: PathLike | None,
+        download: bool,
+        batch_size: int,
+        validation: int | float,
+        num_workers: int,
+        seed: int,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        self.data_dir, self.download, self.validation = data_dir, download, validation
+
+    def read(self, fetch: bool = False) -> tuple[Images, Images]:
+        """Return training and test images."""
+        raise NotImplementedError
+
+    def transform(self, train: Images, test: Images) -> tuple[Tensor, Tensor]:
+        """Return the network's input for training and test images."""
+        raise NotImplementedError
+
+    def prepare_data(self) -> None:
+        if self.download:
+            self.read(fetch=True)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.parts:
+            return
+        train, test = self.read()
+        inputs, test_inputs = self.transform(train, test)
+        count = len(train.labels)
+        taken = round(self.validation * count) if isinstance(self.validation, float) else self.validation
+        kept, held_out = seeded_split(count, [count - taken, taken], self.seed)
+        self.parts["train"] = TensorDataset(inputs[kept], train.labels[kept])
+        self.parts["validation"] = TensorDataset(inputs[held_out], train.labels[held_out])
+        self.parts["test"] = TensorDataset(test_inputs, test.labels)
+
+
+class CIFAR10Data(_ImageData):
+    """CIFAR-10 from its binary or Python batches, every pixel and channel standardised by the training set.
+
+    Batches are ``(images [batch, 3, 32, 32], labels [batch])``, as :class:`~lightning_bln.models.PaperCIFAR10` takes.
+
+    Args:
+        data_dir: the folder that holds ``cifar-10-batches-bin`` or ``cifar-10-batches-py``.
+        download: fetch the binary files if neither is there.
+        batch_size: samples a batch.
+        validation: samples taken off the training data, a count or a fraction.
+        num_workers: loader processes.
+        seed: of the split and of the order.
+    """
+
+    def __init__(
+        self,
+        data_dir: PathLike | None = None,
+        *,
+        download: bool = False,
+        batch_size: int = 25,
+        validation: int | float = 0.1,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(data_dir, download, batch_size, validation, num_workers, seed)
+
+    def read(self, fetch: bool = False) -> tuple[Images, Images]:
+        return read_cifar10(self.data_dir, fetch=fetch)
+
+    def transform(self, train: Images, test: Images) -> tuple[Tensor, Tensor]:
+        return standardise(train.pixels, test.pixels)
+
+
+class MNISTData(_ImageData):
+    """MNIST from its idx files, as images or as sequences.
+
+    Batches are ``(images, labels)`` with images ``[batch, 1, 28, 28]``, for ``"rows"`` ``[batch, 28, 28]``, a row a
+    step, or for ``"pixels"`` ``[batch, 784, 1]``, a pixel a step; values lie in [0, 1].
+
+    Args:
+        data_dir: the folder that holds the four files, or a folder ``mnist`` that does.
+        sequence: ``"rows"``, ``"pixels"`` or ``None`` for images.
+        permutation: seed of one fixed permutation of all pixels (permuted MNIST); ``None`` for none.
+        download: fetch files that are missing.
+        batch_size: samples a batch.
+        validation: samples taken off the training data, a count or a fraction.
+        num_workers: loader processes.
+        seed: of the split and of the order.
+    """
+
+    def __init__(
+        self,
+        data_dir: PathLike | None = None,
+        *,
+        sequence: Literal["rows", "pixels"] | None = None,
+        permutation: int | None = None,
+        download: bool = False,
+        batch_size: int = 64,
+        validation: int | float = 5_000,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        if sequence not in (None, "rows", "pixels"):
+            raise ValueError(f"sequence={sequence!r}; use 'rows', 'pixels' or None")
+        super().__init__(data_dir, download, batch_size, validation, num_workers, seed)
+        self.sequence, self.permutation = sequence, permutation
+
+    def read(self, fetch: bool = False) -> tuple[Images, Images]:
+        return read_mnist(self.data_dir, fetch=fetch)
+
+    def transform(self, train: Images, test: Images) -> tuple[Tensor, Tensor]:
+        first, second = (self._arranged(images.pixels) for images in (train, test))
+        return first, second
+
+    def _arranged(self, pixels: Tensor) -> Tensor:
+        flat = pixels.flatten(1).float() / 255.0
+        if self.permutation is not None:
+            generator = torch.Generator().manual_seed(self.permutation)
+            flat = flat[:, torch.randperm(flat.shape[1], generator=generator)]
+        if self.sequence == "pixels":
+            return flat.unsqueeze(-1)
+        return flat.view(-1, *pixels.shape[2 if self.sequence == "rows" else 1 :])
+
+
+class LanguageData(_DataModule):
+    """Text for a language model, in batches that go on where the last ones stopped.
+
+    Batches are ``(inputs [batch, window], targets [batch, window])``; row ``r`` of a batch continues row ``r`` of the
+    one before, so a model carries its hidden state from batch to batch, as :class:`~lightning_bln.models.LanguageModel`
+    does. Nothing is shuffled.
+
+    Args:
+        source: ``"ptb"`` or ``"tinyshakespeare"`` to look for under ``data_dir``, or the path of a training text.
+        data_dir: where the named ones are.
+        validation: path of a validation text, for a training text given by path.
+        test: path of a test text.
+        level: ``"word"`` or ``"character"``; Penn Treebank's words count line ends as ``<eos>``.
+        batch_size: rows.
+        window: tokens of a row in a batch.
+        max_tokens: size of the vocabulary.
+        download: fetch the named files that are missing.
+        num_workers: loader processes.
+    """
+
+    def __init__(
+        self,
+        source: PathLike = "ptb",
+        data_dir: PathLike | None = None,
+        *,
+        validation: PathLike | None = None,
+        test: PathLike | None = None,
+        level: Literal["word", "character"] = "word",
+        batch_size: int = 20,
+        window: int = 35,
+        max_tokens: int | None = None,
+        download: bool = False,
+        num_workers: int = 0,
+    ) -> None:
+        if level not in ("word", "character"):
+            raise ValueError(f"level={level!r}; use 'word' or 'character'")
+        if window < 1:
+            raise ValueError(f"window={window}, but a batch is at least 1 token wide")
+        super().__init__(batch_size, num_workers, seed=0)
+        self.source, self.data_dir, self.level = source, data_dir, level
+        self.validation_path, self.test_path = validation, test
+        self.window, self.max_tokens, self.download = window, max_tokens, download
+        self.vocabulary: Vocabulary | None = None
+
+    def prepare_data(self) -> None:
+        if self.download:
+            self._texts(fetch=True)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.parts:
+            return
+        split: Callable[[str], list[str]] = words_by_line if self.level == "word" else list
+        streams = [split(text) for text in self._texts(fetch=False)]
+        if self.vocabulary is None:
+            self.vocabulary = build_vocabulary(
+                streams[:1], max_tokens=self.max_tokens, specials=[UNKNOWN], unknown=UNKNOWN
+            )
+        for part, stream in zip(("train", "validation", "test"), streams, strict=False):
+            self.parts[part] = TokenWindows(self.vocabulary(stream), self.batch_size, self.window)
+
+    def _texts(self, fetch: bool) -> list[str]:
+        named = {"ptb": read_penn_treebank, "tinyshakespeare": read_tiny_shakespeare}
+        if str(self.source) in named:
+            return named[str(self.source)](self.data_dir, fetch=fetch)
+        paths = [path for path in (self.source, self.validation_path, self.test_path) if path is not None]
+        return [read_text(Path(path)) for path in paths]
+
+    def _loader(self, part: str) -> DataLoader[Any]:
+        return self._make_loader(part, batch_size=None, shuffle=False)
+
+
+def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Give every feature mean 0 and variance 1 over the training samples; the test samples are moved alike.
+
+    Example:
+        >>> standardise(torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0]]))
+        (tensor([[-1.],
+                [ 1.]]), tensor([[3.]]))
+    """
+    mean, std = train.float().mean(0), train.float().std(0, unbiased=False).clamp_min(1e-6)
+    return (train.float() - mean) / std, (test.float() - mean) / std

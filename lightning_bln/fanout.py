@@ -1,0 +1,339 @@
+"""One forward for many modes: the part of a model that holds its BLN layers runs once, and each mode gets its share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bln._compat import tree_flatten, tree_map, tree_unflatten
+from lightning_bln.modes import StatisticsMode, fan_out, mode_layers
+
+BYTES = 2**28
+"""What the largest activation may take once it is there for all modes of a chunk."""
+
+MODULE_INTERNALS = frozenset(nn.Module().__dict__)
+
+
+class Shared(NamedTuple):
+    """What one call gave for all modes of a chunk."""
+
+    inputs: tuple[tuple, dict]
+    leaves: list[Any]
+    spec: Any
+
+
+class SharedForward:
+    """Lets steps that are run once for each mode share what they have in common.
+
+    Within :meth:`installed`, the forward of each module that holds every BLN layer is replaced. In the first mode's
+    turn at a batch it fans all modes of the chunk out along the batch axis and runs once; in the turns of the others it
+    hands out their part of the result, if it is called with the same input. The outermost module called is the one
+    that is shared.
+
+    On the first batch every mode is run the plain way too, and the plain results are used. Where the two differ, where
+    the module draws random numbers, changes state of its own or has hooks inside, it is left alone for good, and the
+    next smaller one is tried.
+
+    Args:
+        model: The model whose layers have modes.
+        chunk: How many modes to run at once at most; less where memory would not do.
+    """
+
+    def __init__(self, model: nn.Module, chunk: int = 16) -> None:
+        self.sites = [Site(self, module) for module in holders(model)]
+        self.chunk = chunk
+        self.modes: tuple[StatisticsMode, ...] = ()
+        self.turn = 0
+        self.is_inside = False
+        self.is_rechecking = False
+        self.reason: str | None = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether any module is, or may yet be, shared."""
+        return any(not site.failed for site in self.sites)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Within the context the modules' forwards are shared."""
+        with ExitStack() as stack:
+            for site in self.sites:
+                if not site.failed:
+                    stack.enter_context(site.installed())
+            yield
+
+    def each(self, runs: Sequence[Any], step: Callable[[Any], Any], recheck: bool = False) -> None:
+        """Call ``step`` with each of ``runs``, which have a ``mode``, on one batch.
+
+        Args:
+            runs: Whose turn it is, one after the other; ``step`` sets the mode.
+            step: What to do in a turn.
+            recheck: Compare the first turn with the plain way again.
+        """
+        if not self.is_active:
+            for run in runs:
+                step(run)
+            return
+        self.is_rechecking = recheck
+        with self.installed():
+            start = 0
+            while start < len(runs):
+                part = runs[start : start + self.chunk]
+                self.modes = tuple(run.mode for run in part)
+                for site in self.sites:
+                    site.shared = {}
+                for self.turn, run in enumerate(part):
+                    for site in self.sites:
+                        site.calls = 0
+                    step(run)
+                start += len(part)
+                self.is_rechecking = False
+        self.modes = ()
+        for site in self.sites:
+            site.shared = {}
+            site.was_checked |= bool(site.axes)
+
+    def shrink(self, size: int) -> None:
+        """Run fewer modes at once from now on."""
+        self.chunk = max(1, min(self.chunk, size))
+
+    def give_up(self, site: Site, reason: str) -> None:
+        site.failed = True
+        site.shared = {}
+        if not self.is_active:
+            self.reason = reason
+
+
+class Site:
+    """A module whose forward may be shared."""
+
+    def __init__(self, owner: SharedForward, module: nn.Module) -> None:
+        self.owner, self.module = owner, module
+        self.failed = False
+        self.fans_early = False
+        self.was_checked = False
+        self.axes: dict[int, list[int | None]] = {}
+        self.shared: dict[int, Shared] = {}
+        self.calls = 0
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        own = self.module.__dict__.get("forward")
+        self.plain: Callable = self.module.forward
+        self.module.__dict__["forward"] = self.forward
+        try:
+            yield
+        finally:
+            del self.module.__dict__["forward"]
+            if own is not None:
+                self.module.__dict__["forward"] = own
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        owner = self.owner
+        if owner.is_inside or self.failed or len(owner.modes) < 2 or self.module.training:
+            return self.plain(*args, **kwargs)
+        call, self.calls = self.calls, self.calls + 1
+        if owner.turn == 0:
+            return self.first_turn(call, args, kwargs)
+        shared = self.shared.get(call)
+        if shared is None:
+            return self.run_plain(args, kwargs)
+        if not same_tree(shared.inputs, (args, kwargs)):
+            if not self.was_checked:
+                owner.give_up(self, "its input depends on the mode")
+            return self.run_plain(args, kwargs)
+        if self.was_checked:
+            return self.part(call, owner.turn)
+        output = self.run_plain(args, kwargs)
+        if not close_tree(output, self.part(call, owner.turn)):
+            owner.give_up(self, "modes in one forward give other results")
+        return output
+
+    def first_turn(self, call: int, args: tuple, kwargs: dict) -> Any:
+        if self.was_checked and not self.owner.is_rechecking:
+            if call not in self.axes:
+                return self.run_plain(args, kwargs)
+            output = self.fan(args, kwargs)
+            if output is None:
+                return self.run_plain(args, kwargs)
+            self.shared[call] = Shared((args, kwargs), *tree_flatten(output))
+            return self.part(call, 0)
+        return self.learn(call, args, kwargs)
+
+    def learn(self, call: int, args: tuple, kwargs: dict) -> Any:
+        """Run the plain way, then all modes at once; use the first, and find out whether the second will do."""
+        before, random = self.state(), torch.get_rng_state()
+        with measured(self.module) as largest:
+            output = self.run_plain(args, kwargs)
+        if not torch.equal(random, torch.get_rng_state()) or before != self.state():
+            self.owner.give_up(self, "it draws random numbers or changes state of its own")
+            return output
+        self.owner.shrink(BYTES // max(1, largest[0]))
+        if 1 < self.owner.chunk < len(self.owner.modes):
+            return output  # the next batch comes in smaller chunks, and is the one to learn from
+        for early in (False, True) if not self.was_checked else (self.fans_early,):
+            self.fans_early = early
+            fanned = self.fan(args, kwargs, learning=True)
+            if self.owner.chunk < len(self.owner.modes):
+                return output
+            if fanned is None:
+                continue
+            axes = find_axes(output, fanned, len(self.owner.modes))
+            if axes is None:
+                continue
+            self.axes[call] = axes
+            self.shared[call] = Shared((args, kwargs), *tree_flatten(fanned))
+            if close_tree(output, self.part(call, 0)):
+                return output
+        self.owner.give_up(self, "modes in one forward give other results")
+        return output
+
+    def run_plain(self, args: tuple, kwargs: dict) -> Any:
+        self.owner.is_inside = True
+        try:
+            return self.plain(*args, **kwargs)
+        finally:
+            self.owner.is_inside = False
+
+    def fan(self, args: tuple, kwargs: dict, learning: bool = False) -> Any:
+        """The output for all modes of the chunk, or None where that cannot be had."""
+        modes = self.owner.modes
+        self.owner.is_inside = True
+        try:
+            with fan_out(self.module, modes) as fan:
+                if self.fans_early:
+                    fan.is_fanned = True
+                    args, kwargs = tree_map(lambda one: repeated(one, len(modes)), (args, kwargs))
+                return self.plain(*args, **kwargs)
+        except Exception as error:
+            # whatever it is, the plain way comes next, and raises what is the user's
+            if is_out_of_memory(error) and len(modes) > 3:
+                self.owner.shrink(len(modes) // 2)
+            elif not learning:
+                self.owner.give_up(self, f"it raised {type(error).__name__}")
+            return None
+        finally:
+            self.owner.is_inside = False
+
+    def part(self, call: int, turn: int) -> Any:
+        """The output of the mode whose turn it is."""
+        size = len(self.owner.modes)
+        leaves = []
+        for leaf, axis in zip(self.shared[call].leaves, self.axes[call], strict=True):
+            if axis is not None:
+                length = leaf.shape[axis] // size
+                leaf = leaf.narrow(axis, turn * length, length).contiguous()
+            leaves.append(leaf)
+        return tree_unflatten(leaves, self.shared[call].spec)
+
+    def state(self) -> list[tuple[int, int]]:
+        """What a forward could leave behind in plain attributes and buffers, to be compared."""
+        found = []
+        for module in self.module.modules():
+            values = [value for name, value in module.__dict__.items() if name not in MODULE_INTERNALS]
+            for value in [*values, *module._buffers.values()]:
+                size = len(value) if isinstance(value, (list, dict, set)) else 0
+                found.append((id(value), value._version if is_versioned(value) else size))
+        return found
+
+
+def holders(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold every layer with a mode, the outermost first, none with hooks inside."""
+    layers = {id(layer) for layer in mode_layers(model)}
+    found = []
+    for module in model.modules():
+        inside = list(module.modules())
+        has_hooks = any(part._forward_hooks or part._forward_pre_hooks for part in inside if part is not module)
+        if not has_hooks and layers <= {id(part) for part in inside}:
+            found.append(module)
+    return found
+
+
+def find_axes(plain: Any, fanned: Any, size: int) -> list[int | None] | None:
+    """For each tensor, the axis along which ``fanned`` is ``size`` times as long; None where they do not match."""
+    (leaves, spec), (many, other) = tree_flatten(plain), tree_flatten(fanned)
+    if spec != other:
+        return None
+    axes: list[int | None] = []
+    for one, all_modes in zip(leaves, many, strict=True):
+        if not isinstance(one, Tensor):
+            if one is not all_modes and one != all_modes:
+                return None
+            axes.append(None)
+            continue
+        if one.ndim != all_modes.ndim:
+            return None
+        differing = [axis for axis in range(one.ndim) if one.shape[axis] != all_modes.shape[axis]]
+        if not differing:
+            axes.append(None)
+        elif len(differing) == 1 and one.shape[differing[0]] * size == all_modes.shape[differing[0]]:
+            axes.append(differing[0])
+        else:
+            return None
+    return axes
+
+
+def same_tree(a: Any, b: Any) -> bool:
+    """Whether two inputs are equal."""
+    (leaves, spec), (others, other) = tree_flatten(a), tree_flatten(b)
+    return spec == other and all(same_leaf(one, two) for one, two in zip(leaves, others, strict=True))
+
+
+def same_leaf(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    return type(a) is type(b) and isinstance(a, (int, float, str, bytes, tuple)) and a == b
+
+
+def close_tree(a: Any, b: Any) -> bool:
+    """Whether two outputs are equal up to rounding."""
+    return all(close_leaf(one, two) for one, two in zip(tree_flatten(a)[0], tree_flatten(b)[0], strict=True))
+
+
+def close_leaf(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor):
+        return a is b or a == b
+    if a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    tolerance = max(1e-5, 8 * torch.finfo(a.dtype).eps)
+    scale = float(a.abs().amax()) if a.numel() else 0.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+def repeated(value: Any, times: int) -> Any:
+    return value.repeat(times, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value
+
+
+def is_versioned(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_inference()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+@contextmanager
+def measured(module: nn.Module) -> Iterator[list[int]]:
+    """Within the context, the bytes of the largest tensor a module inside returns."""
+    largest = [0]
+
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        sizes = [leaf.nbytes for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+        largest[0] = max(largest[0], *sizes, 0)
+
+    hooks = [part.register_forward_hook(note) for part in module.modules() if part is not module]
+    try:
+        yield largest
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,404 @@
+"""The compiled recurrence as an operator of torch: one layer in one direction, forward or backward, is one call.
+
+Everything is computed in float32 or float64; under autocast a layer with float32 parameters runs in float32.
+
+Kept for the gradient, in numbers for each step and sequence of a layer with ``G`` gates of ``H`` units: ``2 G H`` (both
+products) + ``G H`` (the gates) + ``H`` (the output), and ``H`` more for the cell state of an LSTM. With ``recompute``
+the products and the gates are computed again in the backward pass, and only the last one or two remain.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_bln._compat import HAS_CUSTOM_OPS
+from lightning_bln.functional import Statistics, is_zero
+from lightning_bln.gate_norm import SequenceNorm
+from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, load, pointer, set_given
+
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+DTYPES = {torch.float32: "float", torch.float64: "double"}
+
+
+class Inputs(NamedTuple):
+    """Tensors that have a gradient, in the operator's order."""
+
+    x: Tensor
+    """``(N, input_size)``: the rows of each step after those of the step before."""
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    h: Tensor
+    c: Tensor | None
+    weight_norm_ih: Tensor | None
+    weight_norm_hh: Tensor | None
+    weight_norm_cell: Tensor | None
+    bias_norm_cell: Tensor | None
+
+
+class Constants(NamedTuple):
+    """Tensors that have none."""
+
+    batch_sizes: Tensor | None
+    hidden_mask: Tensor | None
+    zoneout_mask: Tensor | None
+    """``(2, N, H)``: 1 where h, and c, keep their values."""
+    mixing: Tensor | None
+    """``(3, 2, T)`` in float64: for each norm, the weights of the feature and of the batch part."""
+    given_ih: Tensor | None
+    """Population of each step, ``(T, 2 D + 2 G')``: batch mean and variance, feature mean and variance."""
+    given_hh: Tensor | None
+    given_cell: Tensor | None
+
+
+class Settings(NamedTuple):
+    """Numbers, passed to the operator as two lists."""
+
+    cell: int
+    steps: int
+    keep: int
+    """0: no gradient will follow; 1: keep what it needs; 2: keep little and compute it again."""
+    joint: int
+    on_ih: int
+    on_hh: int
+    on_cell: int
+    uses_ih: int
+    """Four bits: which statistics are given, batch mean first."""
+    uses_hh: int
+    uses_cell: int
+    zoneout: float
+    scale_ih: float
+    scale_hh: float
+    scale_cell: float
+    eps: float
+
+    @classmethod
+    def of(cls, integers: Sequence[int], numbers: Sequence[float]) -> Settings:
+        """From the operator's lists."""
+        return cls(*integers, *numbers)
+
+
+INTEGERS = 10
+NORMS = ("ih", "hh", "cell")
+
+
+class Outputs(NamedTuple):
+    """What the forward operator returns; what is not needed has no elements."""
+
+    output: Tensor
+    h: Tensor
+    c: Tensor
+    moments_ih: Tensor
+    """``(T, 2, D)`` batch means and variances, then ``(T, 2, G', B)`` of the features, flat."""
+    moments_hh: Tensor
+    moments_cell: Tensor
+    input_part: Tensor
+    hidden_part: Tensor
+    gates: Tensor
+    cells: Tensor
+
+
+def sizes_of(inputs: Inputs, settings: Settings) -> tuple[int, int, int, int, int]:
+    """Rows, samples, inputs, units and gate columns."""
+    units = inputs.weight_hh.shape[1]
+    return inputs.x.shape[0], inputs.h.shape[0], inputs.x.shape[1], units, inputs.weight_hh.shape[0]
+
+
+def allocate(inputs: Inputs, constants: Constants, settings: Settings) -> Outputs:
+    """Where the forward pass writes."""
+    rows, samples, _, units, columns = sizes_of(inputs, settings)
+    gates = columns // units
+    new = inputs.weight_hh.new_empty
+    keep, lstm = settings.keep > 0, CELLS[settings.cell] == "lstm"
+    all_kept = settings.keep == 1
+
+    def moments(on: int, width: int, groups: int) -> Tensor:
+        if not (on and keep):
+            return new(0)
+        size = settings.steps * 2 * (width + groups * samples)
+        return new(size) if constants.batch_sizes is None else inputs.weight_hh.new_zeros(size)
+
+    groups = 1 if settings.joint else gates
+    return Outputs(
+        output=new(rows, units),
+        h=new(samples, units),
+        c=new(samples, units) if lstm else new(0),
+        moments_ih=moments(settings.on_ih, columns, groups),
+        moments_hh=moments(settings.on_hh, columns, groups),
+        moments_cell=moments(settings.on_cell, units, 1),
+        input_part=new(rows, columns) if all_kept else new(0),
+        hidden_part=new(rows, columns) if all_kept else new(0),
+        gates=new(rows, columns) if all_kept else new(0),
+        cells=new(rows, units) if keep and lstm else new(0),
+    )
+
+
+def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs: Outputs) -> RecurrenceArgs:
+    """The library's structure for the forward pass; the backward pass adds to it."""
+    _, samples, features, units, columns = sizes_of(inputs, settings)
+    args = RecurrenceArgs()
+    args.cell, args.steps, args.batch = settings.cell, settings.steps, samples
+    args.inputs, args.units, args.threads = features, units, torch.get_num_threads()
+    args.keep = settings.keep
+    args.batch_sizes = pointer(constants.batch_sizes)
+    args.input, args.weight_ih, args.weight_hh = map(pointer, (inputs.x, inputs.weight_ih, inputs.weight_hh))
+    args.h0, args.c0 = pointer(inputs.h), pointer(inputs.c)
+    args.hidden_mask = pointer(constants.hidden_mask)
+    if constants.zoneout_mask is not None:
+        args.zoneout_mask_h = pointer(constants.zoneout_mask[0])
+        args.zoneout_mask_c = pointer(constants.zoneout_mask[1])
+    else:
+        args.zoneout_h = args.zoneout_c = settings.zoneout
+    args.output, args.hn, args.cn = map(pointer, outputs[:3])
+    args.input_part, args.hidden_part, args.gates, args.cells = map(pointer, outputs[6:])
+    groups = 1 if settings.joint else columns // units
+    for index, name in enumerate(NORMS):
+        norm: NormArgs = getattr(args, f"norm_{name}")
+        width, parts = (units, 1) if name == "cell" else (columns, groups)
+        norm.bias = pointer(inputs.bias_norm_cell if name == "cell" else getattr(inputs, f"bias_{name}"))
+        norm.enabled = getattr(settings, f"on_{name}")
+        if not norm.enabled:
+            continue
+        assert constants.mixing is not None
+        norm.joint, norm.scale, norm.eps = settings.joint, getattr(settings, f"scale_{name}"), settings.eps
+        norm.w_feature, norm.w_batch = (pointer(constants.mixing[index, part]) for part in (0, 1))
+        norm.weight = pointer(getattr(inputs, f"weight_norm_{name}"))
+        set_given(
+            norm, getattr(constants, f"given_{name}"), getattr(settings, f"uses_{name}"), settings.steps, width, parts
+        )
+        norm.batch_moments = pointer(outputs[3 + index])
+        if norm.batch_moments:
+            norm.feature_moments = norm.batch_moments + settings.steps * 2 * width * outputs.output.element_size()
+    return args
+
+
+def call(direction: str, args: RecurrenceArgs, dtype: torch.dtype) -> None:
+    """Run a pass of the library."""
+    library = load()
+    assert library is not None, "the compiled kernels are not there; check lightning_bln.kernels.available()"
+    if getattr(library, f"bln_{direction}_{DTYPES[dtype]}")(ctypes.byref(args)):
+        raise MemoryError(f"no memory for the buffers of {args.steps} steps of {args.batch} sequences; shorten them")
+
+
+def forward(inputs: Inputs, constants: Constants, settings: Settings) -> Outputs:
+    """Run a layer over a sequence."""
+    outputs = allocate(inputs, constants, settings)
+    call("forward", arguments(inputs, constants, settings, outputs), outputs.output.dtype)
+    return outputs
+
+
+def backward(
+    grads: Sequence[Tensor | None],
+    inputs: Inputs,
+    constants: Constants,
+    settings: Settings,
+    outputs: Outputs,
+    needs_x: bool,
+) -> Inputs:
+    """Gradients of ``inputs`` from those of output, h and c; what is not there has no elements."""
+    args = arguments(inputs, constants, settings, outputs)
+    dense = [None if grad is None else grad.contiguous() for grad in grads]
+    args.grad_output, args.grad_hn, args.grad_cn = map(pointer, dense)
+    result = empty_gradients(inputs, settings, needs_x)
+    args.grad_input, args.grad_weight_ih, args.grad_weight_hh = map(pointer, result[:3])
+    args.grad_h0, args.grad_c0 = pointer(result.h), pointer(result.c)
+    for name in NORMS:
+        norm: NormArgs = getattr(args, f"norm_{name}")
+        norm.grad_weight = pointer(getattr(result, f"weight_norm_{name}"))
+        norm.grad_bias = pointer(result.bias_norm_cell if name == "cell" else getattr(result, f"bias_{name}"))
+    call("backward", args, outputs.output.dtype)
+    return result
+
+
+def empty_gradients(inputs: Inputs, settings: Settings, needs_x: bool) -> Inputs:
+    """Where the backward pass writes."""
+    empty = inputs.weight_hh.new_empty
+    result = Inputs(*(empty(0) if value is None else torch.empty_like(value) for value in inputs))
+    if not needs_x:
+        result = result._replace(x=empty(0))
+    # The sum that both biases of an LSTM or a simple network get is taken once.
+    if CELLS[settings.cell] != "gru" and inputs.bias_ih is not None:
+        result = result._replace(bias_hh=empty(0))
+    return result
+
+
+class Recurrence(torch.autograd.Function):
+    """The operator where nothing is traced: less to pass through than a registered one."""
+
+    @staticmethod
+    def forward(ctx: Any, settings: Settings, constants: Constants, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        outputs = forward(Inputs(*inputs), constants, settings)  # type: ignore[arg-type]
+        ctx.settings, ctx.count = settings, len(inputs)
+        ctx.set_materialize_grads(False)
+        if settings.keep:
+            ctx.save_for_backward(*inputs, *constants, *outputs)
+        ctx.mark_non_differentiable(*outputs[3:])
+        return tuple(outputs[:6])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved, settings, count = ctx.saved_tensors, ctx.settings, ctx.count
+        inputs, constants = Inputs(*saved[:count]), Constants(*saved[count : count + len(Constants._fields)])
+        outputs = Outputs(*saved[count + len(Constants._fields) :])
+        found = backward(grads[:3], inputs, constants, settings, outputs, ctx.needs_input_grad[2])
+        return (None, None, *as_gradients(found, inputs, settings))  # type: ignore[arg-type]
+
+
+def as_gradients(found: Sequence[Tensor], inputs: Inputs, settings: Settings) -> list[Tensor | None]:
+    """What autograd takes: None where there is nothing, and the biases' common sum twice."""
+    grads = [None if value is None or grad.numel() == 0 else grad for value, grad in zip(inputs, found, strict=True)]
+    if inputs.bias_hh is not None and grads[4] is None:
+        grads[4] = grads[3]
+    return grads
+
+
+class Prepared(NamedTuple):
+    """A layer's call, ready for the operator."""
+
+    inputs: Inputs
+    constants: Constants
+    settings: Settings
+
+
+class LayerResult(NamedTuple):
+    """Outputs ``(N, H)``, last states, and what each norm observed."""
+
+    output: Tensor
+    state: tuple[Tensor, ...]
+    norm_ih: Statistics | None
+    norm_hh: Statistics | None
+    norm_cell: Statistics | None
+
+
+class LayerNorms(NamedTuple):
+    """The norms of a layer for the steps of one sequence."""
+
+    ih: SequenceNorm | None
+    hh: SequenceNorm | None
+    cell: SequenceNorm | None
+
+
+def layer(
+    cell: str,
+    inputs: Inputs,
+    norms: LayerNorms,
+    steps: int,
+    sizes: Sequence[int] | None,
+    *,
+    hidden_mask: Tensor | None = None,
+    zoneout: float = 0.0,
+    zoneout_mask: Tensor | None = None,
+    recompute: bool = False,
+) -> LayerResult:
+    """Run one layer in one direction.
+
+    Args:
+        cell: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` or ``"rnn_relu"``.
+        inputs: Input, parameters and first states.
+        norms: What the products and the cell state are normalised by; the weights are in ``inputs`` too.
+        steps: Number of steps.
+        sizes: How many sequences run at each step; ``None`` if all run to the end.
+        hidden_mask: Multiplies the hidden state where it enters the product.
+        zoneout: Expected part of its value that a unit keeps over a step.
+        zoneout_mask: In place of that, ones where it does, for h and c: ``(2, N, H)``.
+        recompute: Whether the backward pass computes products and gates again rather than keeping them.
+
+    Returns:
+        Outputs, last states and statistics.
+    """
+    tensors = Inputs(*(None if value is None else value.contiguous() for value in inputs))  # type: ignore[arg-type]
+    needs_grad = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
+    observes = any(norm is not None and norm.observes for norm in norms)
+    settings = Settings(
+        cell=CELLS.index(cell),
+        steps=steps,
+        keep=(2 if recompute or not needs_grad else 1) if needs_grad or observes else 0,
+        joint=int(any(norm is not None and norm.groups == 1 for norm in norms[:2]) and GATES[cell] > 1),
+        on_ih=int(norms.ih is not None),
+        on_hh=int(norms.hh is not None),
+        on_cell=int(norms.cell is not None),
+        uses_ih=bits(norms.ih),
+        uses_hh=bits(norms.hh),
+        uses_cell=bits(norms.cell),
+        zoneout=0.0 if zoneout_mask is not None else float(zoneout),
+        scale_ih=1.0 if norms.ih is None else norms.ih.scale,
+        scale_hh=1.0 if norms.hh is None else norms.hh.scale,
+        scale_cell=1.0 if norms.cell is None else norms.cell.scale,
+        eps=next((norm.eps for norm in norms if norm is not None), 0.0),
+    )
+    dtype = inputs.weight_hh.dtype
+    constants = Constants(
+        None if sizes is None else torch.tensor(sizes),
+        None if hidden_mask is None else hidden_mask.to(dtype).contiguous(),
+        None if zoneout_mask is None else zoneout_mask.to(dtype).contiguous(),
+        None if not any(settings[4:7]) else torch.stack([mixing(norm, steps) for norm in norms]),
+        *(given(norm, dtype) for norm in norms),
+    )
+    if torch.compiler.is_compiling() and HAS_CUSTOM_OPS:
+        found = torch.ops.lightning_bln.recurrence(
+            *tensors, *constants, list(settings[:INTEGERS]), list(settings[INTEGERS:])
+        )[:6]
+    else:
+        found = Recurrence.apply(settings, constants, *tensors)
+    state = (found[1], found[2]) if cell == "lstm" else (found[1],)
+    samples, units = inputs.h.shape
+    seen = [
+        None
+        if norm is None or not norm.observes
+        else statistics(moments, norm, steps, samples, units if name == "cell" else GATES[cell] * units, sizes)
+        for name, norm, moments in zip(NORMS, norms, found[3:6], strict=True)
+    ]
+    return LayerResult(found[0], state, *seen)
+
+
+def bits(norm: SequenceNorm | None) -> int:
+    """Which statistics are the population's, batch mean in the lowest bit."""
+    if norm is None or norm.population is None:
+        return 0
+    return sum(int(use is True) << bit for bit, use in enumerate(norm.uses))
+
+
+def mixing(norm: SequenceNorm | None, steps: int) -> Tensor:
+    """The weights of a norm's two parts at each step, ``(2, T)``."""
+    if norm is None:
+        return constant_mixing(0.0, 0.0, steps)
+    if not isinstance(norm.w_feature, Tensor):
+        return constant_mixing(norm.w_feature, float(norm.w_batch), steps)
+    assert isinstance(norm.w_batch, Tensor)
+    return torch.cat([norm.w_feature.expand(steps, 1), norm.w_batch.expand(steps, 1)], 1).t().double()
+
+
+def constant_mixing(w_feature: float, w_batch: float, steps: int) -> Tensor:
+    """The same weights at every step."""
+    return torch.tensor([[w_feature], [w_batch]], dtype=torch.float64).expand(2, steps)
+
+
+def given(norm: SequenceNorm | None, dtype: torch.dtype) -> Tensor | None:
+    """The population's statistics one after the other, if any is used."""
+    if norm is None or norm.population is None or not bits(norm):
+        return None
+    return torch.cat([value.reshape(-1) for value in norm.population]).to(dtype)  # type: ignore[union-attr]
+
+
+def statistics(
+    moments: Tensor, norm: SequenceNorm, steps: int, samples: int, width: int, sizes: Sequence[int] | None
+) -> Statistics:
+    """What a norm observed, as the reference gives it; the unused half is zero and one."""
+    batch, feature = moments.detach().split([steps * 2 * width, steps * 2 * norm.groups * samples])
+    batch, feature = batch.view(steps, 2, norm.groups, -1), feature.view(steps, 2, norm.groups, samples)
+    mean = feature.mean(-1)
+    if sizes is not None:
+        mean = feature.sum(-1) / torch.tensor(sizes, dtype=feature.dtype)[:, None, None]
+    unused = moments.new_tensor([0.0, 1.0]).view(1, 2, 1)
+    if is_zero(norm.w_batch):
+        batch = unused[..., None].expand_as(batch)
+    if is_zero(norm.w_feature):
+        mean = unused.expand_as(mean)
+    return Statistics(batch[:, 0], batch[:, 1], mean[:, 0], mean[:, 1])

@@ -1,0 +1,111 @@
+// The library's entry points. No header of torch or Python: raw pointers in, a status out, so one build serves all.
+#pragma once
+#include "backward.h"
+#include "dense.h"
+#include "forward.h"
+
+#if defined(_WIN32)
+#define BLN_EXPORT extern "C" __declspec(dllexport)
+#else
+#define BLN_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace bln {
+
+// OpenMP of the program that loaded us, so that its threads are ours: a second runtime's would fight them for the cores.
+struct Runtime {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*thread)() = nullptr;
+  int (*threads)() = nullptr;
+};
+static Runtime runtime;
+
+template <class F>
+struct Job {
+  F body;
+  static void run(void* job) { static_cast<Job*>(job)->body(runtime.thread(), runtime.threads()); }
+};
+
+// body(id, members) on up to `threads` threads.
+template <class F>
+void in_parallel(int threads, F body) {
+  if (threads <= 1 || !runtime.parallel) return body(0, 1);
+  Job<F> job{body};
+  runtime.parallel(&Job<F>::run, &job, unsigned(threads), 0);
+}
+
+// The plan depends on how many threads there are, and only inside the region is that known: a nested region has one.
+template <class T, template <class> class Pass, template <class> class Buffers>
+int run(const RecurrenceArgs<T>& args) {
+  try {
+    const int threads = int(args.threads < 1 ? 1 : args.threads);
+    Plan<T> plan(args, threads);
+    Buffers<T> buffers(plan);
+    std::atomic<int> granted{0};
+    in_parallel(threads, [&](int id, int members) {
+      if (members != threads) {
+        if (id == 0) granted = members;
+        return;
+      }
+      Pass<T>(plan, buffers, id).run();
+    });
+    if (granted) {
+      Plan<T> alone(args, 1);
+      Buffers<T> own(alone);
+      Pass<T>(alone, own, 0).run();
+    }
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+template <class T, template <class> class Pass>
+int run_dense(const DenseArgs<T>& args) {
+  try {
+    const int threads = dense_members(args);
+    DensePlan<T> plan(args, threads);
+    std::atomic<int> granted{0};
+    in_parallel(threads, [&](int id, int members) {
+      if (members != threads) {
+        if (id == 0) granted = members;
+        return;
+      }
+      Pass<T>(plan, id).run();
+    });
+    if (granted) {
+      DensePlan<T> alone(args, 1);
+      Pass<T>(alone, 0).run();
+    }
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+}  // namespace bln
+
+BLN_EXPORT void bln_set_runtime(void* parallel, void* thread, void* threads) {
+  bln::runtime.parallel = reinterpret_cast<void (*)(void (*)(void*), void*, unsigned, unsigned)>(parallel);
+  bln::runtime.thread = reinterpret_cast<int (*)()>(thread);
+  bln::runtime.threads = reinterpret_cast<int (*)()>(threads);
+}
+
+BLN_EXPORT int64_t bln_args_size() { return sizeof(bln::RecurrenceArgs<float>) + sizeof(bln::DenseArgs<float>); }
+
+BLN_EXPORT int bln_forward_float(const bln::RecurrenceArgs<float>* args) {
+  return bln::run<float, bln::Forward, bln::ForwardBuffers>(*args);
+}
+BLN_EXPORT int bln_forward_double(const bln::RecurrenceArgs<double>* args) {
+  return bln::run<double, bln::Forward, bln::ForwardBuffers>(*args);
+}
+BLN_EXPORT int bln_backward_float(const bln::RecurrenceArgs<float>* args) {
+  return bln::run<float, bln::Backward, bln::BackwardBuffers>(*args);
+}
+BLN_EXPORT int bln_backward_double(const bln::RecurrenceArgs<double>* args) {
+  return bln::run<double, bln::Backward, bln::BackwardBuffers>(*args);
+}
+BLN_EXPORT int bln_dense_forward_float(const bln::DenseArgs<float>* args) { return bln::run_dense<float, bln::DenseForward>(*args); }
+BLN_EXPORT int bln_dense_backward_float(const bln::DenseArgs<float>* args) { return bln::run_dense<float, bln::DenseBackward>(*args); }
+BLN_EXPORT int bln_dense_forward_double(const bln::DenseArgs<double>* args) { return bln::run_dense<double, bln::DenseForward>(*args); }
+BLN_EXPORT int bln_dense_backward_double(const bln::DenseArgs<double>* args) { return bln::run_dense<double, bln::DenseBackward>(*args); }

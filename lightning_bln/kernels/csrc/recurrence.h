@@ -1,0 +1,262 @@
+// One layer and one direction of a recurrent network over a whole sequence: the arguments, and what cells are built on.
+#pragma once
+#include "gemm.h"
+#include "norm.h"
+
+namespace bln {
+
+enum Cell : int64_t { kLstm, kGru, kRnnTanh, kRnnRelu };
+
+// All sequence arrays are packed: the rows of step t, batch_sizes[t] of them, follow those of step t - 1. G gates, H
+// units, D = G * H. Null where said; what is kept for the gradient may be null in inference, and `gates`, `hidden_part`
+// and `input_part` are computed anew in the gradient where they are null.
+template <class T>
+struct RecurrenceArgs {
+  int64_t cell, steps, batch, inputs, units, threads;
+  int64_t row_teams;   // 0: chosen here
+  int64_t chunk_rows;  // rows whose products with the input weights are taken together; 0: chosen here
+  int64_t keep;        // forward: a gradient will follow
+  double zoneout_h, zoneout_c;
+  const int64_t* batch_sizes;  // [steps], or null if all sequences run to the end
+  const T* input;              // [N, inputs], or [N, D] already projected if weight_ih is null
+  const T* weight_ih;          // [D, inputs] or null
+  const T* weight_hh;          // [D, H]
+  const T* h0;                 // [batch, H]
+  const T* c0;                 // [batch, H], LSTM
+  const T* hidden_mask;        // [batch, H] or null: multiplies the hidden state on its way into weight_hh
+  const T* zoneout_mask_h;     // [N, H] or null: 1 where a unit keeps its value, in place of the rate zoneout_h
+  const T* zoneout_mask_c;     // [N, H] or null
+  T* output;                   // [N, H]
+  T* hn;                       // [batch, H]
+  T* cn;                       // [batch, H], LSTM
+  T* input_part;               // [N, D] or null: weight_ih x
+  T* hidden_part;              // [N, D] or null: weight_hh h
+  T* gates;                    // [N, D] or null
+  T* cells;                    // [N, H] or null, LSTM: the carried state
+  const T* grad_output;        // [N, H] or null
+  const T* grad_hn;            // [batch, H] or null
+  const T* grad_cn;            // [batch, H] or null
+  T* grad_input;               // [N, inputs], [N, D] if weight_ih is null, or null
+  T* grad_weight_ih;           // [D, inputs] or null
+  T* grad_weight_hh;           // [D, H] or null
+  T* grad_h0;                  // [batch, H]
+  T* grad_c0;                  // [batch, H], LSTM
+  NormArgs<T> norm_ih, norm_hh, norm_cell;
+};
+
+inline int gates_of(int64_t cell) { return cell == kLstm ? 4 : cell == kGru ? 3 : 1; }
+
+// What all members share: packed weights, buffers of a step or of a chunk of steps, and the order of both.
+template <class T>
+struct Plan {
+  const RecurrenceArgs<T>& a;
+  int G, H, D, I, steps, batch;
+  int row_teams, column_teams;
+  bool zoneout;
+  std::vector<int> sizes;        // how many sequences run at each step
+  std::vector<int> offset;       // of each step's rows, and the total
+  std::vector<Range> chunks;     // of steps
+  int longest_chunk = 0;         // in rows
+  Packed<T> forward_hh, forward_ih, backward_hh, backward_ih;
+  typename Norm<T>::Shared shared_ih, shared_hh, shared_cell;
+  Barrier barrier;
+
+  Plan(const RecurrenceArgs<T>& args, int members)
+      : a(args), G(gates_of(args.cell)), H(int(args.units)), D(G * H), I(int(args.inputs)), steps(int(args.steps)),
+        batch(int(args.batch)), zoneout(args.zoneout_h != 0 || args.zoneout_c != 0 || args.zoneout_mask_h || args.zoneout_mask_c),
+        barrier(members) {
+    sizes.resize(steps);
+    offset.resize(steps + 1);
+    offset[0] = 0;
+    bool ragged = false;
+    for (int t = 0; t < steps; t++) {
+      sizes[t] = a.batch_sizes ? int(a.batch_sizes[t]) : batch;
+      offset[t + 1] = offset[t] + sizes[t];
+      ragged = ragged || sizes[t] != batch;
+    }
+    const int wanted = a.chunk_rows ? int(a.chunk_rows) : 192;
+    for (int t = 0; t < steps;) {
+      Range chunk{t, t + 1};
+      while (chunk.end < steps && offset[chunk.end + 1] - offset[t] <= wanted) chunk.end++;
+      chunks.push_back(chunk);
+      const int rows = offset[chunk.end] - offset[t];
+      longest_chunk = rows > longest_chunk ? rows : longest_chunk;
+      t = chunk.end;
+    }
+    divide(members, ragged);
+  }
+
+  // Units are shared out rather than rows, so that each member's weights stay in its cache; rows where a step then needs
+  // no meeting at all, or where there are more members than units to share.
+  void divide(int members, bool ragged) {
+    row_teams = 1;
+    if (a.row_teams > 0 && members % int(a.row_teams) == 0) {
+      row_teams = int(a.row_teams);
+    } else if (members > 1) {
+      double best = 0;
+      for (int rows = 1; rows <= members; rows++) {
+        if (members % rows || (ragged && rows > 1)) continue;
+        const int columns = members / rows;
+        const int most_rows = (batch + rows - 1) / rows, most_units = ((H + 15) / 16 + columns - 1) / columns * 16;
+        const bool meets = columns > 1 || (rows > 1 && meets_over_rows());
+        const double weights = double(most_units) * H;
+        const double cost = most_rows * weights + (most_rows < 16 ? 4 * weights : 0) + (meets ? 100000.0 : 0);
+        if (best == 0 || cost < best) best = cost, row_teams = rows;
+      }
+    }
+    column_teams = members / row_teams;
+  }
+
+  bool meets_over_rows() const {
+    for (const NormArgs<T>* norm : {&a.norm_ih, &a.norm_hh, &a.norm_cell})
+      if (norm->enabled && norm->w_batch[0] != 0 && !(norm->batch_mean && norm->batch_var)) return true;
+    return false;
+  }
+
+  // A member's hidden units as ranges of gate columns: one range where it owns all of them.
+  std::vector<Range> columns_of(Range units) const {
+    if (units.size() == H) return {{0, D}};
+    std::vector<Range> ranges;
+    for (int g = 0; g < G; g++) ranges.push_back({g * H + units.begin, g * H + units.end});
+    return ranges;
+  }
+
+  Range units_of(int column) const { return part(H, column, column_teams, Norm<T>::grain); }
+};
+
+// What one member needs at every step.
+template <class T>
+class Walker {
+ public:
+  Walker(Plan<T>& plan, int id)
+      : plan(plan), a(plan.a), G(plan.G), H(plan.H), D(plan.D),
+        me{id, plan.row_teams * plan.column_teams, id / plan.column_teams, plan.row_teams, id % plan.column_teams,
+           plan.column_teams, &plan.barrier},
+        units(plan.units_of(me.column)), rows(part(plan.batch, me.row, me.rows)),
+        ih(a.norm_ih, plan.shared_ih, me, G, H, plan.batch, units), hh(a.norm_hh, plan.shared_hh, me, G, H, plan.batch, units),
+        cell(a.norm_cell, plan.shared_cell, me, 1, H, plan.batch, units) {}
+
+ protected:
+  Plan<T>& plan;
+  const RecurrenceArgs<T>& a;
+  const int G, H, D;
+  Member me;
+  Range units, rows;
+  Norm<T> ih, hh, cell;
+
+  Range running(int t) const { return Norm<T>::clipped(rows, plan.sizes[t]); }
+  size_t at(int t) const { return size_t(plan.offset[t]); }
+  const T* previous(int t, const T* sequence, const T* initial) const { return t ? sequence + at(t - 1) * H : initial; }
+
+  // The panels of a packed right-hand side that hold this member's columns.
+  Range own_panels(const Packed<T>& packed, int repeats) const {
+    int begin = 0;
+    for (int c = 0; c < me.column; c++) begin += repeats_of(c, repeats);
+    (void)packed;
+    return {begin, begin + repeats_of(me.column, repeats)};
+  }
+  int repeats_of(int column, int repeats) const {
+    const Range range = plan.units_of(column);
+    const int width = panel_width<T>;
+    if (range.size() == H) return (repeats * H + width - 1) / width;
+    return repeats * ((range.size() + width - 1) / width);
+  }
+
+  void fill(Packed<T>& packed, Range panels, const T* w, ptrdiff_t row, ptrdiff_t column) const {
+    const Range mine = part(panels.size(), me.row, me.rows);
+    for (int i = mine.begin; i < mine.end; i++) packed.fill(panels.begin + i, w, row, column);
+  }
+
+  // Own rows and columns of a product whose left rows are those of step t, `ld` apart.
+  void project(const Packed<T>& packed, Range panels, const T* left, ptrdiff_t ld, Range some, T* out, ptrdiff_t ldo,
+               bool add) const {
+    if (some.size() == 0) return;
+    for (int i = panels.begin; i < panels.end; i++) {
+      const auto& panel = packed.panels[i];
+      multiply(left + some.begin * ld, ld, 1, some.size(), packed.at(i), packed.depth, out + some.begin * ldo + panel.begin,
+               ldo, panel.width, add);
+    }
+  }
+
+  // weight_ih x for the steps of a chunk; all rows in one go where this member owns them all.
+  void project_input(Range chunk, Range panels, T* out) const {
+    const size_t first = at(chunk.begin);
+    for (int i = panels.begin; i < panels.end; i++) {
+      const Range one{i, i + 1};
+      if (me.rows == 1)
+        project(plan.forward_ih, one, a.input + first * plan.I, plan.I, {0, int(at(chunk.end) - first)}, out, D, false);
+      else
+        for (int t = chunk.begin; t < chunk.end; t++)
+          project(plan.forward_ih, one, a.input + at(t) * plan.I, plan.I, running(t), out + (at(t) - first) * D, D, false);
+    }
+  }
+
+  // One gate's activation on the sum of both normalised parts.
+  template <class F>
+  void activate(int g, const T* x, const T* v, T* out, Range some, F activation) const {
+    const int j0 = g * H + units.begin, n = units.size();
+    const T *wx = ih.weight + j0, *px = ih.p + j0, *qx = ih.q + j0, *wv = hh.weight + j0, *pv = hh.p + j0, *qv = hh.q + j0;
+    const T *ax = ih.alpha_of(g), *bx = ih.beta_of(g), *av = hh.alpha_of(g), *bv = hh.beta_of(g);
+    for (int b = some.begin; b < some.end; b++) {
+      const T *from_x = x + size_t(b) * D + j0, *from_v = v + size_t(b) * D + j0;
+      T* to = out + size_t(b) * D + j0;
+      const T a0 = ax[b], b0 = bx[b], a1 = av[b], b1 = bv[b];
+#pragma omp simd
+      for (int j = 0; j < n; j++)
+        to[j] = activation((from_x[j] * (wx[j] * a0 + px[j]) + (qx[j] - wx[j] * b0)) +
+                           (from_v[j] * (wv[j] * a1 + pv[j]) + (qv[j] - wv[j] * b1)));
+    }
+  }
+
+  // The new gate of a GRU: its hidden part is multiplied by the reset gate after the normalisation.
+  void activate_new(const T* x, const T* v, T* gates, Range some) const {
+    const int j0 = 2 * H + units.begin, n = units.size();
+    const T *wx = ih.weight + j0, *px = ih.p + j0, *qx = ih.q + j0, *wv = hh.weight + j0, *pv = hh.p + j0, *qv = hh.q + j0;
+    const T *ax = ih.alpha_of(2), *bx = ih.beta_of(2), *av = hh.alpha_of(2), *bv = hh.beta_of(2);
+    for (int b = some.begin; b < some.end; b++) {
+      const T *from_x = x + size_t(b) * D + j0, *from_v = v + size_t(b) * D + j0;
+      T* to = gates + size_t(b) * D + j0;
+      const T* reset = to - 2 * H;
+      const T a0 = ax[b], b0 = bx[b], a1 = av[b], b1 = bv[b];
+#pragma omp simd
+      for (int j = 0; j < n; j++)
+        to[j] = hyperbolic_tangent((from_x[j] * (wx[j] * a0 + px[j]) + (qx[j] - wx[j] * b0)) +
+                                   reset[j] * (from_v[j] * (wv[j] * a1 + pv[j]) + (qv[j] - wv[j] * b1)));
+    }
+  }
+
+  void activate_all(const T* x, const T* v, T* gates, Range some) const {
+    switch (a.cell) {
+      case kLstm:
+        for (int g : {0, 1, 3}) activate(g, x, v, gates, some, [](T z) { return sigmoid(z); });
+        activate(2, x, v, gates, some, [](T z) { return hyperbolic_tangent(z); });
+        break;
+      case kGru:
+        for (int g : {0, 1}) activate(g, x, v, gates, some, [](T z) { return sigmoid(z); });
+        activate_new(x, v, gates, some);
+        break;
+      case kRnnTanh:
+        activate(0, x, v, gates, some, [](T z) { return hyperbolic_tangent(z); });
+        break;
+      default:
+        activate(0, x, v, gates, some, [](T z) { return z < T(0) ? T(0) : z; });
+    }
+  }
+
+  // What part of its value a unit keeps at step t: the mask's row, or null for the rate.
+  const T* mask_row(const T* mask, int t, int b) const { return mask ? mask + (at(t) + b) * H : nullptr; }
+};
+
+// body(j, kept) over own units, `kept` being the zoneout mask's value or the rate.
+template <class T, class F>
+BLN_INLINE void with_zoneout(Range units, const T* mask, T rate, F body) {
+  if (mask) {
+#pragma omp simd
+    for (int j = units.begin; j < units.end; j++) body(j, mask[j]);
+  } else {
+#pragma omp simd
+    for (int j = units.begin; j < units.end; j++) body(j, rate);
+  }
+}
+
+}  // namespace bln
