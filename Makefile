@@ -1,22 +1,56 @@
-# make demo | test | check | bench: each sets up .venv by itself and is quick the second time.
+# make demo | test | test-oldest | check | bench | asan: each sets up .venv by itself and is quick the second time.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test test-oldest bench asan lint types check clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# The oldest versions the package declares, and torchtext, in an environment of 5 GB that outlives the clone.
+OLDEST_PYTHON ?= python3.11
+OLDEST_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lightning-bln
+OLDEST := $(OLDEST_CACHE)/oldest-$(shell sha256sum constraints-oldest.txt | cut -c1-12)
+
+# Torch first and by its pin, so that nothing moves it; the demo needs less than the tests do.
+$(VENV)/.demo: pyproject.toml setup.py constraints.txt $(wildcard lightning_bln/kernels/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e ".[demo]"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.demo
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	$(BIN)/bln demo
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(TESTS)
+
+# Made beside its place and moved there whole, so that one cut short is never used.
+$(OLDEST)/.installed:
+	mkdir -p $(OLDEST_CACHE)
+	rm -rf $(OLDEST).part
+	$(OLDEST_PYTHON) -m venv $(OLDEST).part
+	$(OLDEST).part/bin/python -m pip install -q -r constraints-oldest.txt
+	touch $(OLDEST).part/.installed
+	rm -rf $(OLDEST)
+	mv $(OLDEST).part $(OLDEST)
+
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest -n 2 $(TESTS)
+
+bench: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt torchrecurrent
+	$(BIN)/python -m benchmarks $(BENCH)
+
+# The compiled kernels' own tests with every access to memory and all arithmetic checked.
+asan: $(VENV)/.installed
+	BLN_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/asan --build-temp build/asan-temp
+	OMP_NUM_THREADS=1 BLN_KERNELS=build/asan/lightning_bln/kernels ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	$(BIN)/pytest -q tests/test_kernels.py -k "not compiles and not exports and not torchs_rules"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

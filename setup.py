@@ -1,13 +1,18 @@
 """Compiled kernels: optional, once for each vector width. Without a compiler the package runs on plain torch."""
 
+import os
 import platform
 import sys
 
 from setuptools import Extension, setup
 
 SOURCES = "lightning_bln/kernels/csrc"
-HEADERS = ("approx", "backward", "entry", "forward", "gemm", "norm", "recurrence", "team")
+HEADERS = ("approx", "backward", "dense", "entry", "forward", "gemm", "norm", "recurrence", "team")
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+# make asan: errors in memory and in arithmetic end the program.
+SANITIZE = (
+    ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if os.environ.get("BLN_SANITIZE") else []
+)
 VARIANTS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     VARIANTS["avx2"] = ["-mavx2", "-mfma"]
@@ -19,7 +24,8 @@ setup(
             f"lightning_bln.kernels._recurrence_{name}",
             [f"{SOURCES}/{name}.cpp"],
             depends=[f"{SOURCES}/{header}.h" for header in HEADERS],
-            extra_compile_args=FLAGS + flags,
+            extra_compile_args=FLAGS + flags + SANITIZE,
+            extra_link_args=SANITIZE,
             optional=True,
         )
         for name, flags in VARIANTS.items()

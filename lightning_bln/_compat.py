@@ -9,6 +9,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,6 +22,15 @@ tree_flatten, tree_map, tree_unflatten = _pytree.tree_flatten, _pytree.tree_map,
 
 HAS_CUSTOM_OPS = hasattr(torch.library, "custom_op")
 """torch 2.3 has none: there the compiled kernels are plain autograd functions, at which torch.compile breaks."""
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """``torch.is_autocast_enabled``, which takes the device's type from torch 2.4 on."""
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except TypeError:
+        return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
+
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 """The two names under which the same Trainer is distributed; a Trainer takes callbacks of its own namespace only."""
@@ -80,7 +90,32 @@ def swap_results(loop: Any, collection: Any) -> Any:
 
 def new_results(loop: Any) -> Any:
     """A collection for one mode; its class is private, but the loop has one to take the class from."""
-    return type(loop._results)(training=False)
+    return mode_results(type(loop._results))(training=False)  # type: ignore[arg-type]
+
+
+@cache
+def mode_results(base: type) -> type:
+    """``base``, but a row that already lies where it is asked to go does not rebuild itself at every ``self.log``."""
+
+    def set_row(self: Any, key: str, row: Any) -> None:
+        row.__dict__["to"] = partial(move_row, row)
+        dict.__setitem__(self, key, row)
+
+    return type("ModeResults", (base,), {"__setitem__": set_row})
+
+
+def move_row(row: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
+    value = row.__dict__.get("value")
+    # a metric's row has no value yet, or one that the user has put where it belongs
+    if not row.is_tensor or (value is not None and value.device == device):
+        return row
+    return type(row).to(row, device, *args, **kwargs)
+
+
+def plain_row(row: Any) -> Any:
+    """A row as lightning made it, to be given back."""
+    row.__dict__.pop("to", None)
+    return row
 
 
 def logged_outputs(loop: Any) -> list[dict[str, Any]]:

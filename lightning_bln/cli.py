@@ -24,10 +24,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line ``argv``, that of the process if left out."""
     args = list(sys.argv[1:] if argv is None else argv)
     if args and args[0] in LIGHTNING:
-        if find_spec("jsonargparse") is None:
+        if not is_installed("jsonargparse"):
             raise SystemExit(f"bln {args[0]} needs jsonargparse; run: pip install 'lightning-bln[cli]'")
         lazily("lightning_bln.lightning_cli", "run")(args)
         return
+    if args and args[0] == "reproduce":
+        raise SystemExit(lazily("lightning_bln.reproduce", "main")(args[1:]))
     options = vars(build_parser().parse_args(args))
     options.pop("run")(**options)
 
@@ -37,11 +39,16 @@ def lazily(module: str, name: str) -> Callable[..., Any]:
     return lambda *args, **options: getattr(import_module(module), name)(*args, **options)
 
 
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported; one that is loaded may hide where from."""
+    return module in sys.modules or find_spec(module) is not None
+
+
 def run_tune(**options: Any) -> None:
     """``bln tune``, or what is missing to run it."""
     engine = options["engine"]
     for module in ("jsonargparse", "optuna", "optuna_integration", *(["ray"] if engine == "ray" else [])):
-        if find_spec(module) is None:
+        if not is_installed(module):
             raise SystemExit(f"bln tune --engine {engine} needs {module}; run: pip install 'lightning-bln[{engine}]'")
     lazily("lightning_bln.tuning.command", "run")(**options)
 
@@ -61,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_tune_arguments(tune)
     tune.set_defaults(run=run_tune)
 
+    commands.add_parser("reproduce", help="the paper's experiments, with its numbers beside ours", add_help=False)
     for name, summary in LIGHTNING.items():
         commands.add_parser(name, help=summary, add_help=False)
     return parser

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_bln._compat import is_autocast_enabled
+from lightning_bln.distributed import is_distributed, joint_batch
 from lightning_bln.functional import (
     NORMS,
     Statistics,
     check_choice,
     check_input,
     complete,
+    is_zero,
     mixing_weights,
     normalize,
     scale_factor,
@@ -68,6 +71,24 @@ def observe(statistics: Statistics, x: Tensor, places: tuple[int, ...], over: tu
     )
 
 
+def as_row(weight: float | Tensor, positions: int) -> Tensor:
+    """A mixing weight at each position, in float64."""
+    if isinstance(weight, Tensor):
+        return weight.double().reshape(-1).expand(positions)
+    return torch.full((positions,), float(weight), dtype=torch.float64)
+
+
+def unused_as_constants(statistics: Statistics, weights: tuple) -> Statistics:
+    """Zero and one in place of the statistics whose mixing weight switches them off."""
+    w_feature, w_batch = weights
+    batch, feature = tuple(statistics[:2]), tuple(statistics[2:])
+    if is_zero(w_batch):
+        batch = torch.zeros_like(batch[0]), torch.ones_like(batch[0])  # type: ignore[arg-type]
+    if is_zero(w_feature):
+        feature = torch.zeros_like(feature[0]), torch.ones_like(feature[0])  # type: ignore[arg-type]
+    return Statistics(*batch, *feature)
+
+
 class Normalization(HasMode):
     """The equation of :func:`~lightning_bln.functional.batch_layer_norm`, whole or one half, with a population.
 
@@ -104,6 +125,7 @@ class Normalization(HasMode):
         scale: bool | float = True,
         population: str = "pooled",
         momentum: float | None = None,
+        sync_batch_stats: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -118,6 +140,8 @@ class Normalization(HasMode):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self._register_affine(num_features, affine, affine and bias, factory)
         self.population = Population(num_features, estimator=population, momentum=momentum, **factory)
+        self.population.is_joint = sync_batch_stats
+        self.sync_batch_stats, self.takes_part = sync_batch_stats, True
         self._has_warned = False
 
     def _register_affine(self, size: int, weight: bool, bias: bool, factory: dict[str, Any]) -> None:
@@ -157,14 +181,67 @@ class Normalization(HasMode):
         is_shared = self.positions == "shared" or x.ndim == batch_axis + 2
         places = (1,) if is_shared else tuple(x.shape[batch_axis + 1 : -1])
         over = tuple(range(batch_axis, x.ndim - 1)) if is_shared else (batch_axis,)
+        if self.training and self.sync_batch_stats and is_distributed():
+            return self._normalize_jointly(x, is_shared)
         population, uses, batch_size = self._source(places)
         weights = mixing_weights(x.shape[batch_axis] if batch_size is None else batch_size, self.delta, self.norm)
+        # The kernels build on norms, so that they cannot be imported above.
+        from lightning_bln.kernels.dense import runs_compiled
+
+        if not groups and runs_compiled(x, self.weight):
+            return self._compiled(x, is_shared, places, population, uses, weights)
         statistics = choose(population, uses, x, over, weights)
         if self.training:
             with torch.no_grad():
                 self.population.gather(observe(statistics, x, places, over))
         scale = scale_factor(self.scale, self.num_features)
         return normalize(x, statistics, weights, self.weight, self.bias, scale=scale, eps=self.eps)
+
+    def _normalize_jointly(self, x: Tensor, is_shared: bool) -> Tensor:
+        """:meth:`_normalize` in training, with the batch that all ranks hold together; each gathers the same."""
+        joint = joint_batch(x, is_shared, self.takes_part)
+        weights = mixing_weights(joint.batch_size, self.delta, self.norm)
+        statistics = complete(Statistics(joint.mean, joint.var), x, (), weights)
+        used = unused_as_constants(Statistics(*joint[3:7]), weights)
+        with torch.no_grad():
+            self.population.gather(Observed(*used, seen=joint.seen, batch_size=joint.sizes))  # type: ignore[arg-type]
+        scale = scale_factor(self.scale, self.num_features)
+        return normalize(x, statistics, weights, self.weight, self.bias, scale=scale, eps=self.eps)
+
+    def _compiled(
+        self,
+        x: Tensor,
+        is_shared: bool,
+        places: tuple[int, ...],
+        population: Statistics | None,
+        uses: Uses,
+        weights: tuple,
+    ) -> Tensor:
+        """:meth:`_normalize` on the compiled kernels."""
+        from lightning_bln.kernels.dense import DenseSettings, dense
+
+        flat = x.reshape(-1, 1, x.shape[-1]) if is_shared else x.reshape(x.shape[0], -1, x.shape[-1])
+        rows, positions, _ = flat.shape
+        given = None
+        if population is not None and any(uses):
+            given = torch.cat([value.reshape(-1) for value in population]).to(x.dtype)  # type: ignore[union-attr]
+        mixing = torch.stack([as_row(weight, positions) for weight in weights])
+        needs_grad = torch.is_grad_enabled() and (
+            x.requires_grad or any(p is not None and p.requires_grad for p in (self.weight, self.bias))
+        )
+        bits = sum(int(use is True) << bit for bit, use in enumerate(uses)) if given is not None else 0
+        scale = scale_factor(self.scale, self.num_features)
+        settings = DenseSettings(int(self.training or needs_grad), bits, scale, self.eps)
+        y, seen = dense(flat, self.weight, self.bias, mixing, given, settings)
+        if self.training:
+            assert seen is not None
+            used = unused_as_constants(seen, weights)
+            mean, var, feature_mean, feature_var = (
+                value.view(*places, *value.shape[1:]) for value in used if value is not None
+            )
+            counted = torch.full(places, rows), torch.full(places, x.shape[0])
+            self.population.gather(Observed(mean, var, feature_mean, feature_var, *counted))
+        return y.view(x.shape)
 
     def _source(self, positions: tuple[int, ...]) -> tuple[Statistics | None, Uses, Tensor | None]:
         """The population at ``positions``, which statistics it gives, and its batch size; nothing in training."""
@@ -191,7 +268,7 @@ class Normalization(HasMode):
         )
 
     def _check_dtype(self, x: Tensor) -> None:
-        if self.weight is not None and x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if self.weight is not None and x.dtype != self.weight.dtype and not is_autocast_enabled(x.device.type):
             raise TypeError(
                 f"x has dtype {x.dtype}, but the layer's parameters have {self.weight.dtype}; convert one with .to()"
             )
@@ -232,6 +309,9 @@ class BatchLayerNorm(Normalization):
         scale: ``True`` for the paper's :math:`s = 1/\sqrt{d}`, ``False`` for 1, or :math:`s` itself.
         population: ``"pooled"`` or ``"paper"``, see :class:`~lightning_bln.population.Population`.
         momentum: If given, the population follows each training batch this far, as BatchNorm's does.
+        sync_batch_stats: In distributed training take batch statistics, and :math:`m`, over all ranks together, as if
+            one process held the whole batch, with exact gradients. Ranks may hold different numbers of samples, but
+            each has to run the layer equally often.
         device: Where parameters and statistics lie.
         dtype: Their dtype.
 
@@ -269,6 +349,7 @@ class BatchLayerNorm(Normalization):
         scale: bool | float = True,
         population: str = "pooled",
         momentum: float | None = None,
+        sync_batch_stats: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -283,6 +364,7 @@ class BatchLayerNorm(Normalization):
             scale=scale,
             population=population,
             momentum=momentum,
+            sync_batch_stats=sync_batch_stats,
             device=device,
             dtype=dtype,
         )

@@ -12,9 +12,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from lightning_bln.cells.registry import build
 from lightning_bln.cells.weights import HasCells, Weights
+from lightning_bln.fanned import run_each_mode
 from lightning_bln.functional import check_choice
 from lightning_bln.gate_norm import GateNorm
-from lightning_bln.kernels import BACKENDS, HiddenWeights, Noise, Sequences, cpu, recurrence, runs_compiled
+from lightning_bln.kernels import BACKENDS, HiddenWeights, Noise, Sequences, cpu, run, runs_compiled
 from lightning_bln.kernels.choice import name_of
 from lightning_bln.modes import FanOut
 
@@ -53,8 +54,9 @@ class Recurrent(HasCells):
         zoneout: Probability that a unit of a state keeps its value over a step.
         time_statistics: ``"separate"`` population for each time step, or ``"shared"``.
         gate_statistics: Feature statistics of each gate (``"separate"``), or over all gates at once (``"joint"``).
-        backend: ``"auto"`` for the fastest there is, ``"reference"`` for plain torch operations, or ``"cpu"`` for the
-            compiled kernels or an error.
+        backend: ``"auto"`` for the fastest there is, ``"reference"`` for plain torch operations, which have gradients
+            of any order, ``"compile"`` for steps that :func:`torch.compile` has fused, or ``"cpu"`` for the compiled
+            kernels or an error.
         recompute: Whether the compiled kernels compute gates and products again in the backward pass rather than keep
             them: several times less memory for long sequences, a third more time.
         eps: Added to the variances.
@@ -159,7 +161,7 @@ class Recurrent(HasCells):
         self.backend, self.recompute = backend, recompute
         for layer in range(num_layers):
             for suffix in self._suffixes(layer):
-                size = input_size if layer == 0 else self.state_size("h") * self.num_directions
+                size = input_size if layer == 0 else self.output_size * self.num_directions
                 self._register(suffix, size)
         self.reset_parameters()
 
@@ -201,8 +203,10 @@ class Recurrent(HasCells):
                 x = x.transpose(0, 1)
         fan = self._fan()
         if fan is not None:
-            if packed is not None:
-                raise ValueError("fan-out takes no packed sequences; run each mode on its own")
+            if not batched:
+                raise ValueError("fan-out needs a batch axis to lay modes along; pass a batch of one")
+            if packed is not None or runs_compiled(self.backend, self.cell, x, self._weights("_l0")):
+                return run_each_mode(self, input, hx, fan, 0 if self.batch_first else 1)
             x = fan.enter(x, 1)
         state = self._first_state(x, hx, batched)
         if packed is not None and packed.sorted_indices is not None and hx is not None:
@@ -252,15 +256,15 @@ class Recurrent(HasCells):
         x = x if mask is None else x * mask
         if runs_compiled(self.backend, self.cell, x, weights):
             return self._compiled(x, state, weights, sizes)
-        x = F.linear(x, weights.weight_ih)
+        x = F.linear(x, weights.weight_ih, weights.bias_ih if weights.norm_ih is None else None)
         x = x.unflatten(-1, (len(self.cell.gates), -1))
         if weights.norm_ih is not None:
             data = None if sizes is None else is_running(sizes, x)
             x, observed = weights.norm_ih.sequence(steps, running)(x, slice(None), data)
             if observed is not None:
                 weights.norm_ih.gather(observed, running)
-        if weights.bias_ih is not None:
-            x = x + weights.bias_ih.view(len(self.cell.gates), -1)
+            if weights.bias_ih is not None:
+                x = x + weights.bias_ih.view(len(self.cell.gates), -1)
         hidden = HiddenWeights(
             weights.weight_hh,
             weights.bias_hh,
@@ -269,7 +273,7 @@ class Recurrent(HasCells):
             None if weights.norm_cell is None else weights.norm_cell.sequence(steps, running),
         )
         noise = Noise(self._mask(state[0], self.recurrent_dropout), self.zoneout, self.training)
-        result = recurrence(self.cell, Sequences(x, state, sizes), hidden, noise)
+        result = run(self.backend, weights.cell, Sequences(x, state, sizes), hidden, noise)
         for norm, observed in zip(weights.norm_hh, result.norm_hh, strict=False):
             norm.gather(observed, running)
         if weights.norm_cell is not None and result.norm_cell is not None:

@@ -31,7 +31,8 @@ def test_gradients_are_those_of_finite_differences(kind, norm) -> None:
     cell = RecurrentCell(kind, 3, 4, norm=norm, dtype=torch.float64)
     names = [name for name, _ in cell.named_parameters()]
     values = [p.detach() + 0.2 * torch.randn_like(p) for p in cell.parameters()]
-    state = [torch.randn(3, 4, dtype=torch.float64) for _ in cell.cell.states]
+    sizes = map(cell.state_size, cell.cell.states)
+    state = [0.1 + torch.rand(3, size, dtype=torch.float64) for size in sizes]
     inputs = [v.requires_grad_() for v in (torch.randn(3, 3, dtype=torch.float64), *state, *values)]
 
     def step(x, *rest):

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lightning_bln import ALL_MODES, BLNGRU, BLNLSTM, BLNRNN, Recurrent, kernels, set_mode
+from lightning_bln import (
+    ALL_MODES,
+    BLNGRU,
+    BLNLSTM,
+    BLNRNN,
+    Normalization,
+    Recurrent,
+    batch_layer_norm,
+    kernels,
+    set_mode,
+)
 from lightning_bln.kernels import choice, reference
 
 built = pytest.mark.skipif(kernels.available()["cpu"] is None, reason="the compiled kernels are not installed")
@@ -363,7 +373,82 @@ def test_recompute_keeps_little(recompute) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(torch.randn(steps, samples, units))
     arrays = sum(size for size in kept.values() if size in (steps * samples * units, 4 * steps * samples * units))
-    assert arrays / (steps * samples * units) == (3 if recompute else 15)  # the input's own is one
+    assert arrays / (steps * samples * units) == (3 if recompute else 11)  # the input's own is one
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("positions", ["separate", "shared"])
+@pytest.mark.parametrize(
+    ("shape", "batch_dim"),
+    [((6, 5), 0), ((1, 3), 0), ((7, 4, 9), 0), ((4, 7, 33), 1), ((300, 2, 70), 0), ((3, 2, 4, 1), 0)],
+)
+@pytest.mark.parametrize("norm", ["bln", "layer", "batch"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_layer_equals_the_function(threads, norm, shape, batch_dim, positions, dtype) -> None:
+    layer = Normalization(shape[-1], norm=norm, positions=positions, batch_dim=batch_dim, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.add_(torch.randn_like(layer.weight)), layer.bias.add_(torch.randn_like(layer.bias))
+    leaves = torch.randn(shape, dtype=dtype, requires_grad=True), layer.weight, layer.bias
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        y = layer(leaves[0])
+        grad = torch.randn_like(y)
+        found = [y, *torch.autograd.grad(y, leaves, grad)]
+    finally:
+        torch.set_num_threads(before)
+    assert "Dense" in str(graph_of(y))
+    y = batch_layer_norm(*leaves, norm=norm, positions=positions, batch_dim=batch_dim)
+    expected = [y, *torch.autograd.grad(y, leaves, grad)]
+    for value, other in zip(found, expected, strict=True):
+        error = (value - other).abs().max().item()
+        assert error <= TOLERANCE[dtype] * max(1.0, other.abs().max().item())
+
+
+def graph_of(y: Tensor) -> list[str]:
+    """Names of the nodes behind ``y``."""
+    names, todo = [], [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None:
+            names.append(type(node).__name__)
+            todo += [parent for parent, _ in node.next_functions]
+    return names
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
+@pytest.mark.parametrize("positions", ["separate", "shared"])
+def test_the_layer_in_every_mode(mode, positions, monkeypatch) -> None:
+    layer = Normalization(6, positions=positions, momentum=0.5, dtype=torch.float64)
+    layer(torch.randn(9, 4, 6, dtype=torch.float64))
+    set_mode(layer.eval(), mode)
+    x = torch.randn(5, 4, 6, dtype=torch.float64, requires_grad=True)
+    grad, results = torch.randn_like(x), []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(kernels.dense, "runs_compiled", lambda *_: False)
+        y = layer(x)
+        results.append([y, *torch.autograd.grad(y, (x, layer.weight, layer.bias), grad)])
+    for value, other in zip(*results, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-10, atol=1e-10)
+
+
+def test_the_layer_takes_overlapping_and_sliced_inputs() -> None:
+    layer = Normalization(5)
+    for x in (torch.randn(2, 1, 5).expand(2, 9, 5), torch.randn(4, 6, 5)[:, ::2], torch.randn(4, 3, 10)[..., ::2]):
+        torch.testing.assert_close(layer(x), batch_layer_norm(x, layer.weight, layer.bias))
+
+
+def test_the_layer_compiles_to_one_operator() -> None:
+    layer, x = Normalization(5), torch.randn(4, 3, 5, requires_grad=True)
+    counted: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        counted.append(sum("lightning_bln.dense" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    torch.compile(layer, fullgraph=True, backend=count)(x)
+    assert counted == [1]
 
 
 def test_available_names_what_runs() -> None:
@@ -373,7 +458,7 @@ def test_available_names_what_runs() -> None:
 
 
 def test_without_the_library_auto_runs_the_reference_and_says_so_once(monkeypatch) -> None:
-    monkeypatch.setattr(choice, "load", lambda: None)
+    monkeypatch.setattr(choice, "is_built", lambda: False)
     choice.warn_missing.cache_clear()
     layer = BLNLSTM(2, 3)
     with pytest.warns(UserWarning, match=r"C\+\+ compiler"):

@@ -190,6 +190,18 @@ def test_recomputing_touches_nothing_but_the_population() -> None:
     torch.testing.assert_close(net[2].population.batch_mean[0], net[0](x).mean(0).detach())  # no dropout
 
 
+def test_what_is_gathered_in_inference_mode_serves_a_later_training() -> None:
+    layer, x = BatchLayerNorm(5), torch.randn(4, 3, 5)
+    with torch.inference_mode():
+        recompute_population(layer, [x])
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.load_state_dict(state)
+    layer.eval().mode = "pppp"
+    x.requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
 def test_a_failed_recompute_leaves_the_population_as_it_was() -> None:
     layer = fitted()
     before = {name: value.clone() for name, value in layer.state_dict().items()}

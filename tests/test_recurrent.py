@@ -166,20 +166,57 @@ def test_batch_independent_modes_ignore_the_company(kind, norm) -> None:
     assert len(different) == distinct
 
 
+class Stack(nn.Module):
+    """Two recurrent layers with something between them that works row by row."""
+
+    def __init__(self, kind: str, backend: str) -> None:
+        super().__init__()
+        options = {"bidirectional": True, "backend": backend, "dtype": torch.float64}
+        self.first = perturbed(PAIRS[kind][0](3, 4, num_layers=2, **options))
+        self.second = perturbed(PAIRS[kind][0](8, 3, **options))
+
+    def forward(self, x: Tensor | PackedSequence) -> list[Tensor]:
+        y, states = self.first(x)
+        y = y._replace(data=y.data.tanh()) if isinstance(y, PackedSequence) else y.tanh()
+        y, last = self.second(y)
+        if isinstance(y, PackedSequence):
+            y, _ = pad_packed_sequence(y)
+        return [y, *flat(states), *flat(last)]
+
+
 @pytest.mark.parametrize("kind", PAIRS)
-def test_fan_out_equals_one_run_for_each_mode(kind) -> None:
-    layer = perturbed(PAIRS[kind][0](3, 4, num_layers=2, bidirectional=True, dtype=torch.float64))
-    recompute_population(layer, [torch.randn(5, 8, 3, dtype=torch.float64)])
-    layer.eval()
-    x = torch.randn(5, 6, 3, dtype=torch.float64)
-    with fan_out(layer, ALL_MODES):
-        output, states = layer(x)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("form", ["batch", "packed", "unsorted"])
+def test_fan_out_equals_one_run_for_each_mode(kind, backend, form) -> None:
+    model = Stack(kind, backend)
+    recompute_population(model, [torch.randn(6, 8, 3, dtype=torch.float64)])
+    model.eval()
+    lengths = LENGTHS if form == "unsorted" else sorted(LENGTHS, reverse=True)
+    x = torch.randn(6, 4, 3, dtype=torch.float64)
+    if form != "batch":
+        x = pack_sequence([x[:n, i] for i, n in enumerate(lengths)], enforce_sorted=form == "packed")
+    with fan_out(model, ALL_MODES):
+        fanned = model(x)
     for i, mode in enumerate(ALL_MODES):
-        set_mode(layer, mode)
-        expected, expected_states = layer(x)
-        torch.testing.assert_close(output[:, 6 * i : 6 * i + 6], expected)
-        for ours, theirs in zip(flat(states), flat(expected_states), strict=True):
-            torch.testing.assert_close(ours[:, 6 * i : 6 * i + 6], theirs)
+        set_mode(model, mode)
+        for ours, theirs in zip(fanned, model(x), strict=True):
+            torch.testing.assert_close(ours[:, 4 * i : 4 * i + 4], theirs)
+
+
+def test_fan_out_takes_first_states_of_all_modes_or_of_each() -> None:
+    encoder, decoder = BLNLSTM(3, 4, dtype=torch.float64), BLNLSTM(3, 4, dtype=torch.float64)
+    model = nn.ModuleList([encoder, decoder])
+    x = torch.randn(5, 6, 3, dtype=torch.float64)
+    recompute_population(model, [x], predict=lambda x: decoder(x, encoder(x)[1]))
+    model.eval()
+    start = (torch.randn(1, 6, 4, dtype=torch.float64), torch.randn(1, 6, 4, dtype=torch.float64))
+    for backend in ("auto", "reference"):
+        encoder.backend = decoder.backend = backend
+        with fan_out(model, ALL_MODES):
+            fanned, _ = decoder(x.repeat(1, 16, 1), encoder(x, start)[1])
+        for i, mode in enumerate(ALL_MODES):
+            set_mode(model, mode)
+            torch.testing.assert_close(fanned[:, 6 * i : 6 * i + 6], decoder(x, encoder(x, start)[1])[0])
 
 
 def test_longer_sequences_take_the_last_steps_population() -> None:

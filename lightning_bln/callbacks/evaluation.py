@@ -256,7 +256,7 @@ class Evaluation:
         lost = self.names(results)
         self.user.put(run.state)
         dict.clear(results)
-        dict.update(results, {**foreign, **run.results})
+        dict.update(results, {**foreign, **{key: _compat.plain_row(row) for key, row in run.results.items()}})
         lost -= self.names(results)
         for name in _compat.CONNECTOR_METRICS:
             values = getattr(self.connector, name)
@@ -323,9 +323,7 @@ def copied_row(row: Any) -> Any:
     # not a deep copy: a row refers to the strategy by the function that reduces it
     own = object.__new__(type(row))
     state = row.__getstate__()
-    own.__setstate__(
-        {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
-    )
+    own.__setstate__({name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()})
     return own
 
 
@@ -336,5 +334,3 @@ def same(tensor: Tensor) -> Tensor:
 def set_layer_modes(layers: list[HasMode], mode: StatisticsMode) -> None:
     for layer in layers:
         layer.mode = mode
-
-

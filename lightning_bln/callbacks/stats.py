@@ -1,4 +1,4 @@
-"""The callback: when the population is frozen and when a statistics mode is chosen; what that takes is done elsewhere."""
+"""The callback: when the population is frozen and a statistics mode chosen; what that takes is done elsewhere."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import math
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from rich.console import Console
 
 from lightning_bln import _compat
 from lightning_bln.callbacks.averaging import keep_apart, write_statistics
+from lightning_bln.callbacks.display import label_bar, log_choice, print_table, save
 from lightning_bln.callbacks.evaluation import Evaluation
 from lightning_bln.callbacks.guard import Guard
 from lightning_bln.callbacks.recompute import check_recompute, fingerprint, recompute
@@ -85,6 +86,10 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         verbose: bool = True,
     ) -> None:
         super().__init__()
+        # the other Trainer may have been imported since this class was made, and takes only callbacks of its own
+        later = tuple(base for base in _compat.callback_bases() if not isinstance(self, base))
+        if later:
+            self.__class__ = of_both(type(self), later)  # type: ignore[assignment, arg-type]
         if population not in ("recompute", "epoch"):
             raise ValueError(f"population={population!r}, but it must be 'recompute' or 'epoch'")
         if guard not in ("strict", "warn", "off"):
@@ -145,8 +150,8 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
             check_recompute(trainer, pl_module)
         for callback in trainer.callbacks:
             keep_apart(callback, pl_module)
-        if self.result is not None:
-            rank_zero_info(f"BLNStatsCallback resumes with statistics mode {mode_layers(pl_module)[0].mode}.")
+        if all(one.is_frozen for one in populations(pl_module)):
+            self._announce(pl_module, "resumes")
 
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
         # before training there is no population, and nobody wants to be told so
@@ -156,8 +161,10 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
         self._quiet.close()
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        reset_population(pl_module)
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        # not at the epoch's start: the Trainer skips that hook when it resumes, in mid-epoch and just after an epoch
+        if batch_idx == 0:
+            reset_population(pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._evaluation = self._guard = None
@@ -190,6 +197,8 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
             self._evaluation = Evaluation(trainer, pl_module, self.candidates, self._shared)
             self._guard = Guard(self.tolerance, self.guard == "strict") if self._is_guarded else None
         index = _compat.results(_compat.evaluation_loop(trainer)).dataloader_idx
+        if batch_idx == 0:
+            label_bar(trainer, f"Validation in {len(self.candidates)} modes")
         if self._guard is not None:
             self._guard.keep(batch, index)
         self._evaluation.step(batch, batch_idx, index)
@@ -224,12 +233,18 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         if self.result is None or not trainer.is_global_zero:
             return
+        if self.should_log:
+            log_choice(trainer, self.result, figure=self.plot)
         if self.verbose:
-            Console().print(self.result)
+            print_table(self.result)
         if self.save_dir is not None:
-            self.save_dir.mkdir(parents=True, exist_ok=True)
-            self.result.to_json(self.save_dir / "bln_sweep.json")
-            self.result.plot().savefig(self.save_dir / "bln_sweep.png", dpi=150)
+            save(self.result, self.save_dir)
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        self._announce(pl_module, "tests")
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        self._announce(pl_module, "predicts")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._shared = None
@@ -256,12 +271,17 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
     def _is_guarded(self) -> bool:
         return self.guard != "off" and not all(one.is_batch_independent for one in self.candidates)
 
+    def _announce(self, module: Any, doing: str) -> None:
+        modes = sorted({str(layer.mode) for layer in mode_layers(module)})
+        if modes:
+            rank_zero_info(f"{type(module).__name__} {doing} in statistics mode {', '.join(modes)}.")
+
     def _check(self, trainer: Any, module: Any) -> None:
         if not mode_layers(module):
             raise _compat.misconfiguration(
                 trainer,
-                f"model={type(module).__name__} has no layer with a statistics mode, so there is nothing to choose; put "
-                "a BatchLayerNorm or a recurrent layer with norm='bln' into it, or take the callback away",
+                f"model={type(module).__name__} has no layer with a statistics mode, so there is nothing to choose; "
+                "put a BatchLayerNorm or a recurrent layer with norm='bln' into it, or take the callback away",
             )
         if _compat.takes_dataloader_iter(module.validation_step):
             raise _compat.misconfiguration(
@@ -313,13 +333,28 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
                 self.log(f"bln/spread/{mode}", pair.spread)
 
 
+@cache
+def of_both(cls: type, later: tuple[type, ...]) -> type:
+    """``cls`` under its own name, as a callback of further namespaces too."""
+    names: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    names["__reduce__"] = lambda self: (revive, (cls, self.__dict__))
+    return type(cls)(cls.__name__, (cls, *later), names)  # type: ignore[call-overload]
+
+
+def revive(cls: type, state: dict[str, Any]) -> Any:
+    """Unpickle an instance of a class that no module has by name."""
+    instance = cls.__new__(cls)
+    instance.__dict__.update(state)
+    return instance
+
+
 def parse_candidates(candidates: str | Iterable[str]) -> tuple[StatisticsMode, ...]:
     """The modes that ``candidates`` names."""
     named = {"all": ALL_MODES, "batch_independent": BATCH_INDEPENDENT_MODES}
     if isinstance(candidates, str):
         if candidates not in named:
             raise ValueError(
-                f"candidates={candidates!r}, but it must be 'all', 'batch_independent' or a list of modes: ['ppcc'], say"
+                f"candidates={candidates!r}, but it must be 'all', 'batch_independent' or modes by name: ['ppcc'], say"
             )
         return named[candidates]
     modes = tuple(dict.fromkeys(StatisticsMode(one) for one in candidates))
@@ -330,5 +365,3 @@ def parse_candidates(candidates: str | Iterable[str]) -> tuple[StatisticsMode, .
 
 def saves_checkpoints(callback: Any) -> bool:
     return any(base.__name__ == "Checkpoint" for base in type(callback).__mro__)
-
-

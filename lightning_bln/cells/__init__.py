@@ -1,6 +1,7 @@
 """Recurrent cells: one file a cell, each a gate equation and nothing else."""
 
-from lightning_bln.cells.cell import Cell, Gates
+from lightning_bln.cells.cell import Cell, Extra, LinearCell
+from lightning_bln.cells.gates import Gates
 from lightning_bln.cells.gru import GRU
 from lightning_bln.cells.lstm import LSTM
 from lightning_bln.cells.registry import registry
@@ -15,7 +16,9 @@ __all__ = [
     "BLNLSTMCell",
     "BLNRNNCell",
     "Cell",
+    "Extra",
     "Gates",
+    "LinearCell",
     "RecurrentCell",
     "registry",
 ]

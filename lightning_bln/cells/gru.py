@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import sigmoid, tanh
 
-from lightning_bln.cells.cell import Cell, Gates
+from lightning_bln.cells.cell import Cell
+from lightning_bln.cells.gates import Gates
 
 
 class GRU(Cell):

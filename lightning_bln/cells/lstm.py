@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import sigmoid, tanh
 
-from lightning_bln.cells.cell import Cell, Gates
+from lightning_bln.cells.cell import Cell
+from lightning_bln.cells.gates import Gates
 
 
 class LSTM(Cell):
@@ -15,6 +16,7 @@ class LSTM(Cell):
     gates = ("input", "forget", "cell", "output")
     states = ("h", "c")
     has_norm_cell = True
+    has_projection = True
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         a = x + project(state.h)

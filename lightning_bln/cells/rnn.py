@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from lightning_bln.cells.cell import Cell, Gates
+from lightning_bln.cells.cell import Cell
+from lightning_bln.cells.gates import Gates
 from lightning_bln.functional import check_choice
 
 NONLINEARITIES = {"tanh": torch.tanh, "relu": torch.relu}

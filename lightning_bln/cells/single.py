@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_bln.cells.cell import Gates
-from lightning_bln.cells.projection import Projection
 from lightning_bln.cells.registry import build
 from lightning_bln.cells.weights import HasCells
+from lightning_bln.kernels.reference import HiddenWeights, Noise, Sequences, recurrence
 
 
 class RecurrentCell(HasCells):
@@ -102,12 +100,21 @@ class RecurrentCell(HasCells):
             gates = weights.norm_ih(gates)
         if weights.bias_ih is not None:
             gates = gates + weights.bias_ih.view(len(self.cell.gates), -1)
-        cell, norm_cell = copy(self.cell), weights.norm_cell
-        cell.norm_cell = lambda c: c if norm_cell is None else norm_cell(c.unsqueeze(-2)).squeeze(-2)
-        project = Projection(cell, weights.weight_hh, weights.bias_hh, weights.norm_hh)
-        after = cell.step(Gates(gates, cell.gates), cell.State(*state), project)
-        result = tuple(after) if batched else tuple(s[0] for s in after)
-        return result[0] if len(result) == 1 else result
+        sizes = (len(x),)
+        hidden = HiddenWeights(
+            weights.weight_hh,
+            weights.bias_hh,
+            None,
+            tuple(norm.sequence(1, sizes) for norm in weights.norm_hh),
+            None if weights.norm_cell is None else weights.norm_cell.sequence(1, sizes),
+        )
+        result = recurrence(weights.cell, Sequences(gates[None], state, None), hidden, Noise(None, 0.0, self.training))
+        for norm, observed in zip(weights.norm_hh, result.norm_hh, strict=False):
+            norm.gather(observed, sizes)
+        if weights.norm_cell is not None and result.norm_cell is not None:
+            weights.norm_cell.gather(result.norm_cell, sizes)
+        after = result.state if batched else tuple(s[0] for s in result.state)
+        return after[0] if len(after) == 1 else after
 
 
 class BLNLSTMCell(RecurrentCell):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from lightning_bln._compat import is_autocast_enabled
 from lightning_bln.cells.cell import Cell
 from lightning_bln.functional import NORMS, check_choice
 from lightning_bln.gate_norm import GateNorm
@@ -19,13 +22,15 @@ class Weights(NamedTuple):
     """The parameters and norms of one cell."""
 
     weight_ih: Tensor
-    weight_hh: Tensor
+    weight_hh: Tensor | None
     bias_ih: Tensor | None
     bias_hh: Tensor | None
     weight_hr: Tensor | None
     norm_ih: GateNorm | None
     norm_hh: tuple[GateNorm, ...]
     norm_cell: GateNorm | None
+    cell: Cell
+    """The cell with its further parameters as attributes."""
 
 
 class HasCells(nn.Module):
@@ -65,12 +70,14 @@ class HasCells(nn.Module):
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
             if size < 1:
                 raise ValueError(f"{name}={size}, but it must be positive; pass at least 1")
-        if proj_size and "c" not in cell.states:
-            raise ValueError(f"proj_size={proj_size}, but only cells with a cell state have projections; leave it out")
+        if proj_size and not cell.has_projection:
+            raise ValueError(f"proj_size={proj_size}, but {type(cell).__name__} has no projection; leave it out")
         if not 0 <= proj_size < hidden_size:
             raise ValueError(f"proj_size={proj_size}, but it must be smaller than hidden_size={hidden_size}; lower it")
         for name in ("gate_statistics", "time_statistics"):
-            check_choice(name, norm_options.get(name, "separate"), ("separate", "joint" if "gate" in name else "shared"))
+            check_choice(
+                name, norm_options.get(name, "separate"), ("separate", "joint" if "gate" in name else "shared")
+            )
         self.cell, self.input_size, self.hidden_size = cell, input_size, hidden_size
         self.bias, self.proj_size, self.norm = bias, proj_size, norm
         self._normalizes = {"input": norm_input, "hidden": norm_hidden, "cell": norm_cell and cell.has_norm_cell}
@@ -93,7 +100,14 @@ class HasCells(nn.Module):
 
     def state_size(self, state: str) -> int:
         """Features of one of the cell's states."""
-        return self.proj_size if state == "h" and self.proj_size else self.hidden_size
+        if state == self.cell.states[0] and self.proj_size:
+            return self.proj_size
+        return self.cell.state_size(state, self.hidden_size)
+
+    @property
+    def output_size(self) -> int:
+        """Features of a cell's output."""
+        return self.proj_size or self.hidden_size
 
     def _register(self, suffix: str, input_size: int) -> None:
         """Add one cell's parameters and norms, their names ending in ``suffix``."""
@@ -101,12 +115,17 @@ class HasCells(nn.Module):
         size, factory = self.hidden_size, self._factory
         shapes: dict[str, tuple[int, ...]] = {
             "weight_ih": (rows * size, input_size),
-            "weight_hh": (hidden_rows * size, self.state_size("h")),
+            "weight_hh": (hidden_rows * size, self.output_size),
         }
-        if self.bias:
-            shapes |= {"bias_ih": (rows * size,), "bias_hh": (hidden_rows * size,)}
+        if self.bias and self.cell.biased:
+            shapes |= {"bias_ih": ((rows - len(self.cell.unbiased)) * size,), "bias_hh": (hidden_rows * size,)}
         if self.proj_size:
             shapes["weight_hr"] = (self.proj_size, size)
+        if not hidden_rows:
+            shapes = {name: shape for name, shape in shapes.items() if not name.endswith("hh")}
+        known = {"input_size": input_size, "hidden_size": size}
+        for name, extra in self.cell.parameters.items():
+            shapes[name] = tuple(known[part] if isinstance(part, str) else part for part in extra.shape)
         for name, shape in shapes.items():
             self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape, **factory)))
         if self.norm is None:
@@ -130,22 +149,34 @@ class HasCells(nn.Module):
         def get(name: str) -> Any:
             return getattr(self, name + suffix, None)
 
+        cell, bias_ih = self.cell, get("bias_ih")
+        if cell.parameters:
+            cell = copy(cell)
+            cell.__dict__.update({name: get(name) for name in cell.parameters})
+        if bias_ih is not None and cell.unbiased:
+            bias_ih = F.pad(bias_ih, (0, len(cell.unbiased) * self.hidden_size))
+
         return Weights(
             weight_ih=get("weight_ih"),
             weight_hh=get("weight_hh"),
-            bias_ih=get("bias_ih"),
+            bias_ih=bias_ih,
             bias_hh=get("bias_hh"),
             weight_hr=get("weight_hr"),
             norm_ih=get("norm_ih"),
             norm_hh=tuple(norm for name in self._product_names() if (norm := get(name)) is not None),
             norm_cell=get("norm_cell"),
+            cell=cell,
         )
 
     def reset_parameters(self) -> None:
         """Draw the weights and biases as nn.LSTM does, uniformly within 1/sqrt(hidden_size); norms to their start."""
         bound = 1.0 / math.sqrt(self.hidden_size)
-        for parameter in self.parameters(recurse=False):
-            nn.init.uniform_(parameter, -bound, bound)
+        for name, parameter in self.named_parameters(recurse=False):
+            extra = self.cell.parameters.get(name.removesuffix("_reverse").rpartition("_l")[0] or name)
+            if extra is None or extra.start is None:
+                nn.init.uniform_(parameter, -bound, bound)
+            else:
+                nn.init.constant_(parameter, extra.start)
         for child in self.children():
             if isinstance(child, GateNorm):
                 child.reset_parameters()
@@ -162,7 +193,7 @@ class HasCells(nn.Module):
         if x.numel() == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}, an empty batch or a sequence of no steps; pass some data")
         dtype = next(self.parameters()).dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != dtype and not is_autocast_enabled(x.device.type):
             raise TypeError(f"x has dtype {x.dtype}, but the layer's parameters have {dtype}; convert one with .to()")
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:

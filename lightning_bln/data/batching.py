@@ -38,8 +38,8 @@ def seeded_split(length: int, sizes: Sequence[int | float], seed: int) -> list[T
 class LengthBuckets(Sampler[list[int]]):
     """Batches of samples of like length, so that padding is short, in an order that is still random.
 
-    Samples are shuffled, cut into windows of ``window`` batches, sorted by length within a window, cut into batches, and
-    the batches shuffled. Lightning calls ``set_epoch``, so each epoch has its own order and a resumed run the same one.
+    Samples are shuffled, cut into windows of ``window`` batches, sorted by length within a window, cut into batches,
+    and the batches shuffled. Lightning calls ``set_epoch``, so each epoch has its own order and a resumed run the same.
 
     Args:
         lengths: the length of every sample.

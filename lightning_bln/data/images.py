@@ -95,7 +95,9 @@ def read_mnist(directory: str | os.PathLike[str] | None = None, *, fetch: bool =
     splits = [Images(arrays[i].unsqueeze(1), arrays[i + 1].long()) for i in (0, 2)]
     for split in splits:
         if len(split.pixels) != len(split.labels):
-            raise DataError(f"{root}: {len(split.pixels)} MNIST images but {len(split.labels)} labels; fetch them again")
+            raise DataError(
+                f"{root}: {len(split.pixels)} MNIST images but {len(split.labels)} labels; fetch them again"
+            )
     return splits[0], splits[1]
 
 
@@ -139,8 +141,10 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
-            return super().find_class(module.replace("numpy.core", np.ndarray.__module__ + "._core")
-                                      if not hasattr(np, "core") else module, name)
+            return super().find_class(
+                module.replace("numpy.core", np.ndarray.__module__ + "._core") if not hasattr(np, "core") else module,
+                name,
+            )
         if (module, name) == ("_codecs", "encode"):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"asks for {module}.{name}")

@@ -59,9 +59,9 @@ def words_by_line(text: str) -> list[str]:
 class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
     """Windows of a stream for truncated back-propagation through time.
 
-    The stream is laid out in ``batch_size`` rows, each a contiguous stretch; window ``i`` holds the next ``window`` tokens
-    of every row, so row ``r`` of window ``i + 1`` goes on where row ``r`` of window ``i`` stopped. Tokens that do not fill a
-    row are left out.
+    The stream is laid out in ``batch_size`` rows, each a contiguous stretch; window ``i`` holds the next ``window``
+    tokens of every row, so row ``r`` of window ``i + 1`` goes on where row ``r`` of window ``i`` stopped. Tokens that
+    do not fill a row are left out.
 
     Args:
         tokens: the ids of the stream.

@@ -70,9 +70,9 @@ class TextData(_DataModule):
     """Labelled texts from a folder a class, CSV, TSV or JSON lines.
 
     Batches are ``(tokens [batch, longest], lengths [batch], labels [batch])``, samples of like length together; with
-    ``fixed_length`` they are ``(tokens [batch, fixed_length], labels [batch])``, padded and cut in front. Validation and
-    test samples come in a seeded random order, never class by class: a statistics mode that uses the current batch would
-    read the labels from it.
+    ``fixed_length`` they are ``(tokens [batch, fixed_length], labels [batch])``, padded and cut in front. Validation
+    and test samples come in a seeded random order, never class by class: a statistics mode that uses the current batch
+    would read the labels from it.
 
     Args:
         train: a file ending in ``.csv``, ``.tsv``, ``.jsonl`` or ``.ndjson``, or a folder of folders.
@@ -165,7 +165,8 @@ class TextData(_DataModule):
     def padding(self) -> int:
         """The id that fills up shorter texts."""
         assert self.vocabulary is not None
-        return self.vocabulary[PAD] if PAD in self.vocabulary else 0
+        has_padding = PAD in self.vocabulary
+        return self.vocabulary[PAD] if has_padding else 0
 
     def _dataset(self, texts: list[list[str]], labels: list[int]) -> Dataset[Any]:
         assert self.vocabulary is not None

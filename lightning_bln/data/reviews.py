@@ -13,9 +13,7 @@ from typing import NamedTuple
 
 from .files import DataError, Remote, data_dir, download, first_existing, reading
 
-IMDB = Remote(
-    "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz", "md5:7c2ac02c03563afcf9b574c7e56c153a"
-)
+IMDB = Remote("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz", "md5:7c2ac02c03563afcf9b574c7e56c153a")
 IMDB_CLASSES = ("neg", "pos")
 
 

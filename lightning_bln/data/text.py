@@ -96,7 +96,7 @@ def build_vocabulary(
     unknown: str | None = UNKNOWN,
     backend: Backend = "auto",
 ) -> Vocabulary:
-    """Build a vocabulary: the specials, then tokens from the most to the least frequent, equal ones in order of code point.
+    """Build a vocabulary: the specials, then tokens from the most to the least frequent, equal ones by code point.
 
     Args:
         tokens: one list of tokens a text.
@@ -104,7 +104,7 @@ def build_vocabulary(
         max_tokens: the size at most, specials counted.
         specials: tokens that come first.
         unknown: the special that any other token maps to; ``None`` makes such a token an error.
-        backend: ``"torchtext"`` gives a ``torchtext.vocab.Vocab``, ``"tokenizers"`` a vocabulary of ours with its methods.
+        backend: ``"torchtext"`` gives a ``torchtext.vocab.Vocab``, ``"tokenizers"`` one of ours with its methods.
 
     Example:
         >>> vocabulary = build_vocabulary([["b", "a", "b"]], backend="tokenizers")
@@ -232,7 +232,7 @@ def _keras_words(text: str) -> list[str]:
 
 @functools.cache
 def _load(name: str) -> Any | None:
-    """Import a backend, or return None: torchtext 0.18 raises OSError, not ImportError, beside a torch it was not built for."""
+    """Import a backend, or return None: beside a torch not its own, torchtext raises OSError, not ImportError."""
     if importlib.util.find_spec(name) is None:
         return None
     try:

@@ -13,9 +13,9 @@ from lightning_bln.cells.gru import GRU
 from lightning_bln.cells.lstm import LSTM
 from lightning_bln.cells.rnn import RNN
 from lightning_bln.cells.weights import Weights
-from lightning_bln.kernels.library import load, variant
+from lightning_bln.kernels.library import is_built, variant
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "compile", "cpu")
 HOW_TO_BUILD = (
     "install a C++ compiler (g++ or clang) and install lightning-bln again from source: "
     "pip install --force-reinstall --no-deps --no-binary lightning-bln lightning-bln"
@@ -62,7 +62,7 @@ def runs_compiled(backend: str, cell: Cell, x: Tensor, weights: Weights) -> bool
     Raises:
         ValueError: ``backend="cpu"`` asks for them where they cannot run.
     """
-    if backend == "reference":
+    if backend in ("reference", "compile"):
         return False
     reason = reason_against(cell, x, weights)
     if reason is not None and backend == "cpu":
@@ -70,12 +70,6 @@ def runs_compiled(backend: str, cell: Cell, x: Tensor, weights: Weights) -> bool
     if reason is not None and "not installed" in reason:
         warn_missing()
     return reason is None
-
-
-@torch.compiler.assume_constant_result
-def is_built() -> bool:
-    """Whether the library is there and loads."""
-    return load() is not None
 
 
 @cache

@@ -3,8 +3,9 @@
 Everything is computed in float32 or float64; under autocast a layer with float32 parameters runs in float32.
 
 Kept for the gradient, in numbers for each step and sequence of a layer with ``G`` gates of ``H`` units: ``2 G H`` (both
-products) + ``G H`` (the gates) + ``H`` (the output), and ``H`` more for the cell state of an LSTM. With ``recompute``
-the products and the gates are computed again in the backward pass, and only the last one or two remain.
+products) + ``H`` (the output), and ``H`` more for the cell state of an LSTM. The gates are computed again in the
+backward pass, which takes no longer than writing and reading them. With ``recompute`` the products are too, and only the
+last one or two remain.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from lightning_bln._compat import HAS_CUSTOM_OPS
 from lightning_bln.functional import Statistics, is_zero
 from lightning_bln.gate_norm import SequenceNorm
-from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, load
+from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, load, pointer, set_given
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 DTYPES = {torch.float32: "float", torch.float64: "double"}
@@ -134,14 +135,9 @@ def allocate(inputs: Inputs, constants: Constants, settings: Settings) -> Output
         moments_cell=moments(settings.on_cell, units, 1),
         input_part=new(rows, columns) if all_kept else new(0),
         hidden_part=new(rows, columns) if all_kept else new(0),
-        gates=new(rows, columns) if all_kept else new(0),
+        gates=new(0),
         cells=new(rows, units) if keep and lstm else new(0),
     )
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    """Where a tensor's numbers lie; None for none."""
-    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
 def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs: Outputs) -> RecurrenceArgs:
@@ -181,19 +177,6 @@ def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs:
         if norm.batch_moments:
             norm.feature_moments = norm.batch_moments + settings.steps * 2 * width * outputs.output.element_size()
     return args
-
-
-def set_given(norm: NormArgs, given: Tensor | None, uses: int, steps: int, width: int, groups: int) -> None:
-    """Point a norm at those of the population's statistics that it uses."""
-    if given is None:
-        return
-    at = given.data_ptr()
-    for bit, (name, size) in enumerate(
-        (("batch_mean", width), ("batch_var", width), ("feature_mean", groups), ("feature_var", groups))
-    ):
-        if uses >> bit & 1:
-            setattr(norm, name, at)
-        at += steps * size * given.element_size()
 
 
 def call(direction: str, args: RecurrenceArgs, dtype: torch.dtype) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import glob
+import os
 import warnings
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 #: Suffix of the library for each of torch's names of a processor's abilities, best first.
@@ -59,6 +61,46 @@ class RecurrenceArgs(ctypes.Structure):
     )  # fmt: skip
 
 
+class DenseArgs(ctypes.Structure):
+    """``DenseArgs`` of ``csrc/dense.h``."""
+
+    _fields_ = (
+        *(
+            (name, _INTEGER)
+            for name in (
+                "rows", "positions", "features", "threads", "row_stride", "position_stride", "grad_row_stride",
+                "grad_position_stride",
+            )
+        ),
+        *((name, _POINTER) for name in ("x", "output", "grad", "grad_x")),
+        ("norm", NormArgs),
+    )  # fmt: skip
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where a tensor's numbers lie; None for none."""
+    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def set_given(norm: NormArgs, given: Tensor | None, uses: int, steps: int, width: int, groups: int) -> None:
+    """Point a norm at those of the population's statistics that it uses, ``uses`` having a bit for each."""
+    if given is None:
+        return
+    at = given.data_ptr()
+    for bit, (name, size) in enumerate(
+        (("batch_mean", width), ("batch_var", width), ("feature_mean", groups), ("feature_var", groups))
+    ):
+        if uses >> bit & 1:
+            setattr(norm, name, at)
+        at += steps * size * given.element_size()
+
+
+@torch.compiler.assume_constant_result
+def is_built() -> bool:
+    """Whether the library is there and loads."""
+    return load() is not None
+
+
 @cache
 def load() -> ctypes.CDLL | None:
     """The best library that was built and that this processor runs, or None."""
@@ -83,7 +125,7 @@ def open_library(variant: str) -> ctypes.CDLL | None:
         warnings.warn(f"{path.name} does not load ({error}); slower kernels are tried", stacklevel=2)
         return None
     library.bln_args_size.restype = _INTEGER
-    if library.bln_args_size() != ctypes.sizeof(RecurrenceArgs):
+    if library.bln_args_size() != ctypes.sizeof(RecurrenceArgs) + ctypes.sizeof(DenseArgs):
         warnings.warn(f"{path.name} was built from other sources than this package's; install it again", stacklevel=2)
         return None
     share_threads(library)
@@ -99,8 +141,8 @@ def variant() -> str | None:
 
 
 def find(variant: str) -> Path | None:
-    """The file of one variant beside this module."""
-    folder = Path(__file__).parent
+    """The file of one variant, beside this module or in the folder that ``BLN_KERNELS`` names."""
+    folder = Path(os.environ.get("BLN_KERNELS", Path(__file__).parent))
     for suffix in EXTENSION_SUFFIXES:
         path = folder / f"_recurrence_{variant}{suffix}"
         if path.exists():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_bln.kernels import cpu
+from lightning_bln.kernels import dense as dense_pass
 
 # The dispatcher knows no NamedTuple, so that each tensor stands by its name, in the order of Inputs and Constants.
 INPUTS = (
@@ -86,3 +87,51 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 
 recurrence.register_autograd(_backward, setup_context=_save)
+
+
+DENSE = "Tensor x, Tensor? weight, Tensor? bias, Tensor mixing, Tensor? given, int[] integers, float[] numbers"
+
+
+@torch.library.custom_op("lightning_bln::dense", mutates_args=(), schema=f"({DENSE}) -> (Tensor, Tensor)")
+def dense(*args: Any) -> tuple[Tensor, Tensor]:
+    """Batch layer normalization of an array."""
+    return dense_pass.forward(*args[:5], dense_pass.DenseSettings(*args[5], *args[6]))  # type: ignore[call-arg]
+
+
+@dense.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    return dense_pass.allocate(args[0], dense_pass.DenseSettings(*args[5], *args[6]))
+
+
+@torch.library.custom_op(
+    "lightning_bln::dense_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {DENSE}, Tensor moments, bool needs_x) -> (Tensor, Tensor, Tensor)",
+)
+def dense_backward(*args: Any) -> tuple[Tensor, ...]:
+    """Its gradients."""
+    *passed, integers, numbers, moments, needs_x = args
+    return dense_pass.backward(*passed, dense_pass.DenseSettings(*integers, *numbers), moments, needs_x)  # type: ignore[call-arg]
+
+
+@dense_backward.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    return dense_pass.empty_gradients(*args[1:4], args[-1])  # type: ignore[call-arg]
+
+
+def _save_dense(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, integers, numbers = inputs
+    ctx.settings = integers, numbers
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_dense(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 7
+    *tensors, moments = ctx.saved_tensors
+    found = dense_backward(grad, *tensors, *ctx.settings, moments, ctx.needs_input_grad[0])
+    return (*dense_pass.as_gradients(found), *[None] * 4)
+
+
+dense.register_autograd(_backward_dense, setup_context=_save_dense)

@@ -17,9 +17,10 @@ class KerasLSTM(nn.Module):
     """One LSTM layer as ``tf.keras.layers.LSTM`` of TensorFlow 2.1 trains it.
 
     The recurrence is that of :class:`torch.nn.LSTM`. What differs is one bias instead of two, the initial weights
-    (Glorot uniform, bias zero and one for the forget gate) and dropout: in training every sequence draws one mask for its
-    inputs and one for its hidden state, and keeps them over time (Gal and Ghahramani 2016). All gates share them, as they
-    do in TensorFlow 2.1, which the authors used; later versions draw one a gate as soon as recurrent dropout is asked for.
+    (Glorot uniform, bias zero and one for the forget gate) and dropout: in training every sequence draws one mask for
+    its inputs and one for its hidden state, and keeps them over time (Gal and Ghahramani 2016). All gates share them,
+    as they do in TensorFlow 2.1, which the authors used; later versions draw one a gate as soon as recurrent dropout is
+    asked for.
 
     Args:
         input_size: features of the input.
@@ -67,7 +68,7 @@ class KerasLSTM(nn.Module):
         hidden_mask = self._mask(x, self.hidden_size, self.recurrent_dropout)
         if input_mask is not None:
             x = x * input_mask[:, None]
-        weight_hh = self.weight_hh
+        weight_hh: Tensor = self.weight_hh
         if hidden_mask is not None and len(x) > 1:
             gates = nn.functional.linear(x.transpose(0, 1), self.weight_ih, self.bias)
             return _MaskedRecurrence.apply(gates, weight_hh, hidden_mask).transpose(0, 1)
@@ -85,13 +86,12 @@ class KerasLSTM(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.input_size}, {self.hidden_size}, dropout={self.dropout}, "
-            f"recurrent_dropout={self.recurrent_dropout}"
+            f"{self.input_size}, {self.hidden_size}, dropout={self.dropout}, recurrent_dropout={self.recurrent_dropout}"
         )
 
 
 class _MaskedRecurrence(torch.autograd.Function):
-    """The LSTM's recurrence on projected inputs ``[time, batch, 4 * hidden]``, with a mask on what enters ``weight_hh``.
+    """The LSTM's recurrence on projected inputs ``[time, batch, 4 * hidden]``, what enters ``weight_hh`` masked.
 
     Written by hand because autograd spends more on the bookkeeping of 80 steps than the steps cost.
     """
@@ -157,10 +157,10 @@ class KerasAdam(torch.optim.Optimizer):
         p_t = p_{t-1} - \eta_t \frac{m_t}{\sqrt{v_t} + \epsilon}, \quad
         \eta_t = \eta \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}
 
-    It differs from :class:`torch.optim.Adam` in the place of :math:`\epsilon`, which Keras adds before the correction of
-    the bias. A parameter whose gradient is sparse (``nn.Embedding(sparse=True)``) is treated as if its gradient were
-    dense, as Keras does: a row goes on moving after it was last seen. These moves are made up for, all at once, when the
-    row is next needed, so a step costs what the rows in the batch cost. Call :meth:`catch_up` with the rows that a
+    It differs from :class:`torch.optim.Adam` in the place of :math:`\epsilon`, which Keras adds before the correction
+    of the bias. A parameter whose gradient is sparse (``nn.Embedding(sparse=True)``) is treated as if its gradient were
+    dense, as Keras does: a row goes on moving after it was last seen. These moves are made up for, all at once, when
+    the row is next needed, so a step costs what the rows in the batch cost. Call :meth:`catch_up` with the rows that a
     forward pass is about to read, and without rows before the parameter is read as a whole.
 
     Args:
@@ -260,7 +260,8 @@ class KerasAdam(torch.optim.Optimizer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, m and v as they are at step ``now`` after steps without gradient.
 
-        Over ``k`` such steps a row moves by :math:`\\sum_j \\eta_{s+j} \\beta_1^j m / (\\beta_2^{j/2} \\sqrt v + \\epsilon)`.
+        Over ``k`` such steps a row moves by
+        :math:`\\sum_j \\eta_{s+j} \\beta_1^j m / (\\beta_2^{j/2} \\sqrt v + \\epsilon)`.
         With :math:`w_j = \\eta_{s+j} \\beta_1^j \\beta_2^{-j/2}` that is :math:`m \\sum_j w_j / (\\sqrt v + \\epsilon
         \\beta_2^{-j/2})`; putting the mean of :math:`\\beta_2^{-j/2}` under the weights :math:`w_j` in place of each is
         exact for one step and off by no more than 1e-4 of the move for any number, since the weights die out long
@@ -272,9 +273,7 @@ class KerasAdam(torch.optim.Optimizer):
         if not any(gaps):
             return values, m, v
         table = {gap: self._missed(group, now - gap, gap) for gap in set(gaps)}
-        total, shift = (
-            values.new_tensor([[table[gap][entry]] for gap in gaps]) for entry in (0, 1)
-        )
+        total, shift = (values.new_tensor([[table[gap][entry]] for gap in gaps]) for entry in (0, 1))
         values.sub_(total * m / (v.sqrt() + group["eps"] * shift))
         elapsed = values.new_tensor([[float(gap)] for gap in gaps])
         return values, m * beta1**elapsed, v * beta2**elapsed

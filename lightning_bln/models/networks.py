@@ -13,7 +13,7 @@ from lightning_bln.norm import Normalization
 # One code path for all, so that they differ in nothing else. The control starts as BLN does at batch size 1.
 PAPER_NORMS: dict[str, dict[str, Any]] = {
     "bln": {"norm": "bln", "scale": True},
-    "batch": {"norm": "batch", "scale": False, "positions": "shared", "momentum": 0.01},
+    "batch": {"norm": "batch", "scale": False, "positions": "shared", "momentum": 0.01, "population": "pooled"},
     "layer": {"norm": "layer", "scale": False},
     "layer-scaled": {"norm": "layer", "scale": True},
 }
@@ -28,7 +28,8 @@ def paper_norm(norm: str, num_features: int, *, channel_dim: int = -1, populatio
             :math:`1/\\sqrt d`, as BLN's does.
         num_features: size of the feature axis.
         channel_dim: the feature axis.
-        population: the estimator, see :class:`lightning_bln.population.Population`.
+        population: the estimator, see :class:`lightning_bln.population.Population`; ``"batch"`` keeps its own, whose
+            running variance is Keras's.
 
     Raises:
         ValueError: there is no such norm.
@@ -39,7 +40,7 @@ def paper_norm(norm: str, num_features: int, *, channel_dim: int = -1, populatio
     """
     if norm not in PAPER_NORMS:
         raise ValueError(f"norm={norm!r}; use one of {', '.join(PAPER_NORMS)}")
-    layer = Normalization(num_features, channel_dim=channel_dim, population=population, **PAPER_NORMS[norm])
+    layer = Normalization(num_features, channel_dim=channel_dim, **{"population": population, **PAPER_NORMS[norm]})
     if norm == "batch":
         # Keras's running statistics start at mean 0 and variance 1 and keep a share of that for hundreds of steps.
         frozen = layer.population

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
@@ -34,7 +34,9 @@ class Classifier(LightningModule):
         self.is_binary = is_binary
         self.network = network
         self.learning_rate = learning_rate
-        self.metrics = nn.ModuleDict({f"{stage}_metrics": metrics.clone(f"{stage}_") for stage in ("train", "val", "test")})
+        self.metrics = nn.ModuleDict(
+            {f"{stage}_metrics": metrics.clone(f"{stage}_") for stage in ("train", "val", "test")}
+        )
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits."""
@@ -64,7 +66,7 @@ class Classifier(LightningModule):
         *inputs, labels = batch
         logits = self(*inputs)
         loss = self.loss(logits, labels)
-        metrics = self.metrics[f"{stage}_metrics"]
+        metrics = cast(MetricCollection, self.metrics[f"{stage}_metrics"])
         metrics.update(self.predictions(logits.detach()), labels)
         self.log(f"{stage}_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
@@ -126,7 +128,7 @@ class PaperIMDB(Classifier):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return a logit for each row of ``inputs [batch, time]``."""
         if self._optimizer is not None:
-            self._optimizer.catch_up(self.network.embedding.weight, inputs)
+            self._optimizer.catch_up(cast(PaperLSTM, self.network).embedding.weight, inputs)
         return self.network(inputs)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -141,9 +143,9 @@ class PaperIMDB(Classifier):
 
     def settle(self) -> None:
         if self._optimizer is not None:
-            self._optimizer.catch_up(self.network.embedding.weight)
+            self._optimizer.catch_up(cast(PaperLSTM, self.network).embedding.weight)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         self.settle()
         return super().state_dict(*args, **kwargs)
 

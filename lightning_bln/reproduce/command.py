@@ -14,20 +14,34 @@ from lightning_bln.reproduce.experiments import EXPERIMENTS
 from lightning_bln.reproduce.report import write_report
 from lightning_bln.reproduce.training import Settings, run
 
+DESCRIPTION = """Train the paper's networks with BLN and what it is compared with, over several seeds, and print a table
+beside the paper's own numbers: the best epoch's validation scores, and test scores for statistics modes named in advance,
+chosen on validation data, and (labelled so) best on test data."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to a parser."""
     parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
-    parser.add_argument("--norms", nargs="+", choices=list(PAPER_NORMS), default=list(PAPER_NORMS), metavar="NORM",
-                        help=f"which of {', '.join(PAPER_NORMS)}; all by default")
+    parser.add_argument(
+        "--norms",
+        nargs="+",
+        choices=list(PAPER_NORMS),
+        default=list(PAPER_NORMS),
+        metavar="NORM",
+        help=f"which of {', '.join(PAPER_NORMS)}; all by default",
+    )
     parser.add_argument("--fraction", type=float, default=0.2, help="share of the training set (the paper: 0.2 and 1)")
     parser.add_argument("--batch-size", type=int, default=25, help="samples a batch (the paper: 25 and 1)")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0")
     parser.add_argument("--epochs", type=int, help="epochs a run; the authors' 10 (imdb) or 15 (cifar10) by default")
     parser.add_argument("--quick", action="store_true", help="a smoke test: few batches, 2 epochs, 1 seed")
     parser.add_argument("--data-dir", type=Path, help="folder that holds the data; BLN_DATA_DIR by default")
-    parser.add_argument("--output", type=Path, help="folder for state, JSON, table and figures; a run that is there is "
-                        "taken up where it stopped (default: reproduction/EXPERIMENT-FRACTION-bsSIZE)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for state, JSON, table and figures; a run that is there is "
+        "taken up where it stopped (default: reproduction/EXPERIMENT-FRACTION-bsSIZE)",
+    )
 
 
 def reproduce(arguments: argparse.Namespace) -> int:
@@ -68,6 +82,6 @@ def reproduce(arguments: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse a command line and carry it out; return the exit status."""
-    parser = argparse.ArgumentParser(prog="bln reproduce", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bln reproduce", description=DESCRIPTION)
     add_arguments(parser)
     return reproduce(parser.parse_args(arguments))

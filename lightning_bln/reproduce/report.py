@@ -124,7 +124,9 @@ def _test_rows(results: list[Result]) -> tuple[list[str], Rows]:
             )
         if norm == "bln":
             best = min(theirs.values(), key=lambda pair: _finite(pair[0])) if theirs else None
-            picks.append(("best on test (no fair choice)", lambda run, kind: chosen_mode(run, kind, split="test"), best))
+            picks.append(
+                ("best on test (no fair choice)", lambda run, kind: chosen_mode(run, kind, split="test"), best)
+            )
         elif theirs:
             picks[0 if norm == "layer" else 1] = (*picks[0 if norm == "layer" else 1][:2], theirs[paper_mode(norm)])
         for statistics in STATISTICS:

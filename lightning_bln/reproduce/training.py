@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from lightning_bln.models.networks import PaperCNN, PaperLSTM
 from lightning_bln.models.paper import AUTHORS_THRESHOLD, Classifier
 from lightning_bln.modes import ALL_MODES, fan_out
 from lightning_bln.population import freeze_population, recompute_population, reset_population
@@ -22,6 +22,7 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 Scores = dict[str, dict[str, float]]
 
 RECOMPUTE_SAMPLES = 1_250
+FANNED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,17 @@ def run(experiment: Experiment, pool: Samples, test: Samples, settings: Settings
     for epoch in range(len(history), settings.epochs):
         # Seeded by epoch, so that a resumed run draws what an uninterrupted one would have drawn.
         torch.manual_seed(settings.seed * 1_000 + epoch + 1)
-        record = {"epoch": epoch + 1, **_train_epoch(model, optimizer, train)}
+        record: dict[str, Any] = {"epoch": epoch + 1, **_train_epoch(model, optimizer, train)}
         if settings.norm != "batch":
             freeze_population(model)
         record |= _prefixed("val", evaluate(model, [model], valid, [paper_mode(settings.norm)])[0])
         _recompute(twin, train, settings)
-        record["recomputed"] = evaluate(model, [twin], valid, dict.fromkeys(
-            canonical_mode(settings.norm, mode) for mode in ("cccc", "ppcc", "pppp")
-        ))[0]
+        record["recomputed"] = evaluate(
+            model,
+            [twin],
+            valid,
+            dict.fromkeys(canonical_mode(settings.norm, mode) for mode in ("cccc", "ppcc", "pppp")),
+        )[0]
         history.append(record)
         if record["val_loss"] <= min(entry["val_loss"] for entry in history):
             _save(best, {"model": model.state_dict()})
@@ -146,32 +150,37 @@ def evaluate(model: Classifier, variants: Sequence[Classifier], batches: Batches
     for module in (model, *variants):
         module.eval()
     count = 0
-    with torch.inference_mode(), _fanned(variants, modes) as fans:
+    with torch.inference_mode():
         for inputs, labels in batches:
-            features = model.network.features(inputs)
+            features = _paper_network(model).features(inputs)
             count += len(labels)
-            for variant, fan, total in zip(variants, fans, totals, strict=True):
-                fan.is_fanned = False
-                logits = variant.network.head(features)
-                total += _sums(variant, logits.view(len(modes), len(labels), *logits.shape[1:]), labels)
+            # Modes side by side save calls where batches are small, and cost cache where they are not.
+            width = max(1, FANNED_ROWS // len(labels))
+            for variant, total in zip(variants, totals, strict=True):
+                for start in range(0, len(modes), width):
+                    group = modes[start : start + width]
+                    with fan_out(variant.network, group):
+                        logits = _paper_network(variant).head(features)
+                    total[start : start + width] += _sums(
+                        variant, logits.view(len(group), len(labels), *logits.shape[1:]), labels
+                    )
     names = ("loss", "acc", "acc_authors") if model.is_binary else ("loss", "acc")
     return [
-        {
-            mode: dict(zip(names, row, strict=False))
-            for mode, row in zip(modes, (total / count).tolist(), strict=True)
-        }
+        {mode: dict(zip(names, row, strict=False)) for mode, row in zip(modes, (total / count).tolist(), strict=True)}
         for total in totals
     ]
+
+
+def _paper_network(model: Classifier) -> PaperLSTM | PaperCNN:
+    return cast(PaperLSTM | PaperCNN, model.network)
 
 
 def _sums(module: Classifier, logits: Tensor, labels: Tensor) -> Tensor:
     """Loss, right answers and right answers at the authors' threshold, summed over a batch, one row a mode."""
     losses = torch.stack([module.loss(rows, labels) * len(labels) for rows in logits])
-    if module.is_binary:
-        answers = [logits > 0, torch.sigmoid(logits) > AUTHORS_THRESHOLD]
-    else:
-        answers = [logits.argmax(-1)] * 2
-    right = [(answer == labels).sum(-1) for answer in answers]
+    answer = logits > 0 if module.is_binary else logits.argmax(-1)
+    theirs = torch.sigmoid(logits) > AUTHORS_THRESHOLD if module.is_binary else answer
+    right = [(guess == labels).sum(-1) for guess in (answer, theirs)]
     return torch.stack([losses, *right], -1).double()
 
 
@@ -199,15 +208,6 @@ def _recompute(model: Classifier, batches: Batches, settings: Settings) -> None:
     model.network.eval()
     limit = -(-RECOMPUTE_SAMPLES // settings.batch_size)
     recompute_population(model.network, batches, limit=min(limit, len(batches)))
-
-
-@contextmanager
-def _fanned(variants: Sequence[Classifier], modes: Sequence[str]) -> Iterator[list[Any]]:
-    if not variants:
-        yield []
-        return
-    with fan_out(variants[0], modes) as fan, _fanned(variants[1:], modes) as rest:
-        yield [fan, *rest]
 
 
 def _sharing_weights(model: torch.nn.Module, twin: Classifier) -> Classifier:

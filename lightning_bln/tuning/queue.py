@@ -7,6 +7,7 @@ lock that the operating system or the database server releases when its holder d
 
 from __future__ import annotations
 
+import os
 import threading
 import uuid
 import zlib
@@ -56,7 +57,7 @@ class Store:
             )
 
     def _file_lock(self) -> FileLock:
-        return FileLock(f"{self.file}.lock")
+        return FileLock(f"{self.file}.queue.lock")  # a journal has a .lock of its own
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
@@ -95,7 +96,7 @@ class Store:
 
     def worker_lock(self, owner: str) -> FileLock | None:
         """What a worker holds as long as it lives, where the study is a file: the system releases it on any death."""
-        return None if self.file is None else FileLock(f"{self.file}.{owner}.lock")
+        return None if self.file is None else FileLock(f"{self.file}.worker-{owner}.lock")
 
     def is_dead(self, owner: str | None) -> bool:
         """Whether a worker is known to have died: for files at once, for databases only heartbeats tell."""
@@ -125,7 +126,7 @@ class Queue:
 
     def __init__(self, store: Store, study: optuna.Study, trials: int, retries: int = 3) -> None:
         self.store, self.study, self.trials, self.retries = store, study, trials, retries
-        self.owner = uuid.uuid4().hex[:12]
+        self.owner = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self._lock = store.worker_lock(self.owner)
         if self._lock is not None:
             self._lock.acquire()

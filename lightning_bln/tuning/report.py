@@ -101,8 +101,8 @@ def explained_variance(study: optuna.Study, seed: int = 0) -> dict[str, float]:
         seed: Of the random forest.
 
     Returns:
-        Shares of the variance over trials and modes that main effects explain; they add up to 1. Empty where there
-        are fewer than two complete trials, or all scores are equal.
+        Shares of the variance over trials and modes that each explains alone, the largest first; what is missing to 1
+        are interactions. Empty where there are fewer than two complete trials, or all scores are equal.
 
     Source:
         Hutter, Hoos and Leyton-Brown, "An efficient approach for assessing hyperparameter importance", ICML 2014.
@@ -126,7 +126,9 @@ def explained_variance(study: optuna.Study, seed: int = 0) -> dict[str, float]:
         swept.add_trial(
             create_trial(params=coded, distributions={name: one for name, (one, _) in columns.items()}, value=score)
         )
-    return optuna.importance.get_param_importances(swept, evaluator=FanovaImportanceEvaluator(seed=seed))
+    return optuna.importance.get_param_importances(
+        swept, evaluator=FanovaImportanceEvaluator(seed=seed), normalize=False
+    )
 
 
 def in_order(

@@ -227,11 +227,11 @@ def assert_same_table(expected: dict[str, dict[str, float]], callback: BLNStatsC
         found = callback.result.scores[mode]
         assert set(found) == set(values), f"{mode}: {set(found) ^ set(values)}"
         for name, value in values.items():
-            assert abs(found[name] - value) <= atol * max(1.0, abs(value)), f"{name} of {mode}: {found[name]} is not {value}"
+            assert abs(found[name] - value) <= atol * max(1.0, abs(value)), (
+                f"{name} of {mode}: {found[name]} is not {value}"
+            )
 
 
 def assert_modes_differ(expected: dict[str, dict[str, float]], name: str = "val_loss") -> None:
     """A table in which all modes agree would prove nothing."""
     assert len({round(values[name], 6) for values in expected.values()}) >= 8
-
-

@@ -25,7 +25,7 @@ def reviews(real_data: Path) -> tuple[LabelledTexts, LabelledTexts]:
 
 @pytest.fixture
 def small_imdb(tmp_path: Path) -> Path:
-    """An archive in the layout of the real one: 6 + 6 training and 4 + 4 test reviews, and files that are not reviews."""
+    """An archive laid out as the real one: 6 + 6 training and 4 + 4 test reviews, and files that are no reviews."""
     with tarfile.open(tmp_path / "aclImdb_v1.tar.gz", "w:gz") as archive:
         for split, count in (("train", 6), ("test", 4)):
             for label, word in (("neg", "awful"), ("pos", "great")):

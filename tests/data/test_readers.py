@@ -91,7 +91,7 @@ def test_folder_a_class(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
 def test_tables(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"reviews.{ending}"
-    rows = [("good, \"really\"\nnew line", "pos"), ("bad", "neg")]
+    rows = [('good, "really"\nnew line', "pos"), ("bad", "neg")]
     if ending == "jsonl":
         path.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in rows) + "\n")
     else:

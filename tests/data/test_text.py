@@ -24,7 +24,7 @@ needs_both = pytest.mark.skipif(len(AVAILABLE) < 2, reason="only one text backen
 
 @pytest.mark.parametrize("backend", AVAILABLE)
 def test_basic_english(backend: Backend) -> None:
-    tokens = get_tokenizer("basic_english", backend)("It's GREAT!<br />(\"Really\": 9.5, no; yes?)\x85 Ünder\t\n")
+    tokens = get_tokenizer("basic_english", backend)('It\'s GREAT!<br />("Really": 9.5, no; yes?)\x85 Ünder\t\n')
     assert tokens == ["it", "'", "s", "great", "!", "(", "really", "9", ".", "5", ",", "no", "yes", "?", ")", "ünder"]
 
 
@@ -68,7 +68,7 @@ def test_vocabulary_order_and_limits(backend: Backend) -> None:
 @pytest.mark.parametrize("backend", AVAILABLE)
 def test_unknown_token_without_a_place_is_an_error(backend: Backend) -> None:
     vocabulary = build_vocabulary([["a"]], specials=[], unknown=None, backend=backend)
-    with pytest.raises((KeyError, RuntimeError), match="not in|not found"):
+    with pytest.raises((KeyError, RuntimeError), match=r"not in|not found"):
         vocabulary(["b"])
 
 

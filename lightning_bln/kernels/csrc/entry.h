@@ -1,6 +1,7 @@
 // The library's entry points. No header of torch or Python: raw pointers in, a status out, so one build serves all.
 #pragma once
 #include "backward.h"
+#include "dense.h"
 #include "forward.h"
 
 #if defined(_WIN32)
@@ -59,6 +60,29 @@ int run(const RecurrenceArgs<T>& args) {
   }
 }
 
+template <class T, template <class> class Pass>
+int run_dense(const DenseArgs<T>& args) {
+  try {
+    const int threads = dense_members(args);
+    DensePlan<T> plan(args, threads);
+    std::atomic<int> granted{0};
+    in_parallel(threads, [&](int id, int members) {
+      if (members != threads) {
+        if (id == 0) granted = members;
+        return;
+      }
+      Pass<T>(plan, id).run();
+    });
+    if (granted) {
+      DensePlan<T> alone(args, 1);
+      Pass<T>(alone, 0).run();
+    }
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
 }  // namespace bln
 
 BLN_EXPORT void bln_set_runtime(void* parallel, void* thread, void* threads) {
@@ -67,7 +91,7 @@ BLN_EXPORT void bln_set_runtime(void* parallel, void* thread, void* threads) {
   bln::runtime.threads = reinterpret_cast<int (*)()>(threads);
 }
 
-BLN_EXPORT int64_t bln_args_size() { return sizeof(bln::RecurrenceArgs<float>); }
+BLN_EXPORT int64_t bln_args_size() { return sizeof(bln::RecurrenceArgs<float>) + sizeof(bln::DenseArgs<float>); }
 
 BLN_EXPORT int bln_forward_float(const bln::RecurrenceArgs<float>* args) {
   return bln::run<float, bln::Forward, bln::ForwardBuffers>(*args);
@@ -81,3 +105,7 @@ BLN_EXPORT int bln_backward_float(const bln::RecurrenceArgs<float>* args) {
 BLN_EXPORT int bln_backward_double(const bln::RecurrenceArgs<double>* args) {
   return bln::run<double, bln::Backward, bln::BackwardBuffers>(*args);
 }
+BLN_EXPORT int bln_dense_forward_float(const bln::DenseArgs<float>* args) { return bln::run_dense<float, bln::DenseForward>(*args); }
+BLN_EXPORT int bln_dense_backward_float(const bln::DenseArgs<float>* args) { return bln::run_dense<float, bln::DenseBackward>(*args); }
+BLN_EXPORT int bln_dense_forward_double(const bln::DenseArgs<double>* args) { return bln::run_dense<double, bln::DenseForward>(*args); }
+BLN_EXPORT int bln_dense_backward_double(const bln::DenseArgs<double>* args) { return bln::run_dense<double, bln::DenseBackward>(*args); }

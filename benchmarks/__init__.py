@@ -1,0 +1,1 @@
+"""Speed and memory of the layers, each against torch's own."""

@@ -1,0 +1,153 @@
+"""``python -m benchmarks``: measure, print one table, and keep it under ``benchmarks/results``."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from benchmarks import contenders
+from benchmarks.measure import cuda_events, geometric_mean, machine, medians, peaks
+from lightning_bln import BLNLSTM
+
+RESULTS = Path(__file__).parent / "results"
+BARS = [
+    # what, numerator, denominator, goal of the geometric mean, goal of the worst size
+    ("BLN-LSTM train / nn.LSTM train", "lstm train", "ours bln", "torch", 1.0, 1.25),
+    ("BLN-GRU train / nn.GRU train", "gru train", "ours bln", "torch", 1.0, 1.25),
+    ("LayerNorm-LSTM train / nn.LSTM train", "lstm train", "ours layer", "torch", 1.0, 1.25),
+    ("BLN-LSTM infer cccc / nn.LSTM infer", "lstm infer", "ours cccc", "torch", 1.6, 2.5),
+    ("BLN-LSTM infer pppp / nn.LSTM infer", "lstm infer", "ours pppp", "torch", 1.3, 2.0),
+    ("peak memory of a BLN-LSTM training step / nn.LSTM's", "lstm memory", "ours bln", "torch", 1.3, None),
+]
+Table = dict[str, dict[str, dict[str, float]]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each contender")
+    parser.add_argument("--kinds", nargs="+", default=["lstm", "gru", "rnn"], choices=contenders.KINDS)
+    parser.add_argument("--sizes", type=int, nargs="+", help="which sizes, by index")
+    parser.add_argument("--compiled", action="store_true", help="the reference under torch.compile too, where T < 30")
+    parser.add_argument("--gpu", action="store_true", help="on the GPU, timed by CUDA events")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if args.memory:
+        kind, size = json.loads(args.memory)
+        print(json.dumps(peaks(contenders.training(kind, tuple(size), extras=False) | recomputing(kind, tuple(size)))))
+        return
+    started = f"{datetime.datetime.now():%Y-%m-%d %H:%M}; {machine()}"
+    table = measure_gpu(args) if args.gpu else measure(args)
+    text = f"# Measured {started}\n\nMedians of turns taken in one process: milliseconds, megabytes.\n\n{render(table)}"
+    if not args.gpu:
+        text += f"\n{bars(table)}"
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    name = f"{datetime.date.today()}-{'gpu' if args.gpu else 'cpu'}-{torch.get_num_threads()}-threads"
+    (RESULTS / f"{name}.md").write_text(text)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": started, "table": table}, indent=1))
+
+
+def measure(args: argparse.Namespace) -> Table:
+    """All groups of contenders at all sizes on the CPU."""
+    sizes = [contenders.SIZES[i] for i in args.sizes or range(len(contenders.SIZES))]
+    table: Table = {}
+    for kind in args.kinds:
+        for size in sizes:
+            jobs = contenders.training(kind, size, extras=kind != "rnn")
+            if args.compiled and kind == "lstm" and size[0] < 30:
+                jobs |= contenders.compiled_reference(kind, size)
+            note(table, f"{kind} train", size, medians(jobs, args.rounds))
+            note(table, f"{kind} infer", size, medians(contenders.inference(kind, size), args.rounds))
+            if kind == "lstm":
+                note(table, "lstm memory", size, memory(kind, size))
+    for shape in contenders.ARRAYS:
+        note(table, "array train", shape, medians(contenders.arrays(shape), 5 * args.rounds))
+    return table
+
+
+def measure_gpu(args: argparse.Namespace) -> Table:
+    """The reference against cuDNN."""
+    table: Table = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        label = str(dtype).removeprefix("torch.")
+        for kind in args.kinds:
+            for size in contenders.GPU_SIZES:
+                jobs = contenders.training(kind, size, "cuda", dtype)
+                note(table, f"{kind} train {label}", size, medians(jobs, args.rounds, 1e9, cuda_events))
+                jobs = contenders.inference(kind, size, "cuda", dtype)
+                note(table, f"{kind} infer {label}", size, medians(jobs, args.rounds, 1e9, cuda_events))
+    return table
+
+
+def recomputing(kind: str, size: contenders.Size) -> dict[str, contenders.Job]:
+    layer = BLNLSTM(size[2], size[3], recompute=True)
+    return {"ours bln, recompute": contenders.train(layer, torch.randn(size[:3]))} if kind == "lstm" else {}
+
+
+def memory(kind: str, size: contenders.Size) -> dict[str, float]:
+    """Peaks in a process of its own, whose large blocks go back to the system as they are freed."""
+    command = [sys.executable, "-m", "benchmarks", "--memory", json.dumps([kind, size])]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    return json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else {}
+
+
+def note(table: Table, group: str, size: tuple[int, ...], found: dict[str, float]) -> None:
+    table.setdefault(group, {})[" ".join(map(str, size))] = found
+    print(group, size, {name: round(value, 2) for name, value in found.items()}, file=sys.stderr, flush=True)
+
+
+def render(table: Table) -> str:
+    """Markdown: a table a group, each number with its ratio to the first column's."""
+    lines = []
+    for group, rows in table.items():
+        names = list(dict.fromkeys(name for row in rows.values() for name in row))
+        lines += [f"## {group}", "", f"| size | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
+        for size, row in rows.items():
+            base = next(iter(row.values()), 0.0)
+            cells = [f"{row[name]:.2f} ({row[name] / base:.2f})" if name in row else "" for name in names]
+            lines.append(f"| {size} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def bars(table: Table) -> str:
+    """The goals, and how far they are reached."""
+    lines = ["## Goals", "", "| | mean | worst | goal | reached |", "| --- | --- | --- | --- | --- |"]
+    for what, group, over, under, mean_goal, worst_goal in BARS:
+        ratios = [row[over] / row[under] for row in table.get(group, {}).values() if row.get(under)]
+        if not ratios:
+            continue
+        mean, worst = geometric_mean(ratios), max(ratios)
+        reached = mean <= mean_goal and (worst_goal is None or worst <= worst_goal)
+        goal = f"<= {mean_goal}" + (f", worst {worst_goal}" if worst_goal else "")
+        lines.append(f"| {what} | {mean:.2f} | {worst:.2f} | {goal} | {'yes' if reached else 'no'} |")
+    rows = table.get("lstm train", {}).values()
+    gains = [row["reference bln"] / row["ours bln"] for row in rows if "reference bln" in row]
+    if gains:
+        mean = geometric_mean(gains)
+        lines.append(
+            f"| reference / compiled, train | {mean:.2f} | {min(gains):.2f} | >= 5 | {'yes' if mean >= 5 else 'no'} |"
+        )
+    sums = [
+        row["BatchLayerNorm"] / (row["F.batch_norm"] + row["F.layer_norm"])
+        for row in table.get("array train", {}).values()
+    ]
+    if sums:
+        mean = geometric_mean(sums)
+        what = "BatchLayerNorm train / (F.batch_norm + F.layer_norm)"
+        lines.append(f"| {what} | {mean:.2f} | {max(sums):.2f} | <= 1.0 | {'yes' if mean <= 1 else 'no'} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""What the 16-mode sweep costs, in validation passes: ``make bench-sweep``.
+
+Within one fit every second validation sweeps and every other one does not, so both meet the same machine. The first
+sweep of a fit also runs every mode the plain way on its first batch, to check that sharing forwards is exact; it is
+reported apart. The guard is off in these figures; where the winner uses the current batch it adds two more passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_bln import BLNLSTM, BatchLayerNorm
+from lightning_bln.callbacks import BLNStatsCallback
+
+CLOCK = time.perf_counter
+RESULTS = Path(__file__).parent / "results" / "sweep.json"
+
+
+class Classifier(pl.LightningModule):
+    """A network with the validation step that people write: a loss and an accuracy."""
+
+    def __init__(self, network: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.network = network
+        self.accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        out = self(batch[0])
+        self.log("val_loss", F.cross_entropy(out, batch[1]))
+        self.accuracy(out, batch[1])
+        self.log("val_acc", self.accuracy)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+class Last(nn.Module):
+    """A recurrent layer's output at the last step."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0][:, -1]
+
+
+class All(nn.Module):
+    """A recurrent layer's output at every step."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+class Slow(Dataset):
+    """Data that takes its time: two milliseconds a sample."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(0.002)
+        return self.data[index]
+
+
+def noise(samples: int, *shape: int, classes: int) -> TensorDataset:
+    return TensorDataset(torch.randn(samples, *shape), torch.randint(classes, (samples,)))
+
+
+def demo() -> tuple[Classifier, Dataset, int]:
+    """An in-cell BLN-LSTM on 8 x 8 digits, a row a step; validation of 360 samples in batches of 32."""
+    network = nn.Sequential(Last(BLNLSTM(8, 64, batch_first=True)), nn.Linear(64, 10))
+    return Classifier(network, 10), noise(360, 8, 8, classes=10), 32
+
+
+def imdb() -> tuple[Classifier, Dataset, int]:
+    """The paper's IMDB network: 80 tokens, two LSTMs, BLN between layers; 1,000 samples in batches of 25."""
+    network = nn.Sequential(
+        nn.Embedding(20000, 512),
+        All(nn.LSTM(512, 128, batch_first=True)),
+        BatchLayerNorm(128),
+        Last(nn.LSTM(128, 64, batch_first=True)),
+        BatchLayerNorm(64),
+        nn.Linear(64, 32),
+        nn.Tanh(),
+        BatchLayerNorm(32),
+        nn.Linear(32, 2),
+    )
+    data = TensorDataset(torch.randint(20000, (1000, 80)), torch.randint(2, (1000,)))
+    return Classifier(network, 2), data, 25
+
+
+def cnn() -> tuple[Classifier, Dataset, int]:
+    """The paper's CNN for CIFAR-10; 1,000 samples in batches of 25."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 5, padding=2),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        BatchLayerNorm(6, channel_dim=1),
+        nn.Conv2d(6, 16, 5),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        BatchLayerNorm(16, channel_dim=1),
+        nn.Flatten(),
+        nn.Linear(576, 120),
+        nn.Tanh(),
+        BatchLayerNorm(120),
+        nn.Linear(120, 84),
+        nn.Tanh(),
+        BatchLayerNorm(84),
+        nn.Linear(84, 10),
+    )
+    return Classifier(network, 10), noise(1000, 3, 32, 32, classes=10), 25
+
+
+def loader_bound() -> tuple[Classifier, Dataset, int]:
+    """A small perceptron on data that takes 2 ms a sample to load; 320 samples in batches of 32."""
+    network = nn.Sequential(nn.Linear(16, 64), BatchLayerNorm(64), nn.ReLU(), nn.Linear(64, 10))
+    return Classifier(network, 10), Slow(noise(320, 16, classes=10)), 32
+
+
+CASES: dict[str, tuple[Callable[[], tuple[Classifier, Dataset, int]], float]] = {
+    "demo": (demo, 3.0),
+    "imdb": (imdb, 4.0),
+    "cnn": (cnn, 6.0),
+    "loader-bound": (loader_bound, 2.0),
+}
+
+
+class Clock(pl.Callback):
+    """Seconds from each validation's first batch to its end, and of each epoch."""
+
+    def __init__(self) -> None:
+        self.passes: list[float] = []
+        self.epochs: list[float] = []
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self.epoch_began = CLOCK()
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self.epochs.append(CLOCK() - self.epoch_began)
+
+    def on_validation_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if batch_idx == 0:
+            self.began = CLOCK()
+
+    def on_validation_end(self, *_: Any) -> None:
+        self.passes.append(CLOCK() - self.began)
+
+
+class Timed(BLNStatsCallback):
+    """The callback, with the seconds spent in its hooks outside the passes over data."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.outside = 0.0
+
+    @property
+    def state_key(self) -> str:
+        return "Timed"
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        began = CLOCK()
+        super().on_train_batch_start(*args)
+        self.outside += CLOCK() - began
+
+    def on_validation_start(self, *args: Any) -> None:
+        began = CLOCK()
+        super().on_validation_start(*args)
+        self.outside += CLOCK() - began
+
+    def on_validation_epoch_end(self, *args: Any) -> None:
+        began = CLOCK()
+        super().on_validation_epoch_end(*args)
+        self.outside += CLOCK() - began
+
+
+def measure(make: Callable[[], tuple[Classifier, Dataset, int]], rounds: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model, data, batch_size = make()
+    clock = Clock()
+    ours = Timed(guard="off", verbose=False, recompute_batches=1, every_n_epochs=2)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=2 * rounds + 2,
+        limit_train_batches=2,
+        num_sanity_val_steps=0,
+        callbacks=[clock, ours],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=False,
+    )
+    loader = DataLoader(data, batch_size)
+    shared: list[Any] = []
+    ours.on_fit_end = lambda *_: shared.append(ours._shared)  # type: ignore[method-assign]
+    trainer.fit(model, loader, loader)
+    plain, swept = clock.passes[2::2], clock.passes[3::2]
+    ratios = [b / a for a, b in zip(plain, swept, strict=True)]
+    return {
+        "plain_ms": 1e3 * statistics.median(plain),
+        "passes": statistics.median(swept) / statistics.median(plain),
+        "spread": [min(ratios), max(ratios)],
+        "first_sweep_passes": clock.passes[1] / statistics.median(plain),
+        "outside_share": ours.outside / sum(clock.epochs),
+        "outside_ms_per_epoch": 1e3 * ours.outside / len(clock.epochs),
+        "shares_forward": bool(shared[0] and shared[0].is_active),
+        "chunk": shared[0].chunk if shared[0] else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    found: dict[str, Any] = {}
+    print(f"{'case':13} {'plain pass':>11} {'16 modes cost':>14} {'min..max':>14} {'first':>7} {'bar':>5}  shared")
+    for name in options.cases:
+        make, bar = CASES[name]
+        found[name] = one = measure(make, options.rounds) | {"bar": bar}
+        print(
+            f"{name:13} {one['plain_ms']:8.1f} ms {one['passes']:7.2f} passes "
+            f"{one['spread'][0]:6.2f}..{one['spread'][1]:6.2f} {one['first_sweep_passes']:7.2f} {bar:5.1f}  "
+            f"{'in chunks of ' + str(one['chunk']) if one['shares_forward'] else 'no'}"
+            f"{'' if one['passes'] <= bar else '  MISSES THE BAR'}",
+            flush=True,
+        )
+    RESULTS.parent.mkdir(exist_ok=True)
+    about = {
+        "torch": torch.__version__,
+        "lightning": pl.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "rounds": options.rounds,
+    }
+    RESULTS.write_text(json.dumps({"about": about, "cases": found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

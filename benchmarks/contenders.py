@@ -1,0 +1,146 @@
+"""What runs against what, as jobs without arguments."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.measure import Job
+from lightning_bln import BLNGRU, BLNLSTM, BLNRNN, BatchLayerNorm, set_mode
+
+KINDS: dict[str, tuple[type, type]] = {"lstm": (nn.LSTM, BLNLSTM), "gru": (nn.GRU, BLNGRU), "rnn": (nn.RNN, BLNRNN)}
+SIZES = [
+    (80, 25, 512, 128),
+    (80, 64, 128, 128),
+    (100, 64, 256, 256),
+    (28, 128, 28, 128),
+    (512, 16, 128, 256),
+    (80, 1, 128, 128),
+]
+GPU_SIZES = [*SIZES, (128, 64, 256, 256), (512, 32, 512, 512)]
+ARRAYS = [(256, 1024), (64, 80, 128), (4096, 256), (32, 512, 64)]
+Size = tuple[int, int, int, int]
+
+
+def train(layer: nn.Module, x: Tensor) -> Job:
+    """One training step, without the optimizer's."""
+
+    def job() -> None:
+        layer.zero_grad()
+        layer(x)[0].sum().backward()
+
+    return job
+
+
+def infer(layer: nn.Module, x: Tensor) -> Job:
+    """One forward pass without gradients."""
+
+    def job() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    return job
+
+
+def training(
+    kind: str, size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32, extras: bool = True
+) -> dict[str, Job]:
+    """Training steps of torch's layer, of ours with each norm, and of other ways to the same."""
+    steps, samples, inputs, hidden = size
+    theirs, ours = KINDS[kind]
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    x = torch.randn(steps, samples, inputs, **options)
+    jobs = {"torch": train(theirs(inputs, hidden, **options), x)}
+    backend = "auto" if device == "cpu" else "reference"
+    for norm in ("bln", "layer", "batch", None):
+        jobs[f"ours {norm}"] = train(ours(inputs, hidden, norm=norm, backend=backend, **options), x)
+    if device != "cpu" or not extras:
+        return jobs
+    jobs["ours bln, recompute"] = train(ours(inputs, hidden, norm="bln", recompute=True), x)
+    jobs["reference bln"] = train(ours(inputs, hidden, norm="bln", backend="reference"), x)
+    jobs["matrix products"] = products(kind, size)
+    if kind == "lstm":
+        peephole = nearest(inputs, hidden)
+        if peephole is not None:
+            jobs["torchrecurrent PeepholeLSTM"] = train(peephole, x)
+    return jobs
+
+
+def compiled_reference(kind: str, size: Size) -> dict[str, Job]:
+    """The reference under torch.compile, which unrolls the steps: minutes to compile but for short sequences."""
+    steps, samples, inputs, hidden = size
+    layer = KINDS[kind][1](inputs, hidden, norm="bln", backend="reference")
+    return {"reference bln, compiled": train(torch.compile(layer), torch.randn(steps, samples, inputs))}
+
+
+def inference(kind: str, size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Job]:
+    """Forward passes of torch's layer, and of ours in the two modes furthest apart."""
+    steps, samples, inputs, hidden = size
+    theirs, ours = KINDS[kind]
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    x = torch.randn(steps, samples, inputs, **options)
+    jobs = {"torch": infer(theirs(inputs, hidden, **options).eval(), x)}
+    for mode in ("cccc", "pppp"):
+        layer = ours(inputs, hidden, norm="bln", momentum=0.1, **options)
+        layer(x)
+        set_mode(layer.eval(), mode)
+        jobs[f"ours {mode}"] = infer(layer, x)
+    jobs["ours None"] = infer(ours(inputs, hidden, norm=None, **options).eval(), x)
+    return jobs
+
+
+def products(kind: str, size: Size) -> Job:
+    """Every matrix product of a training step, by torch: the floor for whoever calls its BLAS."""
+    steps, samples, inputs, hidden = size
+    columns = {"lstm": 4, "gru": 3, "rnn": 1}[kind] * hidden
+    x, h, v = torch.randn(steps * samples, inputs), torch.randn(samples, hidden), torch.randn(samples, columns)
+    all_h, all_v = torch.randn(steps * samples, hidden), torch.randn(steps * samples, columns)
+    w_ih, w_hh = torch.randn(columns, inputs), torch.randn(columns, hidden)
+
+    def job() -> None:
+        torch.mm(x, w_ih.t())
+        for _ in range(steps):
+            torch.mm(h, w_hh.t())
+            torch.mm(v, w_hh)
+        torch.mm(all_v.t(), x)
+        torch.mm(all_v.t(), all_h)
+
+    return job
+
+
+def nearest(inputs: int, hidden: int) -> nn.Module | None:
+    """torchrecurrent has no plain LSTM; the one with peepholes is its nearest."""
+    try:
+        import torchrecurrent
+    except ImportError:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torchrecurrent.PeepholeLSTM(inputs, hidden)
+
+
+def arrays(shape: tuple[int, ...]) -> dict[str, Job]:
+    """Training steps of one BatchLayerNorm and of torch's two norms on the same array."""
+    x = torch.randn(shape, requires_grad=True)
+    layer, features = BatchLayerNorm(shape[-1]), shape[-1]
+    wide = shape[1:].numel() if isinstance(shape, torch.Size) else torch.Size(shape[1:]).numel()
+    parameters = [torch.ones(n, requires_grad=True) for n in (wide, wide, features, features)]
+
+    def ours() -> None:
+        x.grad = None
+        layer.zero_grad()
+        layer(x).sum().backward()
+
+    def batch() -> None:
+        x.grad = parameters[0].grad = parameters[1].grad = None
+        F.batch_norm(x.flatten(1), None, None, *parameters[:2], training=True).sum().backward()
+
+    def norm() -> None:
+        x.grad = parameters[2].grad = parameters[3].grad = None
+        F.layer_norm(x, (features,), *parameters[2:]).sum().backward()
+
+    return {"BatchLayerNorm": ours, "F.batch_norm": batch, "F.layer_norm": norm}

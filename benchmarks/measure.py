@@ -1,0 +1,93 @@
+"""Timing: contenders take turns, so that whatever else the machine does falls on all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from lightning_bln.kernels import available
+
+Job = Callable[[], object]
+
+
+def wall_clock(job: Job) -> float:
+    """Milliseconds that one call takes."""
+    start = time.perf_counter()
+    job()
+    return (time.perf_counter() - start) * 1e3
+
+
+def cuda_events(job: Job) -> float:
+    """Milliseconds on the GPU."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    job()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def medians(
+    jobs: dict[str, Job], rounds: int, slow: float = 100.0, clock: Callable[[Job], float] = wall_clock
+) -> dict[str, float]:
+    """Median milliseconds of each job; those that take more than ``slow`` run in a quarter of the rounds."""
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    first = {}
+    for name, job in jobs.items():
+        job()
+        first[name] = clock(job)
+    for i in range(rounds):
+        for name, job in jobs.items():
+            if first[name] < slow or i % 4 == 0:
+                times[name].append(clock(job))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def peaks(jobs: dict[str, Job]) -> dict[str, float]:
+    """Megabytes that one call of each job needs above what is there before it (Linux)."""
+    found = {}
+    for name, job in jobs.items():
+        job()
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        job()
+        found[name] = (status("VmHWM") - before) / 1024
+    return found
+
+
+def status(name: str) -> int:
+    """A line of /proc/self/status, in kilobytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """The mean that treats a ratio and its inverse alike."""
+    return statistics.geometric_mean(values)
+
+
+def machine() -> str:
+    """What the numbers were measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    parts = [
+        fields.get("model name", platform.processor()),
+        f"family {fields.get('cpu family')} model {fields.get('model')}",
+        f"{os.cpu_count()} cores",
+        f"{torch.get_num_threads()} threads",
+        f"torch {torch.__version__}",
+        f"kernels {available()['cpu']}",
+        f"load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else "",
+    ]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return "; ".join(part for part in parts if part)

@@ -1,0 +1,44 @@
+"""Recurrent highway network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import lerp, sigmoid, tanh
+
+from lightning_bln.cells.cell import Cell
+from lightning_bln.cells.gates import Gates
+
+
+class RHN(Cell):
+    r"""Recurrent highway network: ``depth`` highway layers within a step, :math:`s_0 = h_{t-1}`, :math:`h_t = s_L`.
+
+    .. math::
+        n_l &= \tanh([l = 1] W_n x_t + R_{n,l} s_{l-1} + b_{n,l}), \qquad
+        z_l = \sigma([l = 1] W_z x_t + R_{z,l} s_{l-1} + b_{z,l}) \\
+        s_l &= n_l \circ z_l + s_{l-1} \circ (1 - z_l)
+
+    Option: ``depth``, the paper's :math:`L`. Transform and carry gates are coupled, as in all of its experiments.
+
+    Source:
+        Zilly et al., "Recurrent Highway Networks", 2017, arXiv 1607.03474.
+    """
+
+    gates = ("hidden", "transform")
+    options = {"depth": 3}
+    depth: int
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.depth < 1:
+            raise ValueError(f"depth={self.depth}, but it must be positive; pass at least 1")
+        deeper = tuple((f"hidden{layer}", f"transform{layer}") for layer in range(1, self.depth))
+        self.products = (self.gates, *deeper)
+
+    def step(self, x: Gates, state: Any, project: Any) -> Any:
+        n, z = (x + project(state.h)).split().values()
+        s = lerp(state.h, tanh(n), sigmoid(z))
+        for hidden, _ in self.products[1:]:
+            n, z = getattr(project, hidden)(s).split().values()
+            s = lerp(s, tanh(n), sigmoid(z))
+        return self.State(h=s)

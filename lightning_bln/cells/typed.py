@@ -1,0 +1,116 @@
+"""Strongly-typed and quasi-recurrent networks: gates of the input alone, recurrences linear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, cat, sigmoid, tanh
+
+from lightning_bln.cells.cell import LinearCell
+from lightning_bln.cells.gates import Gates
+
+
+class TRNN(LinearCell):
+    r"""Strongly-typed RNN.
+
+    .. math::
+        z_t &= W x_t, \qquad f_t = \sigma(V x_t + b) \\
+        h_t &= f_t \circ h_{t-1} + (1 - f_t) \circ z_t
+
+    Source:
+        Balduzzi and Ghifary, "Strongly-Typed Recurrent Neural Networks", 2016, arXiv 1602.02218.
+    """
+
+    gates = ("hidden", "forget")
+
+    def coefficients(self, x: Gates) -> tuple[Tensor, Tensor]:
+        f = sigmoid(x.forget)
+        return f, (1 - f) * x.hidden
+
+
+class Pairs(LinearCell):
+    """A linear cell whose gates are projections of two inputs, this step's and the last one's.
+
+    The state ``before`` holds what the last input adds to each gate.
+    """
+
+    gates = ("hidden", "forget", "output", "hidden_before", "forget_before", "output_before")
+    states = ("h", "before")
+    unbiased = ("hidden_before", "forget_before", "output_before")
+    zoned = ("h",)
+
+    def state_size(self, state: str, hidden_size: int) -> int:
+        return 3 * hidden_size if state == "before" else hidden_size
+
+    def prepare(self, x: Gates, state: Any) -> Gates:
+        names = self.gates[:3]
+        first = state.before.unflatten(-1, (3, -1)).unbind(-2)
+        last = (cat([f[None], getattr(x, f"{name}_before")[:-1]]) for name, f in zip(names, first, strict=True))
+        return x.replace(**{name: getattr(x, name) + part for name, part in zip(names, last, strict=True)})
+
+    def before(self, x: Gates) -> Tensor:
+        """What this step's input adds to the next step's gates."""
+        return cat([x.hidden_before, x.forget_before, x.output_before], -1)
+
+
+class TGRU(Pairs):
+    r"""Strongly-typed GRU.
+
+    .. math::
+        z_t &= V_z x_{t-1} + W_z x_t + b_z, \qquad f_t = \sigma(V_f x_{t-1} + W_f x_t + b_f), \qquad
+        o_t = \tanh(V_o x_{t-1} + W_o x_t + b_o) \\
+        h_t &= f_t \circ h_{t-1} + z_t \circ o_t
+
+    Source:
+        Balduzzi and Ghifary, "Strongly-Typed Recurrent Neural Networks", 2016, arXiv 1602.02218.
+    """
+
+    def coefficients(self, x: Gates) -> tuple[Tensor, Tensor]:
+        return sigmoid(x.forget), x.hidden * tanh(x.output)
+
+    def readout(self, x: Gates, s: Tensor) -> Any:
+        return self.State(h=s, before=self.before(x))
+
+
+class TLSTM(Pairs):
+    r"""Strongly-typed LSTM.
+
+    .. math::
+        z_t &= V_z x_{t-1} + W_z x_t + b_z, \qquad f_t = \sigma(V_f x_{t-1} + W_f x_t + b_f), \qquad
+        o_t = \tanh(V_o x_{t-1} + W_o x_t + b_o) \\
+        c_t &= f_t \circ c_{t-1} + (1 - f_t) \circ z_t, \qquad h_t = c_t \circ o_t
+
+    Source:
+        Balduzzi and Ghifary, "Strongly-Typed Recurrent Neural Networks", 2016, arXiv 1602.02218.
+    """
+
+    states = ("h", "c", "before")
+    linear = "c"
+    zoned = ("h", "c")
+    has_norm_cell = True
+
+    def coefficients(self, x: Gates) -> tuple[Tensor, Tensor]:
+        f = sigmoid(x.forget)
+        return f, (1 - f) * x.hidden
+
+    def readout(self, x: Gates, s: Tensor) -> Any:
+        return self.State(h=self.norm_cell(s) * tanh(x.output), c=s, before=self.before(x))
+
+
+class QRNN(TLSTM):
+    r"""Quasi-recurrent network with fo-pooling: convolutions of width two over time in place of recurrent products.
+
+    .. math::
+        z_t &= \tanh(V_z x_{t-1} + W_z x_t + b_z), \qquad f_t, o_t = \sigma(V x_{t-1} + W x_t + b) \\
+        c_t &= f_t \circ c_{t-1} + (1 - f_t) \circ z_t, \qquad h_t = o_t \circ c_t
+
+    Source:
+        Bradbury et al., "Quasi-Recurrent Neural Networks", 2017, arXiv 1611.01576.
+    """
+
+    def coefficients(self, x: Gates) -> tuple[Tensor, Tensor]:
+        f = sigmoid(x.forget)
+        return f, (1 - f) * tanh(x.hidden)
+
+    def readout(self, x: Gates, s: Tensor) -> Any:
+        return self.State(h=self.norm_cell(s) * sigmoid(x.output), c=s, before=self.before(x))

@@ -1,0 +1,119 @@
+// Batch layer normalization of an array [rows, positions, features], with no recurrence.
+#pragma once
+#include "norm.h"
+
+namespace bln {
+
+// Statistics of the batch run over rows, one set for each position; features are contiguous, the other axes strided.
+template <class T>
+struct DenseArgs {
+  int64_t rows, positions, features, threads;
+  int64_t row_stride, position_stride;            // of x, output and grad_x
+  int64_t grad_row_stride, grad_position_stride;  // of grad
+  const T* x;
+  T* output;
+  const T* grad;
+  T* grad_x;  // or null
+  NormArgs<T> norm;
+};
+
+template <class T>
+int dense_members(const DenseArgs<T>& a) {
+  const int64_t work = a.rows * a.positions * a.features / 8192;
+  const int64_t threads = a.threads < work ? a.threads : work;
+  return threads < 1 ? 1 : int(threads);
+}
+
+template <class T>
+struct DensePlan {
+  const DenseArgs<T>& a;
+  int members;
+  bool alone;  // each member takes positions of its own; else all share the rows of one after the other
+  std::vector<typename Norm<T>::Shared> shared;
+  Buffer<T> totals;
+  Barrier barrier;
+
+  DensePlan(const DenseArgs<T>& args, int members)
+      : a(args), members(members), alone(members == 1 || args.positions >= members), shared(alone ? members : 1),
+        totals(size_t(members) * 2 * args.features), barrier(members) {
+    for (auto& one : shared)
+      Norm<T>::allocate(one, a.norm, 1, int(a.features), int(a.rows), alone ? 1 : members, 1);
+  }
+};
+
+template <class T>
+class Dense {
+ public:
+  Dense(DensePlan<T>& plan, int id)
+      : plan(plan), a(plan.a), me(plan.alone ? Member{id, 1, 0, 1, 0, 1, &plan.barrier}
+                                             : Member{id, plan.members, id, plan.members, 0, 1, &plan.barrier}),
+        positions(plan.alone ? part(int(a.positions), id, plan.members) : Range{0, int(a.positions)}),
+        rows(part(int(a.rows), me.row, me.rows)),
+        norm(a.norm, plan.shared[plan.alone ? id : 0], me, 1, int(a.features), int(a.rows), {0, int(a.features)}) {}
+
+ protected:
+  DensePlan<T>& plan;
+  const DenseArgs<T>& a;
+  Member me;
+  Range positions, rows;
+  Norm<T> norm;
+};
+
+template <class T>
+class DenseForward : Dense<T> {
+  using Dense<T>::a, Dense<T>::me, Dense<T>::positions, Dense<T>::rows, Dense<T>::norm;
+
+ public:
+  using Dense<T>::Dense;
+  void run() {
+    const int features = int(a.features);
+    for (int t = positions.begin; t < positions.end; t++) {
+      const T* x = a.x + t * a.position_stride;
+      norm.measure(t, x, a.row_stride, rows);
+      if (norm.meets(t)) me.wait();
+      norm.settle(t, int(a.rows), rows);
+      const T *w = norm.weight, *p = norm.p, *q = norm.q;
+      for (int b = rows.begin; b < rows.end; b++) {
+        const T* from = x + b * a.row_stride;
+        T* to = a.output + t * a.position_stride + b * a.row_stride;
+        const T alpha = norm.alpha[b], beta = norm.beta[b];
+#pragma omp simd
+        for (int j = 0; j < features; j++) to[j] = from[j] * (w[j] * alpha + p[j]) + (q[j] - w[j] * beta);
+      }
+    }
+  }
+};
+
+template <class T>
+class DenseBackward : Dense<T> {
+  using Dense<T>::a, Dense<T>::plan, Dense<T>::me, Dense<T>::positions, Dense<T>::rows, Dense<T>::norm;
+  int id_;
+
+ public:
+  DenseBackward(DensePlan<T>& plan, int id) : Dense<T>(plan, id), id_(id) {}
+  void run() {
+    const int features = int(a.features);
+    for (int t = positions.begin; t < positions.end; t++) {
+      const T *x = a.x + t * a.position_stride, *grad = a.grad + t * a.grad_position_stride;
+      norm.recall(t, rows);
+      norm.sums(t, grad, a.grad_row_stride, x, a.row_stride, rows);
+      if (norm.gradient_meets(t)) me.wait();
+      if (a.grad_x)
+        norm.template apply<false>(t, int(a.rows), grad, a.grad_row_stride, x, a.row_stride,
+                                   a.grad_x + t * a.position_stride, a.row_stride, rows);
+    }
+    T* own = plan.totals.get() + size_t(id_) * 2 * features;
+    norm.copy_totals(own, own + features);
+    if (plan.members > 1) plan.barrier.wait();
+    if (id_ != 0) return;
+    for (int j = 0; j < features; j++) {
+      T bias = 0, gain = 0;
+      for (int k = 0; k < plan.members; k++)
+        bias += plan.totals[size_t(k) * 2 * features + j], gain += plan.totals[(size_t(k) * 2 + 1) * features + j];
+      if (a.norm.grad_bias) a.norm.grad_bias[j] = bias;
+      if (a.norm.grad_weight) a.norm.grad_weight[j] = gain;
+    }
+  }
+};
+
+}  // namespace bln
