@@ -69,7 +69,7 @@ def environment() -> dict[str, str]:
 def postgresql_binaries() -> Path | None:
     """The folder of PostgreSQL's programs, or None where it is not installed."""
     found = shutil.which("initdb")
-    folders = [Path(found).parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    folders = [Path(found).resolve().parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     return folders[-1] if folders else None
 
 
