@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import optuna
 import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
@@ -170,7 +171,7 @@ def draw(study: optuna.Study, recipe: Recipe, shares: dict[str, float], output: 
     paths = {}
     for name, make in makers.items():
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), matplotlib.rc_context():  # Optuna's plots set a style for all
                 warnings.simplefilter("ignore")
                 paths[f"plot of {name}"] = save(make(), output / f"{name}.png")
         except Exception as error:  # a plot must not cost the search's result
@@ -221,6 +222,6 @@ def plot_modes(study: optuna.Study, recipe: Recipe) -> Any:
     axes = Figure(figsize=(8, 4), layout="constrained").add_subplot()
     axes.boxplot(losses, tick_labels=[str(mode) for mode in ALL_MODES])
     axes.tick_params(axis="x", rotation=60)
-    axes.set_ylabel(f"{recipe.monitor} behind the model's best mode")
+    axes.set_ylabel(f"{recipe.monitor} behind the best mode")
     axes.set_title(f"{len(swept)} trained models, every mode of each")
     return axes
