@@ -48,6 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="fixes split, weights and shuffling")
     demo.set_defaults(run=lazily("lightning_bln.demo", "demo"))
 
+    cells = commands.add_parser("cells", help="list the recurrent cells: states, parameters, where they come from")
+    cells.add_argument("--input-size", type=int, default=128, help="features of the input")
+    cells.add_argument("--hidden-size", type=int, default=128, help="units of the state")
+    cells.set_defaults(run=lazily("lightning_bln.cells.listing", "show"))
+
     for name, summary in LIGHTNING.items():
         commands.add_parser(name, help=summary, add_help=False)
     return parser

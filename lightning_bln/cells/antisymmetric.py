@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, eye, sigmoid, tanh
 
@@ -22,7 +22,7 @@ class AntisymmetricRNN(Cell):
         Chang et al., "AntisymmetricRNN: A Dynamical System View on Recurrent Neural Networks", 2019, arXiv 1902.09689.
     """
 
-    gates = ("hidden",)
+    gates: ClassVar[tuple[str, ...]] = ("hidden",)
     options = {"epsilon": 1.0, "gamma": 0.0}
     epsilon: float
     gamma: float

@@ -60,7 +60,7 @@ class Cell:
 
     gates: ClassVar[tuple[str, ...]]
     states: ClassVar[tuple[str, ...]] = ("h",)
-    products: tuple[tuple[str, ...], ...]
+    products: tuple[tuple[str, ...], ...] = ()
     parameters: ClassVar[dict[str, Extra]] = {}
     unbiased: ClassVar[tuple[str, ...]] = ()
     biased: ClassVar[bool] = True

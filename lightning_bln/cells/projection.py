@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_bln.cells.cell import Cell
-from lightning_bln.cells.gates import Gates, Step
+from lightning_bln.cells.gates import Gates, Step, Steps
 
 Norm = Callable[[Tensor], Tensor]
 
@@ -39,7 +39,7 @@ class Projection:
         mask: Tensor | None = None,
         deferred: tuple[int, int] | None = None,
     ) -> None:
-        self._cell, self._norms, self._mask, self._t = cell, norms, mask, 0
+        self._cell, self._norms, self._mask, self._running, self._t = cell, norms, mask, mask, 0
         self._products: list[Product] = []
         self._by_gate: dict[str, Callable[[Tensor], Any]] = {}
         if weight is None:
@@ -56,7 +56,8 @@ class Projection:
     def at(self, t: int, running: int | None = None) -> Projection:
         """Go on to step ``t``, where only the first ``running`` samples take part."""
         self._t = t
-        self._running = None if self._mask is None else self._mask[..., :running, :]
+        if self._mask is not None:
+            self._running = self._mask[..., :running, :]
         return self
 
     def __call__(self, h: Tensor) -> Gates:
@@ -73,7 +74,7 @@ class Projection:
 
     def _of_gates(self, index: int, h: Tensor) -> Gates:
         names = self._cell.products[index]
-        if self._mask is not None:
+        if self._running is not None:
             h = h * self._running
         product = self._products[index]
         if not self._norms:
@@ -132,7 +133,7 @@ class DeferredGradient(torch.autograd.Function):
     """What is added to a product at each step, ``(steps, samples, rows)``: its gradient is all that the weights' need."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         weight: Tensor,
         bias: Tensor | None,
@@ -150,7 +151,7 @@ class DeferredGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """One product over all steps and samples."""
         steps, samples, rows = gradient.shape
         nothing = gradient.new_zeros(samples, ctx.columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from copy import copy
 from functools import cache
 from types import FunctionType
@@ -60,9 +60,9 @@ def run_chunk(
 
 
 @cache
-def compiled(kind: type[Cell]) -> Callable[..., Result]:
+def compiled(kind: Hashable) -> Callable[..., Result]:
     """:func:`run_chunk` compiled for one kind of cell; compiled code is kept by code object, so each has its own."""
-    own = FunctionType(run_chunk.__code__.replace(co_name=f"run_{kind.__name__}"), run_chunk.__globals__)
+    own = FunctionType(run_chunk.__code__.replace(co_name=f"run_{getattr(kind, '__name__', kind)}"), run_chunk.__globals__)
     return torch.compile(own, dynamic=False)
 
 
