@@ -19,6 +19,7 @@ from lightning_bln.kernels.reference import HiddenWeights, Noise, Result, Sequen
 
 STEPS = 10
 """Steps compiled as one: more take longer to compile, fewer cost more calls."""
+COMPILER = "inductor"
 
 
 def compiled_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result:
@@ -30,7 +31,7 @@ def compiled_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights
     results = []
     for k, chunk in enumerate(sequences.x.split(STEPS)):
         window = slice(k * STEPS, k * STEPS + len(chunk))
-        run = compiled(type(cell)) if len(chunk) == STEPS else run_chunk
+        run = compiled(type(cell), COMPILER) if len(chunk) == STEPS else run_chunk
         result = run(
             copy(cell),
             {name: pieces[k] for name, pieces in cut.items()},
@@ -60,10 +61,10 @@ def run_chunk(
 
 
 @cache
-def compiled(kind: Hashable) -> Callable[..., Result]:
+def compiled(kind: Hashable, compiler: str) -> Callable[..., Result]:
     """:func:`run_chunk` compiled for one kind of cell; compiled code is kept by code object, so each has its own."""
     own = FunctionType(run_chunk.__code__.replace(co_name=f"run_{getattr(kind, '__name__', kind)}"), run_chunk.__globals__)
-    return torch.compile(own, dynamic=False)
+    return torch.compile(own, dynamic=False, backend=compiler)
 
 
 def at(norm: SequenceNorm, window: slice) -> SequenceNorm:
