@@ -19,7 +19,7 @@ class MCLSTM(Cell):
         h_t &= o \circ \tanh(c_t), \qquad v_t = m \circ \tanh(c_t)
 
     Source:
-        "Memory-controller LSTM", NIPS 2017 workshop paper, as given by torchrecurrent.
+        "Memory-controller LSTM", a workshop paper of NIPS 2017, in the form that torchrecurrent gives it.
     """
 
     gates = ("forget", "input", "output", "control", "cell")

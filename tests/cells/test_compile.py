@@ -28,6 +28,8 @@ def test_compiled_steps_are_the_reference(kind, norm, compiler, monkeypatch) -> 
         gradients = torch.autograd.grad(output.square().sum(), list(layer.parameters()))
         if norm is not None:
             freeze_population(layer)
-        results.append([output, *([states] if torch.is_tensor(states) else states), *gradients, *layer.state_dict().values()])
+        results.append(
+            [output, *([states] if torch.is_tensor(states) else states), *gradients, *layer.state_dict().values()]
+        )
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)

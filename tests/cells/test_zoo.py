@@ -72,8 +72,12 @@ def one_bias(w: Weights) -> Weights:
 
 
 STEPS_OPTIONS = {"epsilon": 0.3, "gamma": 0.2}
-with_context = change(weight_hh=lambda w: cat(w["weight_hh"], w["weight_ch"]), bias_hh=lambda w: cat(w["bias_hh"], w["bias_ch"]))
-with_memory = change(weight_hh=lambda w: cat(w["weight_hh"], w["weight_mh"]), bias_hh=lambda w: cat(w["bias_hh"], w["bias_mh"]))
+with_context = change(
+    weight_hh=lambda w: cat(w["weight_hh"], w["weight_ch"]), bias_hh=lambda w: cat(w["bias_hh"], w["bias_ch"])
+)
+with_memory = change(
+    weight_hh=lambda w: cat(w["weight_hh"], w["weight_mh"]), bias_hh=lambda w: cat(w["bias_hh"], w["bias_mh"])
+)
 delayed = change(weight_hh=lambda w: rows(w["weight_hh"], 0, 2, 3, 1), bias_hh=lambda w: rows(w["bias_hh"], 0, 2, 3, 1))
 
 PEERS = {
