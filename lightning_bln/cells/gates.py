@@ -29,11 +29,15 @@ class Gates:
         return parts[name]
 
     def __add__(self, other: Gates) -> Gates:
-        return Gates(other.plus(self), self._names)
+        if other._names != self._names[: len(other._names)]:
+            raise TypeError(
+                f"{', '.join(other._names)} are not the first of {', '.join(self._names)}; add them by name"
+            )
+        return Gates(other.plus(self), other._names)
 
     def plus(self, other: Gates) -> Tensor:
-        """All gates of the sum."""
-        return other.joint() + self.joint()
+        """The sum of these gates and the first gates of the other."""
+        return other.joint()[..., : self.joint().shape[-1]] + self.joint()
 
     def replace(self, **gates: Tensor) -> Gates:
         """The same gates with some of them changed."""

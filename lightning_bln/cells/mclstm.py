@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import sigmoid, tanh
+from torch import addcmul, sigmoid, tanh
 
 from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates
@@ -28,6 +28,6 @@ class MCLSTM(Cell):
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         a = x + project(state.v)
-        c = sigmoid(a.forget) * state.c + sigmoid(a.input) * tanh(a.cell)
+        c = addcmul(sigmoid(a.forget) * state.c, sigmoid(a.input), tanh(a.cell))
         squashed = tanh(self.norm_cell(c))
         return self.State(h=sigmoid(a.output) * squashed, v=sigmoid(a.control) * squashed, c=c)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import sigmoid, tanh
+from torch import addcmul, sigmoid, tanh
 
 from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates
@@ -29,5 +29,5 @@ class MultiplicativeLSTM(Cell):
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         p = project.input(x.multiplier * project.multiplier(state.h))
-        c = sigmoid(x.forget + p.forget) * state.c + sigmoid(x.input + p.input) * tanh(x.cell + p.cell)
+        c = addcmul(sigmoid(x.forget + p.forget) * state.c, sigmoid(x.input + p.input), tanh(x.cell + p.cell))
         return self.State(h=sigmoid(x.output + p.output) * tanh(self.norm_cell(c)), c=c)

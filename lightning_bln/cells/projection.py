@@ -97,7 +97,7 @@ class Pending(Gates):
         return self._value
 
     def plus(self, other: Gates) -> Tensor:
-        """All gates of the sum."""
+        """The sum of these gates and the first gates of the other."""
         if self._value is None and isinstance(other, Step):
             return self._product(self._h, self._t, other)
         return super().plus(other)
@@ -118,11 +118,11 @@ class Product:
         adds = None if to is None else to.steps
         if self.deferred is not None and self.terms is None:
             self.adds = adds
-            base = None if adds is None else adds.gates.joint()
+            base = None if adds is None else adds.gates.joint()[..., : self.weight.shape[0]]
             self.terms = DeferredGradient.apply(self.weight, self.bias, base, *self.deferred, self.seen).unbind(0)
         if self.terms is None or t in self.seen or adds is not self.adds:
             value = F.linear(h, self.weight, self.bias)
-            return value if to is None else to.joint() + value
+            return value if to is None else to.joint()[..., : value.shape[-1]] + value
         # A state given from outside may be changed by its owner before the backward pass.
         self.seen[t] = h.detach().clone() if t == 0 else h.detach()
         term, running = self.terms[t], h.shape[0]
@@ -130,7 +130,7 @@ class Product:
 
 
 class DeferredGradient(torch.autograd.Function):
-    """What is added to a product at each step, ``(steps, samples, rows)``: its gradient is all that the weights' need."""
+    """What is added to a product at each step, ``(steps, samples, rows)``; its gradient is all the weights' needs."""
 
     @staticmethod
     def forward(

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torchrecurrent
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_bln import Recurrent
 from lightning_bln.cells import registry
+
+torchrecurrent = pytest.importorskip("torchrecurrent")
 
 INPUTS, HIDDEN, STEPS, SAMPLES = 3, 4, 5, 2
 Weights = dict[str, Tensor]
