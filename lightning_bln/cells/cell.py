@@ -86,9 +86,8 @@ class Cell:
     def __init__(self, **options: Any) -> None:
         unknown = set(options) - set(self.options)
         if unknown:
-            raise ValueError(
-                f"{type(self).__name__} has no option {sorted(unknown)[0]!r}; it has {', '.join(self.options) or 'none'}"
-            )
+            known = ", ".join(self.options) or "none"
+            raise ValueError(f"{type(self).__name__} has no option {sorted(unknown)[0]!r}; it has {known}")
         self.__dict__.update({**self.options, **options})
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:

@@ -29,6 +29,6 @@ class CFN(Cell):
         return x.replace(hidden=tanh(x.hidden))
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
-        p = project(state.h)
-        theta, eta = sigmoid(x.forget + p.forget), sigmoid(x.input + p.input)
+        a = x + project(state.h)
+        theta, eta = sigmoid(a.forget), sigmoid(a.input)
         return self.State(h=addcmul(theta * tanh(state.h), eta, x.hidden))

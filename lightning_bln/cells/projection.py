@@ -49,7 +49,7 @@ class Projection:
         rows = [len(names) * size for names in cell.products]
         biases = [None] * len(rows) if bias is None or norms else bias.split(rows)
         for index, (names, w, b) in enumerate(zip(cell.products, weight.split(rows), biases, strict=True)):
-            self._products.append(Product(w, b, deferred))
+            self._products.append(Product(w, b, len(names), deferred))
             of_gate = self._of_gate if len(names) == 1 else self._of_gates
             self._by_gate |= dict.fromkeys(names, partial(of_gate, index))
 
@@ -106,8 +106,8 @@ class Pending(Gates):
 class Product:
     """A linear map of the states of each step, its weights' gradient taken at each step or deferred."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, deferred: tuple[int, int] | None) -> None:
-        self.weight, self.bias, self.deferred = weight, bias, deferred
+    def __init__(self, weight: Tensor, bias: Tensor | None, number: int, deferred: tuple[int, int] | None) -> None:
+        self.weight, self.bias, self.number, self.deferred = weight, bias, number, deferred
         self.columns = weight.detach().t()
         self.seen: dict[int, Tensor] = {}
         self.terms: tuple[Tensor, ...] | None = None
@@ -118,11 +118,11 @@ class Product:
         adds = None if to is None else to.steps
         if self.deferred is not None and self.terms is None:
             self.adds = adds
-            base = None if adds is None else adds.gates.joint()[..., : self.weight.shape[0]]
+            base = None if adds is None else adds.gates.first(self.number)
             self.terms = DeferredGradient.apply(self.weight, self.bias, base, *self.deferred, self.seen).unbind(0)
         if self.terms is None or t in self.seen or adds is not self.adds:
             value = F.linear(h, self.weight, self.bias)
-            return value if to is None else to.joint()[..., : value.shape[-1]] + value
+            return value if to is None else to.first(self.number) + value
         # A state given from outside may be changed by its owner before the backward pass.
         self.seen[t] = h.detach().clone() if t == 0 else h.detach()
         term, running = self.terms[t], h.shape[0]
