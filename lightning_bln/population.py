@@ -212,7 +212,7 @@ class Population(nn.Module):
 
 def lasting(value: Tensor) -> Tensor:
     """``value`` without history, and fit to serve a later training even if computed in inference mode."""
-    if not torch.is_inference_mode_enabled():
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return value.detach()
     with torch.inference_mode(False):
         return value.clone()

@@ -68,11 +68,6 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         ('pppp', 'pppc', 'ppcp', 'ppcc')
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> BLNStatsCallback:
-        # the other Trainer may have been imported since this class was made, and takes only callbacks of its own
-        later = tuple(base for base in _compat.callback_bases() if not issubclass(cls, base))
-        return super().__new__(of_both(cls, later) if later else cls)  # type: ignore[arg-type]
-
     def __init__(
         self,
         monitor: str = "val_loss",
@@ -91,6 +86,10 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         verbose: bool = True,
     ) -> None:
         super().__init__()
+        # the other Trainer may have been imported since this class was made, and takes only callbacks of its own
+        later = tuple(base for base in _compat.callback_bases() if not isinstance(self, base))
+        if later:
+            self.__class__ = of_both(type(self), later)  # type: ignore[assignment, arg-type]
         if population not in ("recompute", "epoch"):
             raise ValueError(f"population={population!r}, but it must be 'recompute' or 'epoch'")
         if guard not in ("strict", "warn", "off"):
@@ -162,8 +161,10 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
         self._quiet.close()
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        reset_population(pl_module)
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        # not at the epoch's start: the Trainer skips that hook when it resumes, in mid-epoch and just after an epoch
+        if batch_idx == 0:
+            reset_population(pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._evaluation = self._guard = None
