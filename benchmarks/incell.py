@@ -179,14 +179,16 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", choices=[*TASKS, []], default=list(TASKS))
+    parser.add_argument("tasks", nargs="*", help=f"which of {', '.join(TASKS)}; all by default")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--output", type=Path, default=Path("incell"))
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for name in [] if arguments.table else arguments.tasks:
+    if unknown := [name for name in arguments.tasks if name not in TASKS]:
+        parser.error(f"no task {unknown[0]!r}; use {', '.join(TASKS)}")
+    for name in [] if arguments.table else arguments.tasks or list(TASKS):
         data: Data | None = None
         for seed, norm, scale in product(range(arguments.seeds), NORMS, SCALES):
             if norm == "none" and scale != SCALES[-1]:
