@@ -5,7 +5,8 @@
 Each run (task, norm, scale, seed) leaves one file in the output folder; those that are there are not run again, so the
 command can be stopped at any time. ``--table`` prints what is there. The statistics are recomputed at the end over
 training batches, and what counts is the mode ``ppcc``: nothing of a test batch but each sample's own features. A norm's
-scale is chosen by validation loss in that mode; ``cccc``, which looks at the test batch, stands beside it. Permuted MNIST is read seven pixels a step, in 112 steps.
+scale is chosen by validation loss in that mode; ``cccc``, which looks at the test batch, stands beside it. Permuted
+MNIST is read seven pixels a step, in 112 steps.
 """
 
 from __future__ import annotations
