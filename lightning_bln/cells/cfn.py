@@ -30,4 +30,6 @@ class CFN(Cell):
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         p = project(state.h)
-        return self.State(h=sigmoid(x.forget + p.forget) * tanh(state.h) + sigmoid(x.input + p.input) * x.hidden)
+        return self.State(
+            h=sigmoid(x.forget + p.forget) * tanh(state.h) + sigmoid(x.input + p.input) * x.hidden
+        )

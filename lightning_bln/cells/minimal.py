@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, sigmoid, where
 from torch.nn import functional as F
 
