@@ -339,12 +339,14 @@ def of_both(cls: Any, later: tuple[type, ...]) -> type:
     """``cls`` under its own name, as a callback of further namespaces too."""
     names: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     names["__reduce__"] = lambda self: (revive, (cls, self.__dict__))
-    return type(cls)(cls.__name__, (cls, *later), names)
+    make: Any = type(cls)
+    return make(cls.__name__, (cls, *later), names)
 
 
-def revive(cls: type, state: dict[str, Any]) -> Any:
+def revive(cls: Any, state: dict[str, Any]) -> Any:
     """Unpickle an instance of a class that no module has by name."""
-    instance = cls.__new__(cls)
+    later = tuple(base for base in _compat.callback_bases() if not issubclass(cls, base))
+    instance = object.__new__(of_both(cls, later) if later else cls)
     instance.__dict__.update(state)
     return instance
 
