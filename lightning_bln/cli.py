@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(f"bln {args[0]} needs jsonargparse; run: pip install 'lightning-bln[cli]'")
         lazily("lightning_bln.lightning_cli", "run")(args)
         return
+    if args and args[0] == "reproduce":
+        raise SystemExit(lazily("lightning_bln.reproduce", "main")(args[1:]))
     options = vars(build_parser().parse_args(args))
     options.pop("run")(**options)
 
@@ -48,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="fixes split, weights and shuffling")
     demo.set_defaults(run=lazily("lightning_bln.demo", "demo"))
 
+    commands.add_parser("reproduce", help="the paper's experiments, with its numbers beside ours", add_help=False)
     for name, summary in LIGHTNING.items():
         commands.add_parser(name, help=summary, add_help=False)
     return parser

@@ -3,8 +3,9 @@
 Everything is computed in float32 or float64; under autocast a layer with float32 parameters runs in float32.
 
 Kept for the gradient, in numbers for each step and sequence of a layer with ``G`` gates of ``H`` units: ``2 G H`` (both
-products) + ``G H`` (the gates) + ``H`` (the output), and ``H`` more for the cell state of an LSTM. With ``recompute``
-the products and the gates are computed again in the backward pass, and only the last one or two remain.
+products) + ``H`` (the output), and ``H`` more for the cell state of an LSTM. The gates are computed again in the
+backward pass, which takes no longer than writing and reading them. With ``recompute`` the products are too, and only the
+last one or two remain.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def allocate(inputs: Inputs, constants: Constants, settings: Settings) -> Output
         moments_cell=moments(settings.on_cell, units, 1),
         input_part=new(rows, columns) if all_kept else new(0),
         hidden_part=new(rows, columns) if all_kept else new(0),
-        gates=new(rows, columns) if all_kept else new(0),
+        gates=new(0),
         cells=new(rows, units) if keep and lstm else new(0),
     )
 

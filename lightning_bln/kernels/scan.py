@@ -74,7 +74,7 @@ class SequentialScan(torch.autograd.Function):
 def scan_recurrence(cell: LinearCell, sequences: Sequences, weights: HiddenWeights) -> Result:
     """:func:`~lightning_bln.kernels.recurrence` of a linear cell without zoneout."""
     first = cell.State(*sequences.state)
-    x = cell.prepare(Gates(sequences.x, cell.gates), first)
+    x = cell.prepare(Gates(sequences.x.flatten(-2), cell.gates), first)
     a, b = cell.coefficients(x)
     running = None
     if sequences.sizes is not None:

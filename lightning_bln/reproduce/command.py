@@ -14,6 +14,10 @@ from lightning_bln.reproduce.experiments import EXPERIMENTS
 from lightning_bln.reproduce.report import write_report
 from lightning_bln.reproduce.training import Settings, run
 
+DESCRIPTION = """Train the paper's networks with BLN and what it is compared with, over several seeds, and print a table
+beside the paper's own numbers: the best epoch's validation scores, and test scores for statistics modes named in advance,
+chosen on validation data, and (labelled so) best on test data."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to a parser."""
@@ -78,6 +82,6 @@ def reproduce(arguments: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse a command line and carry it out; return the exit status."""
-    parser = argparse.ArgumentParser(prog="bln reproduce", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bln reproduce", description=DESCRIPTION)
     add_arguments(parser)
     return reproduce(parser.parse_args(arguments))

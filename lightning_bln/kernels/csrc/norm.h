@@ -39,17 +39,17 @@ class Norm {
   Norm(const NormArgs<T>& args, Shared& shared, const Member& member, int gates, int units, int batch, Range own_units)
       : a(args), shared_(shared), member_(member), gates_(gates), units_(units), batch_(batch), own_(own_units),
         groups_(args.joint ? 1 : gates), D(gates * units), row_size_(size_t(groups_) * batch),
-        columns_(size_t(D) * 10), rows_(row_size_ * 7) {
+        columns_(size_t(D) * 11), rows_(row_size_ * 7) {
     T* at = columns_.get();
-    for (T** to : {&weight, &p, &q, &mean_, &used_mean_, &inverse_, &c1_, &c2_, &c3_, &bias_sum_}) *to = at, at += D;
+    for (T** to : {&weight, &p, &q, &mean_, &used_mean_, &inverse_, &c1_, &c2_, &c3_, &bias_sum_, &bias_}) *to = at, at += D;
     at = rows_.get();
     for (T** to : {&alpha, &beta, &row_mean_, &row_used_, &row_inverse_, &r2_, &r3_}) *to = at, at += row_size_;
     weight_sum_.allocate(D);
     for (int j = 0; j < D; j++) {
       weight[j] = a.enabled ? T(a.scale) * (a.weight ? a.weight[j] : T(1)) : T(0);
       p[j] = T(1);
-      q[j] = a.bias ? a.bias[j] : T(0);
-      bias_sum_[j] = weight_sum_[j] = T(0);
+      q[j] = bias_[j] = a.bias ? a.bias[j] : T(0);
+      mean_[j] = bias_sum_[j] = weight_sum_[j] = T(0);
     }
     for (size_t i = 0; i < row_size_; i++) alpha[i] = beta[i] = T(0);
   }
@@ -102,7 +102,11 @@ class Norm {
     if (current_batch(t)) {
       const T* saved = a.batch_moments + size_t(t) * 2 * D;
       for_own([&](int j0, int j1) {
-        for (int j = j0; j < j1; j++) mean_[j] = saved[j], inverse_[j] = saved[D + j];
+#pragma omp simd
+        for (int j = j0; j < j1; j++) {
+          mean_[j] = saved[j];
+          inverse_[j] = saved[D + j];
+        }
       });
     }
     if (current_feature(t)) {
@@ -201,13 +205,26 @@ class Norm {
     const T wb = T(a.w_batch[t]), wf = T(a.w_feature[t]);
     const bool through_mean = wb != T(0) && !a.batch_mean, through_var = wb != T(0) && !a.batch_var;
     for_own([&](int j0, int j1) {
+      const T mean_share = through_mean ? T(1) / T(running) : T(0), var_share = through_var ? T(1) / T(running) : T(0);
+      T *S = column_slot(0), *E = S + D;
+      if (member_.rows > 1) {
+        S = c2_, E = c3_;
+        for (int j = j0; j < j1; j++) S[j] = E[j] = T(0);
+        for (int k = 0; k < member_.rows; k++) {
+          const T* other = column_slot(k);
+#pragma omp simd
+          for (int j = j0; j < j1; j++) {
+            S[j] += other[j];
+            E[j] += other[D + j];
+          }
+        }
+      }
+#pragma omp simd
       for (int j = j0; j < j1; j++) {
-        T S = 0, E = 0;
-        for (int k = 0; k < member_.rows; k++) S += column_slot(k)[j], E += column_slot(k)[D + j];
-        c1_[j] = weight[j] * wb * inverse_[j];
-        const T slope = through_var ? inverse_[j] * E / T(running) : T(0);
-        c3_[j] = c1_[j] * slope;
-        c2_[j] = (through_mean ? c1_[j] * S / T(running) : T(0)) - (through_var ? c3_[j] * mean_[j] : T(0));
+        const T slope = weight[j] * wb * inverse_[j], sum = S[j], dot = E[j];
+        c1_[j] = slope;
+        c3_[j] = slope * inverse_[j] * dot * var_share;
+        c2_[j] = slope * (sum * mean_share - inverse_[j] * dot * var_share * mean_[j]);
       }
     });
     const bool row_mean = wf != T(0) && !a.feature_mean, row_var = wf != T(0) && !a.feature_var;
@@ -377,25 +394,37 @@ class Norm {
     const T inverse = T(1) / T(running);
     if (member_.rows == 1) {
       const T* own = column_slot(0);
-      for (int j = j0; j < j1; j++) mean_[j] = own[j], inverse_[j] = own[D + j] * inverse;
+#pragma omp simd
+      for (int j = j0; j < j1; j++) {
+        mean_[j] = own[j];
+        inverse_[j] = own[D + j] * inverse;
+      }
     } else {
       for (int j = j0; j < j1; j++) mean_[j] = inverse_[j] = T(0);
       for (int k = 0; k < member_.rows; k++) {
         const T share = T(clipped(part(batch_, k, member_.rows), running).size()) * inverse;
         const T* other = column_slot(k);
-        if (share > T(0))
+        if (share > T(0)) {
+#pragma omp simd
           for (int j = j0; j < j1; j++) mean_[j] += share * other[j];
+        }
       }
       for (int k = 0; k < member_.rows; k++) {
         const T share = T(clipped(part(batch_, k, member_.rows), running).size()) * inverse;
         const T* other = column_slot(k);
-        if (share > T(0))
+        if (share > T(0)) {
+#pragma omp simd
           for (int j = j0; j < j1; j++) inverse_[j] += share * square(other[j] - mean_[j]) + other[D + j] * inverse;
+        }
       }
     }
     if (a.batch_moments && member_.row == 0) {
       T* saved = a.batch_moments + size_t(t) * 2 * D;
-      for (int j = j0; j < j1; j++) saved[j] = mean_[j], saved[D + j] = inverse_[j];
+#pragma omp simd
+      for (int j = j0; j < j1; j++) {
+        saved[j] = mean_[j];
+        saved[D + j] = inverse_[j];
+      }
     }
   }
 
@@ -423,32 +452,38 @@ class Norm {
     const T *mean = a.batch_mean ? a.batch_mean + at * D : mean_, *var = a.batch_var ? a.batch_var + at * D : inverse_;
     for_own([&](int j0, int j1) {
       if (wb == T(0)) {
-        for (int j = j0; j < j1; j++) used_mean_[j] = mean_[j] = inverse_[j] = p[j] = T(0), q[j] = a.bias ? a.bias[j] : T(0);
+        for (int j = j0; j < j1; j++) used_mean_[j] = mean_[j] = inverse_[j] = p[j] = T(0), q[j] = bias_[j];
         return;
       }
+#pragma omp simd
       for (int j = j0; j < j1; j++) {
         const T inverse = T(1) / std::sqrt(var[j] + eps);
         const T m = mean[j];
         used_mean_[j] = m;
         inverse_[j] = inverse;
         p[j] = weight[j] * wb * inverse;
-        q[j] = (a.bias ? a.bias[j] : T(0)) - p[j] * m;
+        q[j] = bias_[j] - weight[j] * wb * inverse * m;
       }
     });
-    for (int g = 0; g < groups_; g++)
-      for (int b = rows.begin; b < rows.end; b++) {
-        const size_t i = size_t(g) * batch_ + b;
-        if (wf == T(0)) {
-          row_used_[i] = row_mean_[i] = row_inverse_[i] = alpha[i] = beta[i] = T(0);
-          continue;
-        }
-        const T m = a.feature_mean ? a.feature_mean[at * groups_ + g] : row_mean_[i];
-        const T inverse = T(1) / std::sqrt((a.feature_var ? a.feature_var[at * groups_ + g] : row_inverse_[i]) + eps);
+    for (int g = 0; g < groups_; g++) {
+      const size_t first = size_t(g) * batch_ + rows.begin, end = first + rows.size();
+      if (wf == T(0)) {
+        for (size_t i = first; i < end; i++) row_used_[i] = row_mean_[i] = row_inverse_[i] = alpha[i] = beta[i] = T(0);
+        continue;
+      }
+      const bool has_mean = a.feature_mean, has_var = a.feature_var;
+      const T fixed_mean = has_mean ? a.feature_mean[at * groups_ + g] : T(0);
+      const T fixed_var = has_var ? a.feature_var[at * groups_ + g] : T(0);
+#pragma omp simd
+      for (size_t i = first; i < end; i++) {
+        const T m = has_mean ? fixed_mean : row_mean_[i];
+        const T inverse = T(1) / std::sqrt((has_var ? fixed_var : row_inverse_[i]) + eps);
         row_used_[i] = m;
         row_inverse_[i] = inverse;
         alpha[i] = wf * inverse;
-        beta[i] = alpha[i] * m;
+        beta[i] = wf * inverse * m;
       }
+    }
   }
 
  public:
@@ -467,7 +502,7 @@ class Norm {
   int groups_, D, slot_ = 0;
   size_t row_size_;
   Buffer<T> columns_, rows_, weight_sum_;
-  T *mean_, *used_mean_, *inverse_, *c1_, *c2_, *c3_, *bias_sum_;
+  T *mean_, *used_mean_, *inverse_, *c1_, *c2_, *c3_, *bias_sum_, *bias_;
   T *row_mean_, *row_used_, *row_inverse_, *r2_, *r3_;
 };
 
