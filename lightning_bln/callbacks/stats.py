@@ -210,6 +210,9 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         if evaluation is None:
             return
         scores = self._agree(evaluation, evaluation.finish())
+        if self._shared is not None and self._shared.reason is not None:
+            rank_zero_info(f"BLNStatsCallback runs modes one by one: {self._shared.reason}.")
+            self._shared.reason = None
         result = SweepResult(scores, self.monitor, self.mode, evaluation.incumbent)
         try:
             result.chosen = result.best(among=self.candidates)
