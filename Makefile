@@ -1,23 +1,28 @@
-# make demo | test | test-oldest | check | bench | asan: each sets up .venv by itself and is quick the second time.
+# make demo | test | test-oldest | check | bench | bench-cells | asan: each sets up .venv by itself and is quick the second time.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-oldest bench asan lint types check clean
+.PHONY: demo test test-oldest bench bench-cells bench-sweep asan lint types check clean
 
 # The oldest versions the package declares, and torchtext, in an environment of 5 GB that outlives the clone.
 OLDEST_PYTHON ?= python3.11
 OLDEST_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lightning-bln
 OLDEST := $(OLDEST_CACHE)/oldest-$(shell sha256sum constraints-oldest.txt | cut -c1-12)
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard lightning_bln/kernels/csrc/*)
+# Torch first and by its pin, so that nothing moves it; the demo needs less than the tests do.
+$(VENV)/.demo: pyproject.toml setup.py constraints.txt $(wildcard lightning_bln/kernels/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e ".[demo]"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.demo
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	$(BIN)/bln demo
 
 test: $(VENV)/.installed
@@ -40,6 +45,10 @@ bench: $(VENV)/.installed
 	$(BIN)/pip install -q -c constraints.txt torchrecurrent
 	$(BIN)/python -m benchmarks $(BENCH)
 
+bench-cells: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt torchrecurrent
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_cells $(BENCH)
+
 # The compiled kernels' own tests with every access to memory and all arithmetic checked.
 asan: $(VENV)/.installed
 	BLN_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/asan --build-temp build/asan-temp
@@ -53,6 +62,9 @@ lint: $(VENV)/.installed
 
 types: $(VENV)/.installed
 	$(BIN)/mypy
+
+bench-sweep: $(VENV)/.installed
+	$(BIN)/python benchmarks/bench_sweep.py
 
 check: lint types
 

@@ -188,9 +188,9 @@ class Timed(BLNStatsCallback):
     def state_key(self) -> str:
         return "Timed"
 
-    def on_train_epoch_start(self, *args: Any) -> None:
+    def on_train_batch_start(self, *args: Any) -> None:
         began = CLOCK()
-        super().on_train_epoch_start(*args)
+        super().on_train_batch_start(*args)
         self.outside += CLOCK() - began
 
     def on_validation_start(self, *args: Any) -> None:

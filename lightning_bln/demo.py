@@ -161,9 +161,28 @@ def demo(output: Path = Path("runs/demo"), epochs: int = 8, seed: int = 0) -> di
             }
     show(accuracies, chosen)
     console = Console(soft_wrap=True)
+    console.print(f"guard       validation data sorted by class: {guards_note(saved, data.sorted_by_class('val'))}")
     console.print(f"heat map    {output / 'bln_sweep.png'}")
     console.print(f"checkpoint  {output / Path(checkpoint.best_model_path).name}")
     return accuracies
+
+
+def guards_note(model: RowClassifier, loader: DataLoader) -> str | None:
+    """What the callback's guard says of ``cccc`` on these batches, once it has scored their samples in other ones."""
+    guarded = BLNStatsCallback(candidates=["cccc"], guard="warn", log=False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        callbacks=[guarded],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    with using_mode(model, "cccc"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it says is returned
+        trainer.validate(model, loader, verbose=False)
+    assert guarded.result is not None
+    return guarded.result.note
 
 
 def show(accuracies: dict[str, dict[str, float]], chosen: str) -> None:

@@ -285,10 +285,9 @@ class Recurrent(HasCells):
         self, x: Tensor, state: tuple[Tensor, ...], weights: Weights, sizes: list[int] | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """:meth:`_direction` as one call of the compiled kernels, on the rows that hold data."""
-        name = name_of(self.cell)
+        name, dtype = name_of(self.cell), weights.weight_ih.dtype
         assert name is not None
         assert weights.weight_hh is not None
-        dtype = weights.weight_hh.dtype
         steps, samples = x.shape[:2]
         running = [samples] * steps if sizes is None else sizes
         modules = (weights.norm_ih, *(weights.norm_hh or (None,)), weights.norm_cell)

@@ -112,6 +112,12 @@ def enumerated(dataloader: Iterable[Any]) -> Iterator[tuple[Any, int]]:
 
 def apart(trainer: Any, loader: Any) -> Any:
     """A loader of the same batches that shares no iterator with ``loader``."""
+    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        raise _compat.misconfiguration(
+            trainer,
+            f"population='recompute', but {type(loader).__name__} keeps its place in the data, which a second reading "
+            "would move; pass stats_dataloader=, or set population='epoch'",
+        )
     if isinstance(loader, DataLoader) and loader.persistent_workers and loader.num_workers:
         # its workers serve one iterator at a time: a second one takes the batches the first still waits for
         if type(loader) is not DataLoader:

@@ -9,20 +9,19 @@ from torch import Tensor
 
 
 class Gates:
-    """A tensor ``(..., gates, hidden_size)`` whose gates are read by name; two of them add up.
+    """A tensor ``(..., gates * hidden_size)`` whose gates are read by name; two of them add up.
 
     Example:
-        >>> gates = Gates(torch.tensor([[1.0], [2.0]]), ("forget", "cell"))
+        >>> gates = Gates(torch.tensor([1.0, 2.0]), ("forget", "cell"))
         >>> (gates + gates).cell
         tensor([4.])
         >>> gates.replace(cell=gates.cell * 5).cell
         tensor([10.])
     """
 
-    __slots__ = ("_names", "_parts", "_value")
-
     def __init__(self, value: Tensor | None, names: tuple[str, ...], parts: dict[str, Tensor] | None = None) -> None:
         self._value, self._names, self._parts = value, names, parts
+        self._first: tuple[Tensor, ...] = ()
 
     def __getattr__(self, name: str) -> Tensor:
         parts = self.split()
@@ -31,68 +30,91 @@ class Gates:
         return parts[name]
 
     def __add__(self, other: Gates) -> Gates:
-        return Gates(self.joint() + other.joint(), self._names)
+        if other._names != self._names[: len(other._names)]:
+            raise TypeError(
+                f"{', '.join(other._names)} are not the first of {', '.join(self._names)}; add them by name"
+            )
+        return Gates(other.plus(self), other._names)
+
+    def plus(self, other: Gates) -> Tensor:
+        """The sum of these gates and the first gates of the other."""
+        return other.first(len(self._names)) + self.joint()
 
     def replace(self, **gates: Tensor) -> Gates:
         """The same gates with some of them changed."""
-        return Gates(None, self._names, {**self.split(), **gates})
+        kept = next((k for k, name in enumerate(self._names) if name in gates), len(self._names))
+        first = self.first(kept) if kept else None
+        new = Gates(None, self._names, {**self.split(), **gates})
+        new._first = () if first is None else (first,)
+        return new
+
+    def first(self, number: int) -> Tensor:
+        """The first gates, ``(..., number * hidden_size)``, cut off so that they have one gradient."""
+        if number == len(self._names):
+            return self.joint()
+        if self._first and self._first[0].shape[-1] * len(self._names) == self._width() * number:
+            return self._first[0]
+        if self._parts is not None:
+            return self.joint()[..., : self._width() * number // len(self._names)]
+        size = self._width() // len(self._names)
+        first, rest = self.joint().split([number * size, self._width() - number * size], -1)
+        parts = (*first.chunk(number, -1), *rest.chunk(len(self._names) - number, -1))
+        self._parts, self._first = dict(zip(self._names, parts, strict=True)), (first,)
+        return first
+
+    def _width(self) -> int:
+        """How many features all gates have."""
+        if self._value is not None:
+            return self._value.shape[-1]
+        return sum(part.shape[-1] for part in self.split().values())
 
     def split(self) -> dict[str, Tensor]:
         """Each gate on its own, ``(..., hidden_size)``."""
         if self._parts is None:
-            assert self._value is not None
-            self._parts = dict(zip(self._names, self._value.unbind(-2), strict=True))
+            self._parts = dict(zip(self._names, self.joint().chunk(len(self._names), -1), strict=True))
         return self._parts
 
     def joint(self) -> Tensor:
-        """All gates, ``(..., gates, hidden_size)``."""
+        """All gates, ``(..., gates * hidden_size)``."""
         if self._value is None:
-            self._value = torch.stack(list(self.split().values()), -2)
+            parts = self.split()
+            self._value = torch.cat([parts[name] for name in self._names], -1)
         return self._value
-
-    def steps(self, sizes: Sequence[int] | None) -> Iterator[Gates]:
-        """The gates of each step, time being their first axis; those of the first ``sizes[t]`` samples."""
-        return Steps(self, sizes)
 
 
 class Steps:
-    """Cuts gates at each step in the form that the step reads, all steps in one operation."""
+    """The gates of each step, time being their first axis; cut in the form that the step reads, once for all steps."""
 
-    def __init__(self, gates: Gates, sizes: Sequence[int] | None) -> None:
-        self.gates, self.sizes = gates, sizes
-        self._joint: tuple[Tensor, ...] | None = None
+    def __init__(self, gates: Gates, steps: int, sizes: Sequence[int] | None) -> None:
+        self.gates, self.steps, self.sizes = gates, steps, sizes
+        self._first: dict[int, tuple[Tensor, ...]] = {}
         self._split: dict[str, tuple[Tensor, ...]] = {}
 
-    def __iter__(self) -> Iterator[Gates]:
-        first = next(iter(self.gates.split().values())) if self.gates._value is None else self.gates._value
-        return (Step(self, t, None if self.sizes is None else self.sizes[t]) for t in range(len(first)))
+    def __iter__(self) -> Iterator[Step]:
+        return (Step(self, t, None if self.sizes is None else self.sizes[t]) for t in range(self.steps))
 
-    def joint(self, t: int, running: int | None) -> Tensor:
-        """All gates of a step."""
-        if self._joint is None:
-            self._joint = self.gates.joint().unbind(0)
-        value = self._joint[t]
-        return value if running is None or running == value.shape[-3] else value[..., :running, :, :]
+    def first(self, number: int, t: int) -> Tensor:
+        """The first gates of a step, of all samples."""
+        if number not in self._first:
+            self._first[number] = self.gates.first(number).unbind(0)
+        return self._first[number][t]
 
-    def part(self, name: str, t: int, running: int | None) -> Tensor:
-        """One gate of a step."""
+    def part(self, name: str, t: int) -> Tensor:
+        """One gate of a step, of all samples."""
         if name not in self._split:
             self._split[name] = getattr(self.gates, name).unbind(0)
-        value = self._split[name][t]
-        return value if running is None or running == value.shape[-2] else value[..., :running, :]
+        return self._split[name][t]
 
 
 class Step(Gates):
-    """The gates of one step."""
-
-    __slots__ = ("_at", "_steps")
+    """The gates of step ``t``, of the first ``running`` samples."""
 
     def __init__(self, steps: Steps, t: int, running: int | None) -> None:
         super().__init__(None, steps.gates._names)
-        self._steps, self._at = steps, (t, running)
+        self.steps, self.t, self.running = steps, t, running
 
     def __getattr__(self, name: str) -> Tensor:
-        return self._steps.part(name, *self._at)
+        return self.cut(self.steps.part(name, self.t))
 
     def split(self) -> dict[str, Tensor]:
         """Each gate on its own."""
@@ -100,4 +122,12 @@ class Step(Gates):
 
     def joint(self) -> Tensor:
         """All gates."""
-        return self._steps.joint(*self._at)
+        return self.first(len(self._names))
+
+    def first(self, number: int) -> Tensor:
+        """The first gates."""
+        return self.cut(self.steps.first(number, self.t))
+
+    def cut(self, value: Tensor) -> Tensor:
+        """Those samples of ``value`` that still run."""
+        return value if self.running is None else value[..., : self.running, :]

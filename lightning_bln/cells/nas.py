@@ -25,15 +25,15 @@ class NAS(Cell):
         Zoph and Le, "Neural Architecture Search with Reinforcement Learning", 2017, arXiv 1611.01578.
     """
 
-    gates = ("a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7")
+    gates = ("a0", "a1", "a2", "a4", "a5", "a6", "a7", "a3")
+    products = (("a0", "a1", "a2", "a4", "a5", "a6", "a7"), ("a3",))
     states = ("h", "c")
     has_norm_cell = True
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
-        p = project(state.h)
-        a = x + p
+        a = x + project(state.h)
         l1 = tanh(sigmoid(a.a0) * relu(a.a1))
-        l2 = tanh(sigmoid(a.a2) + relu(x.a3 * p.a3))
+        l2 = tanh(sigmoid(a.a2) + relu(x.a3 * project.a3(state.h)))
         l3 = tanh(tanh(a.a4) * sigmoid(a.a5))
         l4 = sigmoid(tanh(a.a6) + sigmoid(a.a7))
         c = tanh(l1 + state.c) * l2

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_bln.cells.cell import Cell
-from lightning_bln.cells.gates import Gates
+from lightning_bln.cells.gates import Gates, Step, Steps
 
 Norm = Callable[[Tensor], Tensor]
 
@@ -39,7 +39,7 @@ class Projection:
         mask: Tensor | None = None,
         deferred: tuple[int, int] | None = None,
     ) -> None:
-        self._cell, self._norms, self._mask, self._t = cell, norms, mask, 0
+        self._cell, self._norms, self._mask, self._running, self._t = cell, norms, mask, mask, 0
         self._products: list[Product] = []
         self._by_gate: dict[str, Callable[[Tensor], Any]] = {}
         if weight is None:
@@ -49,75 +49,113 @@ class Projection:
         rows = [len(names) * size for names in cell.products]
         biases = [None] * len(rows) if bias is None or norms else bias.split(rows)
         for index, (names, w, b) in enumerate(zip(cell.products, weight.split(rows), biases, strict=True)):
-            self._products.append(Product(w, b, deferred))
-            self._by_gate |= dict.fromkeys(names, partial(self._of_gate, index))
+            self._products.append(Product(w, b, len(names), deferred))
+            of_gate = self._of_gate if len(names) == 1 else self._of_gates
+            self._by_gate |= dict.fromkeys(names, partial(of_gate, index))
 
     def at(self, t: int, running: int | None = None) -> Projection:
         """Go on to step ``t``, where only the first ``running`` samples take part."""
         self._t = t
-        self._running = None if self._mask is None else self._mask[..., :running, :]
+        if self._mask is not None:
+            self._running = self._mask[..., :running, :]
         return self
 
     def __call__(self, h: Tensor) -> Gates:
         """The first product."""
-        return Gates(self._multiply(0, h), self._cell.products[0])
+        return self._of_gates(0, h)
 
     def __getattr__(self, gate: str) -> Callable[[Tensor], Any]:
         if gate.startswith("__") or gate not in self._by_gate:
             raise AttributeError(f"no product serves a gate {gate!r}")
         return self._by_gate[gate]
 
-    def _of_gate(self, index: int, h: Tensor) -> Tensor | Gates:
-        names = self._cell.products[index]
-        value = self._multiply(index, h)
-        return value.squeeze(-2) if len(names) == 1 else Gates(value, names)
+    def _of_gate(self, index: int, h: Tensor) -> Tensor:
+        return self._of_gates(index, h).joint()
 
-    def _multiply(self, index: int, h: Tensor) -> Tensor:
-        if self._mask is not None:
+    def _of_gates(self, index: int, h: Tensor) -> Gates:
+        names = self._cell.products[index]
+        if self._running is not None:
             h = h * self._running
-        value = self._products[index](h, self._t).unflatten(-1, (len(self._cell.products[index]), -1))
-        return self._norms[index](value) if self._norms else value
+        product = self._products[index]
+        if not self._norms:
+            return Pending(product, h, self._t, names)
+        value = product(h, self._t)
+        return Gates(self._norms[index](value.unflatten(-1, (len(names), -1))).flatten(-2), names)
+
+
+class Pending(Gates):
+    """A product that is computed when it is read, so that a sum with other gates is one operation."""
+
+    def __init__(self, product: Product, h: Tensor, t: int, names: tuple[str, ...]) -> None:
+        super().__init__(None, names)
+        self._product, self._h, self._t = product, h, t
+
+    def joint(self) -> Tensor:
+        """All gates."""
+        if self._value is None:
+            self._value = self._product(self._h, self._t)
+        return self._value
+
+    def plus(self, other: Gates) -> Tensor:
+        """The sum of these gates and the first gates of the other."""
+        if self._value is None and isinstance(other, Step):
+            return self._product(self._h, self._t, other)
+        return super().plus(other)
 
 
 class Product:
     """A linear map of the states of each step, its weights' gradient taken at each step or deferred."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, deferred: tuple[int, int] | None) -> None:
-        self.weight, self.bias = weight, bias
-        self.biases: list[Tensor] | None = None
-        if deferred is not None:
-            self.seen: dict[int, Tensor] = {}
-            self.biases = list(DeferredGradient.apply(weight, bias, *deferred, self.seen).unbind(0))
-            self.columns = weight.detach().t()
+    def __init__(self, weight: Tensor, bias: Tensor | None, number: int, deferred: tuple[int, int] | None) -> None:
+        self.weight, self.bias, self.number, self.deferred = weight, bias, number, deferred
+        self.columns = weight.detach().t()
+        self.seen: dict[int, Tensor] = {}
+        self.terms: tuple[Tensor, ...] | None = None
+        self.adds: Steps | None = None
 
-    def __call__(self, h: Tensor, t: int) -> Tensor:
-        if self.biases is None or t in self.seen:
-            return F.linear(h, self.weight, self.bias)
+    def __call__(self, h: Tensor, t: int, to: Step | None = None) -> Tensor:
+        """The product with ``h`` at step ``t``, added to all gates ``to`` if they are given."""
+        adds = None if to is None else to.steps
+        if self.deferred is not None and self.terms is None:
+            self.adds = adds
+            base = None if adds is None else adds.gates.first(self.number)
+            self.terms = DeferredGradient.apply(self.weight, self.bias, base, *self.deferred, self.seen).unbind(0)
+        if self.terms is None or t in self.seen or adds is not self.adds:
+            value = F.linear(h, self.weight, self.bias)
+            return value if to is None else to.first(self.number) + value
         # A state given from outside may be changed by its owner before the backward pass.
         self.seen[t] = h.detach().clone() if t == 0 else h.detach()
-        bias = self.biases[t]
-        return torch.addmm(bias if len(h) == len(bias) else bias[: len(h)], h, self.columns)
+        term, running = self.terms[t], h.shape[0]
+        return torch.addmm(term if term.shape[0] == running else term[:running], h, self.columns)
 
 
 class DeferredGradient(torch.autograd.Function):
-    """The bias of a product at each step, ``(steps, samples, rows)``, its gradient being all that the weights' need."""
+    """What is added to a product at each step, ``(steps, samples, rows)``; its gradient is all the weights' needs."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, weight: Tensor, bias: Tensor | None, steps: int, samples: int, seen: dict[int, Tensor]
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        base: Tensor | None,
+        steps: int,
+        samples: int,
+        seen: dict[int, Tensor],
     ) -> Tensor:
-        """The bias of each step; ``seen`` will hold what is multiplied there."""
-        ctx.seen, ctx.has_bias, ctx.columns = seen, bias is not None, weight.shape[1]
+        """``base``, if any, plus the bias; ``seen`` will hold what is multiplied at each step."""
+        ctx.seen, ctx.columns, ctx.has_bias, ctx.has_base = seen, weight.shape[1], bias is not None, base is not None
+        if base is not None:
+            return base.view_as(base) if bias is None else base + bias
         value = weight.new_zeros(weight.shape[0]) if bias is None else bias
         return value.expand(steps, samples, -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """One product over all steps and samples."""
-        steps, samples, _ = gradient.shape
+        steps, samples, rows = gradient.shape
         nothing = gradient.new_zeros(samples, ctx.columns)
-        inputs = [F.pad(h, (0, 0, 0, samples - len(h))) if (h := ctx.seen.get(t)) is not None and len(h) < samples
-                  else nothing if h is None else h for t in range(steps)]
-        weight = gradient.flatten(0, 1).t() @ torch.stack(inputs).flatten(0, 1).to(gradient.dtype)
-        return weight, gradient.sum((0, 1)) if ctx.has_bias else None, None, None, None
+        inputs = [F.pad(h, (0, 0, 0, samples - len(h))) for h in (ctx.seen.get(t, nothing) for t in range(steps))]
+        weight = gradient.reshape(-1, rows).t() @ torch.cat(inputs).to(gradient.dtype)
+        bias = gradient.sum((0, 1)) if ctx.has_bias else None
+        return weight, bias, gradient if ctx.has_base else None, None, None, None

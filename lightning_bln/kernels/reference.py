@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_bln.cells.cell import Cell
-from lightning_bln.cells.gates import Gates
+from lightning_bln.cells.gates import Gates, Steps
 from lightning_bln.cells.projection import Projection
 from lightning_bln.functional import Statistics
 from lightning_bln.gate_norm import SequenceNorm
@@ -73,21 +73,28 @@ def recurrence(
     Returns:
         Outputs, last states and, where norms observe, their statistics stacked over the steps.
     """
-    cell = copy(cell)  # its norm changes with every step
+    first = cell.State(*sequences.state)
+    x = cell.prepare(Gates(sequences.x.flatten(-2), cell.gates), first)
+    deferred = deferred and sequences.x.ndim == 4 and not torch.compiler.is_compiling()
+    return unroll(copy(cell), x, sequences, weights, noise, deferred)
+
+
+def unroll(
+    cell: Cell, x: Gates, sequences: Sequences, weights: HiddenWeights, noise: Noise, deferred: bool = False
+) -> Result:
+    """:func:`recurrence` on prepared gates, those of ``sequences`` left aside; changes attributes of ``cell``."""
     state = cell.State(*sequences.state)
-    x = cell.prepare(Gates(sequences.x, cell.gates), state)
-    samples = state[0].shape[-2]
+    steps, samples = sequences.x.shape[0], state[0].shape[-2]
     biases = split_bias(cell, weights)
     norms_hh = [Recorder(norm, bias) for norm, bias in zip(weights.norm_hh, biases, strict=True)]
     norm_cell = None if weights.norm_cell is None else Recorder(weights.norm_cell)
     cell.norm_cell = identity if norm_cell is None else norm_cell.of_state
-    deferred = deferred and sequences.x.ndim == 4 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    shape = (sequences.x.shape[0], samples) if deferred else None
+    shape = (steps, samples) if deferred else None
     project = Projection(cell, weights.weight_hh, weights.bias_hh, norms_hh, noise.hidden_mask, shape)
     recorders = [*norms_hh, *([] if norm_cell is None else [norm_cell])]
     zoned = cell.states if cell.zoned is None else cell.zoned
     outputs = []
-    for t, gates in enumerate(x.steps(sequences.sizes)):
+    for t, gates in enumerate(Steps(x, steps, sequences.sizes)):
         running = samples if sequences.sizes is None else sequences.sizes[t]
         before = state if running == samples else cell.State(*(value[..., :running, :] for value in state))
         for recorder in recorders:

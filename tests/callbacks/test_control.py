@@ -150,7 +150,7 @@ def test_an_exception_in_one_mode_leaves_everything_as_it_was(tmp_path: Path) ->
 
 def test_gradients_in_mid_accumulation_are_untouched() -> None:
     class Watches(pl.Callback):
-        seen: list = []  # noqa: RUF012
+        seen: list = []
 
         def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
             grads = [parameter.grad for parameter in pl_module.parameters()]

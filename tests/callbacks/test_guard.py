@@ -69,7 +69,7 @@ def test_a_batch_independent_winner_is_not_put_to_the_test() -> None:
 
 def test_regrouped_scores_leave_the_validation_as_it_was() -> None:
     model = zoo.Rich()
-    callback = zoo.chooser(guard="warn", candidates=["cccc", "ppcc"], mode="max")
+    callback = zoo.chooser(guard="warn", candidates=["cccc"])
     with pytest.warns(UserWarning, match="expect that"):
         trainer = zoo.fitted(model, callback, data=sorted_by_class())
     expected = zoo.oracle(model, sorted_by_class())

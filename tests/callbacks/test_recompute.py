@@ -107,7 +107,7 @@ def test_stats_dataloader_takes_the_place_of_the_training_data() -> None:
 
 def test_epoch_population_is_what_the_epoch_gathered() -> None:
     class Gathers(pl.Callback):
-        inputs: list = []  # noqa: RUF012
+        inputs: list = []
 
         def on_train_epoch_start(self, *_: Any) -> None:
             self.inputs.clear()

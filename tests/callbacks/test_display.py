@@ -1,0 +1,130 @@
+"""What a person sees of the choice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+import zoo
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from lightning_bln.callbacks import BLNStatsCallback
+from lightning_bln.sweep import SweepResult
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
+def test_the_validation_bar_says_what_is_going_on(bar: Any, capsys: pytest.CaptureFixture) -> None:
+    labels: list[str] = []
+
+    class Reads(zoo.Simple):
+        def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            shown = self.trainer.progress_bar_callback
+            if isinstance(shown, RichProgressBar) and shown.progress is not None:
+                task = shown.val_progress_bar_id
+                labels.extend(one.description for one in shown.progress.tasks if one.id == task)
+            elif isinstance(shown, TQDMProgressBar):
+                labels.append(shown.val_progress_bar.desc)
+
+    zoo.fitted(Reads(), zoo.chooser(), bar(refresh_rate=1), enable_progress_bar=True, num_sanity_val_steps=0)
+    assert any("16 modes" in label for label in labels)
+
+
+def test_table_files_and_hyperparameters(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    callback = zoo.chooser(verbose=True, save_dir=tmp_path / "out")
+    logger = CSVLogger(tmp_path)
+    zoo.fitted(zoo.Simple(), callback, logger=logger)
+    assert callback.result is not None
+    printed = capsys.readouterr().out
+    assert "Statistics modes by val_loss" in printed
+    assert "chosen" in printed
+    assert SweepResult.from_json(tmp_path / "out" / "bln_sweep.json") == callback.result
+    assert (tmp_path / "out" / "bln_sweep.png").stat().st_size > 1000
+    hyperparameters = yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())
+    assert hyperparameters["bln_mode"] == str(callback.result.chosen)
+
+
+def test_tensorboard_gets_scores_and_the_heat_map(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    zoo.fitted(zoo.Simple(), zoo.chooser(plot=True), logger=logger)
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    assert "bln/modes" in events.Tags()["images"]
+    assert {"bln/mode", "bln/val_loss/pppp", "val_loss"} <= set(events.Tags()["scalars"])
+
+
+def test_loggers_with_log_image_get_a_picture_and_may_fail() -> None:
+    class Takes(Logger):
+        name, version, images = "takes", 0, []
+
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None: ...
+
+        def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None: ...
+
+        def log_image(self, key: str, images: list, step: int | None = None) -> None:
+            self.images.append((key, images[0].shape))
+
+    class Fails(Takes):
+        def log_image(self, key: str, images: list, step: int | None = None) -> None:
+            raise OSError("disk full")
+
+    with pytest.warns(UserWarning, match="disk full"):
+        zoo.fitted(zoo.Simple(), zoo.chooser(plot=True), logger=[Takes(), Fails()])
+    assert Takes.images[0][0] == "bln/modes"
+    assert Takes.images[0][1][-1] == 3
+
+
+def test_a_reloaded_model_announces_its_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tests(zoo.Simple):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch[0])
+
+    model, callback = Tests(), zoo.chooser()
+    trainer = zoo.fitted(model, callback)
+    assert callback.result is not None
+    said: list[str] = []
+    monkeypatch.setattr("lightning_bln.callbacks.stats.rank_zero_info", said.append)
+    trainer.test(model, zoo.val_data(), verbose=False)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, zoo.train_data(), zoo.val_data())
+    assert said[0] == f"Tests tests in statistics mode {callback.result.incumbent}."
+    assert said[1] == f"Tests resumes in statistics mode {callback.result.incumbent}."
+
+
+class Data(zoo.pl.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return zoo.train_data()
+
+    def val_dataloader(self) -> Any:
+        return zoo.val_data()
+
+
+def test_the_callback_comes_from_yaml(tmp_path: Path) -> None:
+    config = {
+        "trainer": {
+            **zoo.SILENT,
+            "max_epochs": 1,
+            "callbacks": [
+                {
+                    "class_path": "lightning_bln.callbacks.BLNStatsCallback",
+                    "init_args": {"candidates": ["ppcc", "cccc"], "guard": "off", "verbose": False},
+                }
+            ],
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    cli = LightningCLI(zoo.Simple, Data, args=["fit", "--config", str(path)], save_config_callback=None)
+    (callback,) = (one for one in cli.trainer.callbacks if isinstance(one, BLNStatsCallback))
+    assert callback.candidates == ("ppcc", "cccc")
+    assert callback.result is not None
+    assert json.loads(callback.result.to_json())["chosen"] in ("ppcc", "cccc")
+    assert torch.isfinite(torch.tensor(callback.history[0][3]))
