@@ -234,3 +234,21 @@ def test_autocast_narrows_products_and_keeps_states(kind, norm) -> None:
         torch.testing.assert_close(output.float(), expected, rtol=0, atol=0.3 if norm else 0.1)
         assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
         assert all(state.dtype == torch.float32 for state in flat(states)) or kind in ("lstm", "gru", "rnn")
+
+
+@pytest.mark.parametrize("kind", ["mgu", "mingru", "coupledlstm"])
+def test_functional_gradients_and_gradients_of_gradients_have_a_way(kind) -> None:
+    layer = perturbed(kind, "bln")
+    layer.eval()
+    x = torch.randn(4, 3, 3, dtype=torch.float64)
+    parameters = dict(layer.named_parameters())
+
+    def loss(values):
+        return torch.func.functional_call(layer, values, (x,))[0].square().sum()
+
+    expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
+    for ours, theirs in zip(torch.func.grad(loss)(parameters).values(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    layer.backend = "reference"
+    first = torch.autograd.grad(loss(parameters), layer.weight_ih_l0, create_graph=True)[0]
+    assert torch.autograd.grad(first.square().sum(), layer.weight_ih_l0)[0].isfinite().all()
