@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-oldest bench bench-cells asan lint types check clean
+.PHONY: demo test test-oldest bench bench-cells bench-sweep asan lint types check clean
 
 # The oldest versions the package declares, and torchtext, in an environment of 5 GB that outlives the clone.
 OLDEST_PYTHON ?= python3.11
@@ -62,6 +62,9 @@ lint: $(VENV)/.installed
 
 types: $(VENV)/.installed
 	$(BIN)/mypy
+
+bench-sweep: $(VENV)/.installed
+	$(BIN)/python benchmarks/bench_sweep.py
 
 check: lint types
 

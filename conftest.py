@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
+
+collect_ignore_glob = [
+    pattern
+    for needed, pattern in {
+        "jsonargparse": "lightning_bln/lightning_cli.py",
+        "optuna": "lightning_bln/tuning/*.py",
+        "ray": "lightning_bln/tuning/ray_engine.py",
+    }.items()
+    if find_spec(needed) is None
+]
+"""Modules of extras that are not installed here have no doctests to run."""
 
 
 @pytest.fixture(autouse=True)

@@ -39,6 +39,7 @@ class _ConvBLN(nn.Module):
         scale: bool | float = True,
         population: str = "pooled",
         momentum: float | None = None,
+        sync_batch_stats: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -74,6 +75,7 @@ class _ConvBLN(nn.Module):
             scale=scale,
             population=population,
             momentum=momentum,
+            sync_batch_stats=sync_batch_stats,
             device=device,
             dtype=dtype,
         )

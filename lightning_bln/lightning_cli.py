@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -98,9 +99,10 @@ class Trainer(L.Trainer):
         callback = found[0] if found else BLNStatsCallback(monitor=monitor, mode=mode)
         if not found:
             self.callbacks = [*self.callbacks, callback]  # type: ignore[has-type]
-        self.validate(
-            model, dataloaders, datamodule=datamodule, ckpt_path=ckpt, verbose=False, weights_only=weights_only
-        )
+        options: dict[str, Any] = {"ckpt_path": str(ckpt), "verbose": False}
+        if "weights_only" in inspect.signature(self.validate).parameters:  # lightning 2.6 and later
+            options["weights_only"] = weights_only
+        self.validate(model, dataloaders, datamodule=datamodule, **options)
         if not all(population.is_frozen for population in populations(model)) or callback.result is None:
             raise RuntimeError(
                 f"ckpt={str(ckpt)!r} has no frozen population, so there is no mode to choose; train with "
@@ -145,10 +147,10 @@ class CLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None, run: bool = True, **kwargs: Any) -> None:
         kwargs.setdefault("save_config_callback", SaveConfig if run else None)
+        kwargs.setdefault("parser_kwargs", {"prog": "bln"} if run else None)
         super().__init__(
             trainer_class=Trainer,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "bln"} if run else None,
             args=args,
             run=run,
             **kwargs,

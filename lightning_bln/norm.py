@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bln._compat import is_autocast_enabled
+from lightning_bln.distributed import is_distributed, joint_batch
 from lightning_bln.functional import (
     NORMS,
     Statistics,
@@ -124,6 +125,7 @@ class Normalization(HasMode):
         scale: bool | float = True,
         population: str = "pooled",
         momentum: float | None = None,
+        sync_batch_stats: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -138,6 +140,8 @@ class Normalization(HasMode):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self._register_affine(num_features, affine, affine and bias, factory)
         self.population = Population(num_features, estimator=population, momentum=momentum, **factory)
+        self.population.is_joint = sync_batch_stats
+        self.sync_batch_stats, self.takes_part = sync_batch_stats, True
         self._has_warned = False
 
     def _register_affine(self, size: int, weight: bool, bias: bool, factory: dict[str, Any]) -> None:
@@ -177,6 +181,8 @@ class Normalization(HasMode):
         is_shared = self.positions == "shared" or x.ndim == batch_axis + 2
         places = (1,) if is_shared else tuple(x.shape[batch_axis + 1 : -1])
         over = tuple(range(batch_axis, x.ndim - 1)) if is_shared else (batch_axis,)
+        if self.training and self.sync_batch_stats and is_distributed():
+            return self._normalize_jointly(x, is_shared)
         population, uses, batch_size = self._source(places)
         weights = mixing_weights(x.shape[batch_axis] if batch_size is None else batch_size, self.delta, self.norm)
         # The kernels build on norms, so that they cannot be imported above.
@@ -188,6 +194,17 @@ class Normalization(HasMode):
         if self.training:
             with torch.no_grad():
                 self.population.gather(observe(statistics, x, places, over))
+        scale = scale_factor(self.scale, self.num_features)
+        return normalize(x, statistics, weights, self.weight, self.bias, scale=scale, eps=self.eps)
+
+    def _normalize_jointly(self, x: Tensor, is_shared: bool) -> Tensor:
+        """:meth:`_normalize` in training, with the batch that all ranks hold together; each gathers the same."""
+        joint = joint_batch(x, is_shared, self.takes_part)
+        weights = mixing_weights(joint.batch_size, self.delta, self.norm)
+        statistics = complete(Statistics(joint.mean, joint.var), x, (), weights)
+        used = unused_as_constants(Statistics(*joint[3:7]), weights)
+        with torch.no_grad():
+            self.population.gather(Observed(*used, seen=joint.seen, batch_size=joint.sizes))  # type: ignore[arg-type]
         scale = scale_factor(self.scale, self.num_features)
         return normalize(x, statistics, weights, self.weight, self.bias, scale=scale, eps=self.eps)
 
@@ -292,6 +309,9 @@ class BatchLayerNorm(Normalization):
         scale: ``True`` for the paper's :math:`s = 1/\sqrt{d}`, ``False`` for 1, or :math:`s` itself.
         population: ``"pooled"`` or ``"paper"``, see :class:`~lightning_bln.population.Population`.
         momentum: If given, the population follows each training batch this far, as BatchNorm's does.
+        sync_batch_stats: In distributed training take batch statistics, and :math:`m`, over all ranks together, as if
+            one process held the whole batch, with exact gradients. Ranks may hold different numbers of samples, but
+            each has to run the layer equally often.
         device: Where parameters and statistics lie.
         dtype: Their dtype.
 
@@ -329,6 +349,7 @@ class BatchLayerNorm(Normalization):
         scale: bool | float = True,
         population: str = "pooled",
         momentum: float | None = None,
+        sync_batch_stats: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -343,6 +364,7 @@ class BatchLayerNorm(Normalization):
             scale=scale,
             population=population,
             momentum=momentum,
+            sync_batch_stats=sync_batch_stats,
             device=device,
             dtype=dtype,
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_bln.distributed import in_step
 from lightning_bln.functional import Statistics, check_choice
 from lightning_bln.moments import Moments
 
@@ -77,6 +79,7 @@ class Population(nn.Module):
             raise ValueError(f"momentum={momentum}, but it must lie in (0, 1], or be None to gather and freeze")
         self.num_features, self.estimator, self.momentum = num_features, estimator, momentum
         self.merge_positions = merge_positions
+        self.is_joint = False  # whether all ranks gather the same batches, so that there is nothing to merge
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         quantities = (1 if estimator == "pooled" else 2) * num_features + 3
         self.register_buffer("count", torch.zeros(0, dtype=torch.long, device=device))
@@ -118,7 +121,9 @@ class Population(nn.Module):
         Raises:
             RuntimeError: Nothing has been gathered.
         """
-        moments = Moments(self.count, self.mean, self.m2).all_reduce()
+        moments = Moments(self.count, self.mean, self.m2)
+        if not self.is_joint:
+            moments = moments.all_reduce()
         if not moments.count.numel():
             raise RuntimeError(
                 "no statistics have been gathered to freeze; run batches through the model in training mode first, "
@@ -147,7 +152,7 @@ class Population(nn.Module):
         """The batch as moments of one vector of quantities for each position: every number that will be frozen."""
         dtype = self.mean.dtype
         mean, var, feature_mean, feature_var, inverse = (
-            value.to(dtype) for value in (*observed[:4], 1.0 / observed.batch_size)
+            value.to(dtype) for value in (*observed[:4], 1.0 / observed.batch_size.to(dtype))
         )
         if self.estimator == "pooled":
             quantities = torch.cat([mean, torch.stack([feature_mean, feature_var, inverse], -1)], -1)
@@ -212,7 +217,7 @@ class Population(nn.Module):
 
 def lasting(value: Tensor) -> Tensor:
     """``value`` without history, and fit to serve a later training even if computed in inference mode."""
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():  # which a compiler cannot ask
         return value.detach()
     with torch.inference_mode(False):
         return value.clone()
@@ -354,14 +359,12 @@ def recompute_population(
         raise ValueError(f"limit={limit}, but at least one batch is needed; pass a positive number or None")
     with gathering(model):
         seen = 0
-        for batch in batches:
+        for batch in in_step(model, batches if limit is None else islice(batches, limit)):
             if predict is not None:
                 predict(batch)
             else:
                 model(batch[0] if isinstance(batch, (tuple, list)) else batch)
             seen += 1
-            if seen == limit:
-                break
         if not seen:
             raise ValueError("batches is empty, so there is nothing to compute a population from; pass at least one")
         freeze_population(model)

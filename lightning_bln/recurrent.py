@@ -17,6 +17,7 @@ from lightning_bln.functional import check_choice
 from lightning_bln.gate_norm import GateNorm
 from lightning_bln.kernels import BACKENDS, HiddenWeights, Noise, Sequences, cpu, run, runs_compiled
 from lightning_bln.kernels.choice import name_of
+from lightning_bln.kernels.gather import gather
 from lightning_bln.modes import FanOut
 
 State = Tensor | tuple[Tensor, ...]
@@ -324,9 +325,9 @@ class Recurrent(HasCells):
             zoneout_mask=zoneout_mask,
             recompute=self.recompute,
         )
-        for norm, observed in zip(modules, result[2:], strict=True):
-            if norm is not None and observed is not None:
-                norm.gather(observed, running)
+        for module, norm, moments in zip(modules, norms, result.moments, strict=True):
+            if module is not None and norm is not None and norm.observes:
+                gather(module, norm, moments, steps, samples, sizes)
         output = result.output
         if rows is not None:
             output = output.new_zeros(steps * samples, self.hidden_size).index_copy(0, rows, output)

@@ -43,6 +43,7 @@ def reason_against(cell: Cell, x: Tensor, weights: Weights) -> str | None:
     """Why the compiled kernels cannot run a layer on ``x``, shaped ``(T, B, input_size)``; ``None`` if they can."""
     if name_of(cell) is None:
         return f"cell={type(cell).__name__} has no compiled kernel"
+    assert weights.weight_hh is not None
     if weights.weight_hr is not None:
         return "proj_size has no compiled kernel"
     if x.device.type != "cpu" or weights.weight_ih.device.type != "cpu":

@@ -1,0 +1,15 @@
+"""Hyperparameter search in which the statistics mode costs no training: every trial sweeps all modes inside."""
+
+from importlib.util import find_spec
+
+from lightning_bln.tuning.space import Distribution, suggest, suggest_mode, suggest_norm
+
+__all__ = ["Distribution", "suggest", "suggest_mode", "suggest_norm"]
+
+if find_spec("optuna") is not None and find_spec("jsonargparse") is not None:
+    from lightning_bln.tuning.objective import Objective, measure_latency
+    from lightning_bln.tuning.recipe import Recipe
+    from lightning_bln.tuning.report import explained_variance, write_report
+    from lightning_bln.tuning.study import tune
+
+    __all__ += ["Objective", "Recipe", "explained_variance", "measure_latency", "tune", "write_report"]

@@ -1,0 +1,142 @@
+"""One trial: train once, score every statistics mode, report the best."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_bln.callbacks import BLNStatsCallback
+from lightning_bln.sweep import Direction, SweepResult
+
+MODE, SCORES = "bln_mode", "bln_scores"
+"""Names of a trial's user attributes: the mode chosen, and the monitored value of every mode."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An Optuna objective that trains one model a trial and takes its best statistics mode.
+
+    The modes are swept by :class:`~lightning_bln.callbacks.BLNStatsCallback` at each validation, so that pruning
+    compares models in the mode they would be used in. The trial keeps the last validation's sweep as user attributes.
+
+    Args:
+        build: Makes Trainer, model and data of a trial; data is None for a model with loaders of its own. A Trainer
+            without a BLNStatsCallback gets one.
+        monitor: The validation metric to optimise.
+        mode: ``"min"`` or ``"max"``.
+        latency: Also minimise the milliseconds that a forward takes on one validation batch, as a second objective.
+        prune: Let the study's pruner end a trial early; Optuna can do so only where there is one objective.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_bln.demo import DigitRows, RowClassifier
+        >>> def build(trial):
+        ...     model = RowClassifier(hidden_size=trial.suggest_int("hidden_size", 16, 64), norm=suggest_norm(trial))
+        ...     return L.Trainer(max_epochs=3), model, DigitRows()
+        >>> objective = Objective(build)  # then: optuna.create_study().optimize(objective, n_trials=20)
+    """
+
+    build: Callable[[optuna.Trial], tuple[Any, Any, Any]]
+    monitor: str = "val_loss"
+    mode: Direction = "min"
+    latency: bool = False
+    prune: bool = True
+
+    def __call__(self, trial: optuna.Trial) -> float | tuple[float, float]:
+        trainer, model, data = self.build(trial)
+        callback = stats_callback(trainer, self.monitor, self.mode)
+        pruning: Any = None
+        if self.prune and not self.latency:
+            from optuna_integration import PyTorchLightningPruningCallback
+
+            pruning = PyTorchLightningPruningCallback(trial, monitor=self.monitor)
+            trainer.callbacks.append(pruning)
+        try:
+            trainer.fit(model, datamodule=data)
+        finally:
+            record(trial, callback.result)
+        if pruning is not None:
+            pruning.check_pruned()
+        value = best_score(callback.result, self.monitor)
+        return (value, measure_latency(model, validation_batch(trainer))) if self.latency else value
+
+
+def stats_callback(trainer: Any, monitor: str, mode: Direction) -> BLNStatsCallback:
+    """The Trainer's own callback, or a new one.
+
+    Raises:
+        ValueError: The Trainer's callback chooses the mode by another metric.
+    """
+    found = [callback for callback in trainer.callbacks if isinstance(callback, BLNStatsCallback)]
+    if not found:
+        callback = BLNStatsCallback(monitor=monitor, mode=mode, verbose=False)
+        trainer.callbacks.append(callback)
+        return callback
+    if (found[0].monitor, found[0].mode) != (monitor, mode):
+        raise ValueError(
+            f"monitor={monitor!r} (mode={mode!r}), but the BLNStatsCallback chooses the statistics mode by "
+            f"{found[0].monitor!r} ({found[0].mode!r}); give both the same"
+        )
+    return found[0]
+
+
+def record(trial: optuna.Trial, result: SweepResult | None) -> None:
+    """Keep in the trial what every mode scored."""
+    if result is None:
+        return
+    scores = {str(mode): values[result.monitor] for mode, values in result.scores.items() if result.monitor in values}
+    trial.set_user_attr(SCORES, {mode: value for mode, value in scores.items() if math.isfinite(value)})
+    trial.set_user_attr(MODE, str(result.chosen))
+
+
+def best_score(result: SweepResult | None, monitor: str) -> float:
+    """The monitored value of the mode chosen."""
+    if result is None or result.chosen is None:
+        raise ValueError("no validation has run, so there is no mode and no score; validate at least once a training")
+    value = result.scores[result.chosen].get(monitor, math.nan)
+    if math.isnan(value):
+        raise ValueError(f"monitor={monitor!r} is NaN in every statistics mode; the training has diverged")
+    return value
+
+
+def validation_batch(trainer: Any) -> Any:
+    """The first batch of the Trainer's validation data."""
+    loaders = trainer.val_dataloaders
+    return next(iter(loaders[0] if isinstance(loaders, (list, tuple)) else loaders))
+
+
+def measure_latency(model: nn.Module, batch: Any, repeats: int = 20) -> float:
+    """Milliseconds that a forward takes in evaluation, the median of ``repeats``.
+
+    Args:
+        model: Called with the batch, or with its first entry where the batch is a tuple or a list, on the device and in
+            the statistics mode it has.
+        batch: One batch.
+        repeats: How many times to measure, after three calls that are not.
+    """
+    device = next(model.parameters()).device
+    inputs = apply_to_collection(batch, Tensor, lambda one: one.to(device))
+    inputs = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
+    was_training = model.training
+    model.eval()
+    times = []
+    try:
+        with torch.inference_mode():
+            for _ in range(3 + repeats):
+                start = time.perf_counter()
+                model(inputs)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                times.append(time.perf_counter() - start)
+    finally:
+        model.train(was_training)
+    return 1000 * statistics.median(times[3:])

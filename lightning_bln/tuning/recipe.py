@@ -1,0 +1,165 @@
+"""What ``bln tune`` reads: a LightningCLI configuration, and what of it to search."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_bln.functional import check_choice
+from lightning_bln.lightning_cli import CLI, NOISE, RECIPE
+from lightning_bln.sweep import Direction, check_direction
+from lightning_bln.tuning.space import Distribution
+
+PRUNERS = ("median", "hyperband", "none")
+SAMPLERS = ("tpe", "random")
+
+DEMO: dict[str, Any] = {
+    "fit": {
+        "seed_everything": 0,
+        "model": {"class_path": "lightning_bln.demo.RowClassifier", "init_args": {"hidden_size": 64}},
+        "data": {"class_path": "lightning_bln.demo.DigitRows", "init_args": {"batch_size": 32}},
+        "trainer": {"accelerator": "cpu", "max_epochs": 4},
+    },
+    "search": {
+        "model.init_args.norm": ["bln", "layer", "batch"],
+        "model.init_args.hidden_size": {"low": 16, "high": 96, "step": 16},
+        "model.init_args.lr": {"low": 0.0005, "high": 0.02, "log": True},
+        "data.init_args.batch_size": [16, 32, 64],
+    },
+    "monitor": "val_loss",
+    "mode": "min",
+    "pruner": "median",
+}
+"""What is searched without a configuration: the demo's network on its digits."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A search.
+
+    Args:
+        fit: What ``bln fit`` would train: ``model``, ``data``, ``trainer`` and so on.
+        search: For paths into ``fit`` such as ``model.init_args.lr``, where their values come from.
+        monitor: The validation metric to optimise.
+        mode: ``"min"`` or ``"max"``.
+        latency: Whether a forward's milliseconds are a second objective.
+        pruner: ``"median"``, ``"hyperband"`` or ``"none"``; with ``latency`` it has no effect.
+        sampler: ``"tpe"`` (with ``latency`` NSGA-II) or ``"random"``.
+        seed: Of the sampler; parallel workers add their own number.
+
+    Raises:
+        ValueError: An entry is none of those above.
+    """
+
+    fit: Mapping[str, Any]
+    search: Mapping[str, Distribution]
+    monitor: str = "val_loss"
+    mode: Direction = "min"
+    latency: bool = False
+    pruner: str = "median"
+    sampler: str = "tpe"
+    seed: int = 0
+    _quiet: Mapping[str, Any] = field(
+        default_factory=lambda: {"enable_progress_bar": False, "enable_model_summary": False, "logger": False},
+        repr=False,
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("pruner", self.pruner, PRUNERS)
+        check_choice("sampler", self.sampler, SAMPLERS)
+        check_direction(self.mode)
+        if not self.search:
+            raise ValueError("search is empty, so there is nothing to tune; name at least one hyperparameter")
+
+    @classmethod
+    def load(cls, path: str | Path | None = None) -> Recipe:
+        """Read a YAML file; ``fit`` may name another one. Without a file: the demo's."""
+        if path is None:
+            return cls.parse(DEMO)
+        spec = yaml.safe_load(Path(path).read_text())
+        if isinstance(spec, dict) and isinstance(spec.get("fit"), str):
+            spec["fit"] = yaml.safe_load((Path(path).parent / spec["fit"]).read_text())
+        return cls.parse(spec)
+
+    @classmethod
+    def parse(cls, spec: Any) -> Recipe:
+        """The search that a YAML file's content describes."""
+        known = [name for name in cls.__dataclass_fields__ if not name.startswith("_")]
+        if not isinstance(spec, dict) or not {"fit", "search"} <= set(spec) <= set(known):
+            raise ValueError(f"the configuration must have fit and search, and may have {', '.join(known[2:])}")
+        fit = {key: value for key, value in copy.deepcopy(spec["fit"]).items() if key in RECIPE}
+        fit.setdefault("seed_everything", 0)
+        search = {name: Distribution.parse(name, one) for name, one in spec["search"].items()}
+        recipe = cls(**{**spec, "fit": fit, "search": search})
+        for name, distribution in search.items():
+            set_path(copy.deepcopy(fit), name, distribution.first)
+        callbacks = fit.setdefault("trainer", {}).setdefault("callbacks", []) or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if not any(str(one.get("class_path")).endswith("BLNStatsCallback") for one in callbacks):
+            arguments = {"monitor": recipe.monitor, "mode": recipe.mode}
+            callbacks.append({"class_path": "lightning_bln.callbacks.BLNStatsCallback", "init_args": arguments})
+        fit["trainer"]["callbacks"] = callbacks
+        return recipe
+
+    def configuration(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """``fit`` with ``values`` at their paths."""
+        config = copy.deepcopy(dict(self.fit))
+        for path, value in values.items():
+            set_path(config, path, value)
+        return config
+
+    def build(self, values: Mapping[str, Any], folder: Path) -> tuple[Any, Any, Any]:
+        """Trainer, model and data for ``values``, as ``bln fit`` would make them, but quiet.
+
+        Args:
+            values: A value for each path of ``search``.
+            folder: Where the Trainer may write.
+
+        Raises:
+            ValueError: LightningCLI does not accept the configuration.
+        """
+        for message in NOISE:
+            warnings.filterwarnings("ignore", message=message)
+        for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        config = self.configuration(values)
+        trainer = {**self._quiet, "default_root_dir": str(folder), **config["trainer"]}
+        callbacks = copy.deepcopy(trainer["callbacks"])
+        for callback in callbacks:
+            if str(callback["class_path"]).endswith("BLNStatsCallback"):
+                callback["init_args"] = {"verbose": False, **callback.get("init_args", {})}
+        if not any("Checkpoint" in str(callback["class_path"]) for callback in callbacks):
+            trainer.setdefault("enable_checkpointing", False)
+        config["trainer"] = {**trainer, "callbacks": callbacks}
+        try:
+            cli = CLI(args=config, run=False, parser_kwargs={"exit_on_error": False})
+        except Exception as error:
+            raise ValueError(f"this configuration cannot be built: {error}\n{yaml.safe_dump(config)}") from error
+        return cli.trainer, cli.model, cli.datamodule
+
+    def first_values(self) -> dict[str, Any]:
+        """Some value for each path."""
+        return {name: distribution.first for name, distribution in self.search.items()}
+
+
+def set_path(config: Any, path: str, value: Any) -> None:
+    """Set the entry that a dotted path leads to; numbers in it count the entries of a list."""
+    *above, last = path.split(".")
+    for place, key in enumerate(above):
+        try:
+            config = config[int(key)] if isinstance(config, list) else config.setdefault(key, {})
+        except (IndexError, ValueError, AttributeError):
+            raise ValueError(f"search.{path} leads nowhere: fit has no {'.'.join(above[: place + 1])}") from None
+    if isinstance(config, list) and last.isdecimal() and int(last) < len(config):
+        config[int(last)] = value
+    elif isinstance(config, dict):
+        config[last] = value
+    else:
+        raise ValueError(f"search.{path} leads nowhere: fit has no {path}")

@@ -1,0 +1,269 @@
+"""The search on Optuna: one study, worked off by this process or by several, on one machine or on many."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import time
+import traceback
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lightning_bln.tuning.objective import MODE, Objective
+from lightning_bln.tuning.queue import ERROR, Queue, Store
+from lightning_bln.tuning.recipe import Recipe
+from lightning_bln.tuning.report import write_report
+
+POLL = 1.0
+"""Seconds between looks at a study in which others still work."""
+
+ERRORS = 3
+"""So many trials in a row that end in an exception end the worker: then it is not the trial's fault."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where and how a recipe is searched; see :func:`tune`."""
+
+    storage: str
+    name: str
+    trials: int
+    output: Path
+    heartbeat: int
+    retries: int
+
+
+def tune(
+    recipe: Recipe | str | Path | None = None,
+    *,
+    trials: int = 20,
+    jobs: int = 1,
+    storage: str | None = None,
+    name: str = "bln",
+    output: str | Path = "runs/tune",
+    heartbeat: int = 30,
+    retries: int = 3,
+    progress: bool = True,
+) -> optuna.Study:
+    """Search until the study has ``trials`` trials, and write a report.
+
+    A study that exists goes on: what was finished is kept, what was running when its process died is run again with
+    the same hyperparameters. Start the same on other machines with the same ``storage`` and ``name``, and they share
+    the work.
+
+    Args:
+        recipe: What to search, or its YAML file; None is the demo's.
+        trials: How many trials the study shall have in the end, those of former runs included.
+        jobs: How many processes to use.
+        storage: ``sqlite:///path`` (by default ``study.db`` in ``output``), ``journal:path``, or for many machines
+            ``postgresql://user@host/database``.
+        name: The study's name.
+        output: Folder for the report.
+        heartbeat: Seconds between signs of life in a database; a trial without any for four times that is run again.
+        retries: How often a trial whose process died is run again.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The study.
+
+    Raises:
+        ValueError: The recipe cannot be built; nothing has been stored then.
+        RuntimeError: Every trial failed, or all workers died.
+    """
+    if trials < 1 or jobs < 1:
+        raise ValueError(f"trials={trials} and jobs={jobs}, but both must be positive")
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe)
+    output = Path(output).resolve()
+    recipe.build(recipe.first_values(), output)
+    url = storage or f"sqlite:///{output / 'study.db'}"
+    plan = Plan(url, name, trials, output, heartbeat, retries)
+    store, study = open_study(recipe, plan, 0)
+    queue = Queue(store, study, trials, retries)
+    bar = Progress(
+        TextColumn("trials"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[best]}"),
+        disable=not progress,
+    )
+    try:
+        with bar:
+            task = bar.add_task("trials", total=trials, best="")
+
+            def update() -> None:
+                bar.update(task, completed=len(queue.finished()), best=describe_best(study, recipe))
+
+            if jobs == 1:
+                work(recipe, queue, plan, update)
+            else:
+                supervise(recipe, plan, jobs, queue, update)
+            update()
+    finally:
+        queue.close()
+    if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        errors = [one.user_attrs[ERROR] for one in study.get_trials(deepcopy=False) if ERROR in one.user_attrs]
+        raise RuntimeError(f"no trial has finished; the last error was:\n{errors[-1] if errors else 'none'}")
+    write_report(study, recipe, output)
+    return study
+
+
+def open_study(recipe: Recipe, plan: Plan, worker: int) -> tuple[Store, optuna.Study]:
+    """The study of a plan, made if need be; each worker's sampler has a seed of its own."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    store = Store(plan.storage, plan.heartbeat)
+    directions = ["minimize" if recipe.mode == "min" else "maximize", *(["minimize"] if recipe.latency else [])]
+    study = optuna.create_study(
+        storage=store.storage,
+        study_name=plan.name,
+        directions=directions,
+        sampler=make_sampler(recipe, recipe.seed + worker),
+        pruner=make_pruner(recipe),
+        load_if_exists=True,
+    )
+    if [one.name.lower() for one in study.directions] != directions:
+        raise ValueError(
+            f"name={plan.name!r} is a study in {plan.storage} whose directions are "
+            f"{[one.name.lower() for one in study.directions]}, not {directions}; take another name"
+        )
+    return store, study
+
+
+def make_sampler(recipe: Recipe, seed: int) -> optuna.samplers.BaseSampler:
+    if recipe.sampler == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    if recipe.latency:
+        return optuna.samplers.NSGAIISampler(seed=seed)
+    # constant_liar: trials that others still run count as bad, so that workers do not all draw the same
+    return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+
+
+def make_pruner(recipe: Recipe) -> optuna.pruners.BasePruner:
+    if recipe.latency or recipe.pruner == "none":
+        return optuna.pruners.NopPruner()
+    if recipe.pruner == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=5)
+    epochs = recipe.fit.get("trainer", {}).get("max_epochs")
+    return optuna.pruners.HyperbandPruner(max_resource=epochs if epochs else "auto")
+
+
+def work(recipe: Recipe, queue: Queue, plan: Plan, update: Any = lambda: None) -> None:
+    """Run trials until the study has all of them."""
+    study, failed = queue.study, 0
+    while True:
+        trial = queue.claim()
+        if trial is None:
+            if queue.is_finished():
+                return
+            time.sleep(POLL)
+            continue
+        error = run(trial, recipe, queue, plan)
+        update()
+        failed = 0 if error is None else failed + 1
+        if error is not None:
+            logging.getLogger(__name__).warning("trial %d failed: %r", trial.number, error)
+            if failed == ERRORS and not any(one.state == TrialState.COMPLETE for one in queue.finished()):
+                raise RuntimeError(
+                    f"{ERRORS} trials of study {study.study_name!r} failed, the last by {error!r}"
+                ) from error
+
+
+def run(trial: optuna.Trial, recipe: Recipe, queue: Queue, plan: Plan) -> Exception | None:
+    """Run one trial and tell the study what became of it; returns the exception it ended in, if it did."""
+
+    def build(trial: optuna.Trial) -> tuple[Any, Any, Any]:
+        values = {name: distribution.suggest(trial, name) for name, distribution in recipe.search.items()}
+        return recipe.build(values, plan.output / "trials" / f"{trial.number:04d}")
+
+    objective = Objective(
+        build, recipe.monitor, recipe.mode, latency=recipe.latency, prune=not recipe.latency and recipe.pruner != "none"
+    )
+    with queue.store.alive(trial._trial_id):
+        try:
+            values = objective(trial)
+        except optuna.TrialPruned:
+            queue.study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+        except Exception as error:
+            trial.set_user_attr(ERROR, "".join(traceback.format_exception(error))[-1500:])
+            queue.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            return error
+        except BaseException:
+            queue.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)  # stopped, not failed: it comes again
+            raise
+        else:
+            queue.study.tell(trial, values, skip_if_finished=True)
+    return None
+
+
+def supervise(recipe: Recipe, plan: Plan, jobs: int, queue: Queue, update: Any) -> None:
+    """Run workers in processes of their own; one that dies is replaced while there is work."""
+    context = multiprocessing.get_context("spawn")
+    started = 0
+    workers: list[Any] = []
+    limit = jobs * (1 + plan.retries)
+
+    def start() -> None:
+        nonlocal started
+        started += 1
+        process = context.Process(target=worker, args=(recipe, plan, started, os.getpid()), daemon=True)
+        process.start()
+        workers.append(process)
+
+    try:
+        for _ in range(min(jobs, plan.trials)):
+            start()
+        while any(process.is_alive() for process in workers):
+            time.sleep(POLL / 2)
+            update()
+            for process in [one for one in workers if not one.is_alive()]:
+                workers.remove(process)
+                if process.exitcode != 0 and started < limit and not queue.is_finished():
+                    start()
+    finally:
+        for process in workers:
+            process.terminate()
+    if not queue.is_finished():
+        raise RuntimeError(
+            f"all {started} workers of study {plan.name!r} died with trials left; what is finished is kept in "
+            f"{plan.storage}, and the same command goes on from there"
+        )
+
+
+def worker(recipe: Recipe, plan: Plan, number: int, parent: int) -> None:
+    """What a worker process runs."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
+    else:
+        torch.set_num_threads(1)
+    store, study = open_study(recipe, plan, number)
+    queue = Queue(store, study, plan.trials, plan.retries)
+
+    def stop_with_parent() -> None:
+        if os.getppid() != parent:
+            raise SystemExit("the process that started this worker is gone")
+
+    try:
+        work(recipe, queue, plan, stop_with_parent)
+    finally:
+        queue.close()
+
+
+def describe_best(study: optuna.Study, recipe: Recipe) -> str:
+    """The best trial in a few words."""
+    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if not finished:
+        return ""
+    sign = 1 if recipe.mode == "min" else -1
+    best = min(finished, key=lambda one: sign * one.values[0])
+    return f"best {recipe.monitor} {best.values[0]:.4f} in {best.user_attrs.get(MODE)}"

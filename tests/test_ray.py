@@ -1,0 +1,92 @@
+"""The search on Ray: two local workers, a trial that fails once, and the same report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ray = pytest.importorskip("ray", reason="Ray is not installed; pip install 'lightning-bln[ray]'")
+pytest.importorskip("ray.tune")
+pytest.importorskip("optuna")
+pytest.importorskip("jsonargparse")
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tuning_helpers as helpers
+from optuna.trial import TrialState
+
+from lightning_bln import cli
+from lightning_bln.modes import ALL_MODES
+from lightning_bln.tuning import Distribution, Recipe
+from lightning_bln.tuning.objective import MODE, SCORES
+from lightning_bln.tuning.ray_engine import as_domain, tune_on_ray
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """Four trials on two workers, of which one fails once."""
+    folder = tmp_path_factory.mktemp("ray")
+    model = {"log": str(folder / "log"), "fail_once": str(folder / "failed")}
+    recipe = Recipe.parse(helpers.small_search(epochs=2, **model) | {"pruner": "none"})
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in helpers.environment().items():
+            patch.setenv(name, value)
+        study = tune_on_ray(recipe, trials=4, jobs=2, output=folder / "out", progress=False)
+    return folder, study
+
+
+def test_every_trial_finishes_though_one_failed_once(searched) -> None:
+    folder, study = searched
+    assert (folder / "failed").exists()
+    assert [one.state for one in study.trials] == [TrialState.COMPLETE] * 4
+    assert len((folder / "log").read_text().splitlines()) == 4
+
+
+def test_a_trial_scores_every_mode(searched) -> None:
+    for trial in searched[1].trials:
+        assert set(trial.user_attrs[SCORES]) == set(ALL_MODES)
+        assert trial.value == pytest.approx(trial.user_attrs[SCORES][trial.user_attrs[MODE]])
+        assert len(trial.intermediate_values) == 2
+
+
+def test_checkpoints_and_report_are_kept(searched) -> None:
+    folder, study = searched
+    assert list((folder / "out" / "bln").glob("**/checkpoint.ckpt"))
+    best = yaml.safe_load((folder / "out" / "best.yaml").read_text())
+    assert best["model"]["init_args"]["lr"] == pytest.approx(study.best_params["model.init_args.lr"])
+    assert "statistics mode" in json.loads((folder / "out" / "importance.json").read_text())
+
+
+def test_two_objectives_are_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="one objective"):
+        tune_on_ray(Recipe.parse(helpers.small_search() | {"latency": True}), output=tmp_path)
+    with pytest.raises(SystemExit, match="--storage is for --engine optuna"):
+        cli.main(["tune", "--engine", "ray", "--storage", "sqlite:///x"])
+    with pytest.raises(SystemExit, match="--address=auto is for --engine ray"):
+        cli.main(["tune", "--address", "auto"])
+
+
+@pytest.mark.parametrize(
+    ("distribution", "low", "high"),
+    [
+        (Distribution(low=1, high=3), 1, 3),
+        (Distribution(low=1, high=100, log=True), 1, 100),
+        (Distribution(low=2, high=8, step=2), 2, 8),
+        (Distribution(low=0.1, high=0.2), 0.1, 0.2),
+        (Distribution(low=1e-4, high=1e-2, log=True), 1e-4, 1e-2),
+        (Distribution(choices=(4, 5)), 4, 5),
+    ],
+)
+def test_ray_draws_from_the_same_ranges(distribution, low, high) -> None:
+    values = [as_domain(distribution).sample() for _ in range(300)]
+    assert low <= min(values)
+    assert max(values) <= high
+    if distribution.is_integer:
+        assert {type(value) for value in values} <= {int} or all(float(value).is_integer() for value in values)
+        assert max(values) == high or distribution.log
