@@ -32,6 +32,11 @@ def is_autocast_enabled(device_type: str) -> bool:
         return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
 
 
+def in_function_transform() -> bool:
+    """Whether a transform of ``torch.func`` runs, which an autograd function without rules of its own cannot pass."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 """The two names under which the same Trainer is distributed; a Trainer takes callbacks of its own namespace only."""
 
