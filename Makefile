@@ -1,10 +1,10 @@
-# make demo | test | test-oldest | check | bench | asan: each sets up .venv by itself and is quick the second time.
+# make demo | test | test-oldest | check | bench | bench-cells | asan: each sets up .venv by itself and is quick the second time.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-oldest bench asan lint types check clean
+.PHONY: demo test test-oldest bench bench-cells bench-sweep asan lint types check clean
 
 # The oldest versions the package declares, and torchtext, in an environment of 5 GB that outlives the clone.
 OLDEST_PYTHON ?= python3.11
@@ -45,6 +45,10 @@ bench: $(VENV)/.installed
 	$(BIN)/pip install -q -c constraints.txt torchrecurrent
 	$(BIN)/python -m benchmarks $(BENCH)
 
+bench-cells: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt torchrecurrent
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_cells $(BENCH)
+
 # The compiled kernels' own tests with every access to memory and all arithmetic checked.
 asan: $(VENV)/.installed
 	BLN_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/asan --build-temp build/asan-temp
@@ -58,6 +62,9 @@ lint: $(VENV)/.installed
 
 types: $(VENV)/.installed
 	$(BIN)/mypy
+
+bench-sweep: $(VENV)/.installed
+	$(BIN)/python benchmarks/bench_sweep.py
 
 check: lint types
 

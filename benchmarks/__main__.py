@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import contenders
-from benchmarks.measure import cuda_events, geometric_mean, machine, medians, peaks
+from benchmarks.measure import cuda_events, geometric_mean, machine, medians, peaks, processor_time, wall_clock
 from lightning_bln import BLNLSTM
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,6 +36,11 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["lstm", "gru", "rnn"], choices=contenders.KINDS)
     parser.add_argument("--sizes", type=int, nargs="+", help="which sizes, by index")
     parser.add_argument("--compiled", action="store_true", help="the reference under torch.compile too, where T < 30")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="in place of wall time: with one thread, where others are busy too",
+    )
     parser.add_argument("--gpu", action="store_true", help="on the GPU, timed by CUDA events")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -45,38 +50,45 @@ def main() -> None:
         print(json.dumps(peaks(contenders.training(kind, tuple(size), extras=False) | recomputing(kind, tuple(size)))))
         return
     started = f"{datetime.datetime.now():%Y-%m-%d %H:%M}; {machine()}"
-    table = measure_gpu(args) if args.gpu else measure(args)
-    text = f"# Measured {started}\n\nMedians of turns taken in one process: milliseconds, megabytes.\n\n{render(table)}"
-    if not args.gpu:
-        text += f"\n{bars(table)}"
+    table: Table = {}
+    try:
+        measure_gpu(args, table) if args.gpu else measure(args, table)
+    finally:
+        keep(args, table, started)
+
+
+def keep(args: argparse.Namespace, table: Table, started: str) -> None:
+    """Print the table and write it down, as far as it goes."""
+    what = "processor time" if args.processor_time else "GPU time" if args.gpu else "wall time"
+    text = f"# Measured {started}\n\nMedians of turns taken in one process: milliseconds of {what}, megabytes.\n\n"
+    text += f"{render(table)}\n" + ("" if args.gpu else bars(table))
     print(text)
     RESULTS.mkdir(exist_ok=True)
-    name = f"{datetime.date.today()}-{'gpu' if args.gpu else 'cpu'}-{torch.get_num_threads()}-threads"
+    kind = "gpu" if args.gpu else "cpu" if not args.processor_time else "cpu-processor-time"
+    name = f"{datetime.date.today()}-{kind}-{torch.get_num_threads()}-threads"
     (RESULTS / f"{name}.md").write_text(text)
     (RESULTS / f"{name}.json").write_text(json.dumps({"machine": started, "table": table}, indent=1))
 
 
-def measure(args: argparse.Namespace) -> Table:
+def measure(args: argparse.Namespace, table: Table) -> None:
     """All groups of contenders at all sizes on the CPU."""
     sizes = [contenders.SIZES[i] for i in args.sizes or range(len(contenders.SIZES))]
-    table: Table = {}
+    clock = processor_time if args.processor_time else wall_clock
+    for shape in contenders.ARRAYS:
+        note(table, "array train", shape, medians(contenders.arrays(shape), 5 * args.rounds, clock=clock))
     for kind in args.kinds:
         for size in sizes:
             jobs = contenders.training(kind, size, extras=kind != "rnn")
             if args.compiled and kind == "lstm" and size[0] < 30:
                 jobs |= contenders.compiled_reference(kind, size)
-            note(table, f"{kind} train", size, medians(jobs, args.rounds))
-            note(table, f"{kind} infer", size, medians(contenders.inference(kind, size), args.rounds))
+            note(table, f"{kind} train", size, medians(jobs, args.rounds, clock=clock))
+            note(table, f"{kind} infer", size, medians(contenders.inference(kind, size), args.rounds, clock=clock))
             if kind == "lstm":
                 note(table, "lstm memory", size, memory(kind, size))
-    for shape in contenders.ARRAYS:
-        note(table, "array train", shape, medians(contenders.arrays(shape), 5 * args.rounds))
-    return table
 
 
-def measure_gpu(args: argparse.Namespace) -> Table:
+def measure_gpu(args: argparse.Namespace, table: Table) -> None:
     """The reference against cuDNN."""
-    table: Table = {}
     for dtype in (torch.float32, torch.bfloat16):
         label = str(dtype).removeprefix("torch.")
         for kind in args.kinds:
@@ -85,7 +97,6 @@ def measure_gpu(args: argparse.Namespace) -> Table:
                 note(table, f"{kind} train {label}", size, medians(jobs, args.rounds, 1e9, cuda_events))
                 jobs = contenders.inference(kind, size, "cuda", dtype)
                 note(table, f"{kind} infer {label}", size, medians(jobs, args.rounds, 1e9, cuda_events))
-    return table
 
 
 def recomputing(kind: str, size: contenders.Size) -> dict[str, contenders.Job]:

@@ -24,6 +24,13 @@ def wall_clock(job: Job) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+def processor_time(job: Job) -> float:
+    """Milliseconds of processor time that one call takes, on all threads together."""
+    start = time.process_time()
+    job()
+    return (time.process_time() - start) * 1e3
+
+
 def cuda_events(job: Job) -> float:
     """Milliseconds on the GPU."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -8,6 +8,7 @@ from lightning_bln.moments import Moments
 from lightning_bln.norm import BatchLayerNorm, Normalization
 from lightning_bln.population import Population, freeze_population, recompute_population, reset_population
 from lightning_bln.recurrent import BLNGRU, BLNLSTM, BLNRNN, Recurrent
+from lightning_bln.sweep import SweepResult, sweep_modes
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "Recurrent",
     "Statistics",
     "StatisticsMode",
+    "SweepResult",
     "batch_layer_norm",
     "fan_out",
     "freeze_population",
@@ -34,6 +36,7 @@ __all__ = [
     "recompute_population",
     "reset_population",
     "set_mode",
+    "sweep_modes",
     "to_bln",
     "using_mode",
 ]

@@ -68,6 +68,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_tune_arguments(tune)
     tune.set_defaults(run=run_tune)
 
+    cells = commands.add_parser("cells", help="list the recurrent cells: states, parameters, where they come from")
+    cells.add_argument("--input-size", type=int, default=128, help="features of the input")
+    cells.add_argument("--hidden-size", type=int, default=128, help="units of the state")
+    cells.set_defaults(run=lazily("lightning_bln.cells.listing", "show"))
+
     commands.add_parser("reproduce", help="the paper's experiments, with its numbers beside ours", add_help=False)
     for name, summary in LIGHTNING.items():
         commands.add_parser(name, help=summary, add_help=False)

@@ -105,7 +105,7 @@ class SharedForward:
         site.failed = True
         site.shared = {}
         if not self.is_active:
-            self.reason = reason
+            self.reason = f"{type(site.module).__name__} cannot be shared, since {reason}"
 
 
 class Site:

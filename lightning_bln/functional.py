@@ -144,21 +144,24 @@ def normalize(
     """The equation of :func:`batch_layer_norm` on statistics that broadcast against ``x``, features last."""
     w_feature, w_batch = weights
     wide = widen(x)
+    times, plus = (torch.mul, torch.add) if torch.is_grad_enabled() else (Tensor.mul_, Tensor.add_)
     y: Tensor | None = None
     if not is_zero(w_feature):
         assert statistics.feature_mean is not None
         assert statistics.feature_var is not None
-        y = (wide - statistics.feature_mean) * (torch.rsqrt(statistics.feature_var + eps) * (w_feature * scale))
+        factor = torch.rsqrt(statistics.feature_var + eps) * (w_feature * scale)
+        y = times(wide - statistics.feature_mean, factor)
     if not is_zero(w_batch):
         assert statistics.batch_mean is not None
         assert statistics.batch_var is not None
-        part = (wide - statistics.batch_mean) * (torch.rsqrt(statistics.batch_var + eps) * (w_batch * scale))
-        y = part if y is None else y + part
+        factor = torch.rsqrt(statistics.batch_var + eps) * (w_batch * scale)
+        part = times(wide - statistics.batch_mean, factor)
+        y = part if y is None else plus(y, part)
     assert y is not None
     if weight is not None:
-        y = y * weight
+        y = times(y, weight)
     if bias is not None:
-        y = y + bias
+        y = plus(y, bias)
     return y.to(x.dtype)
 
 
@@ -207,7 +210,9 @@ def feature_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 def mean_and_var(x: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, in the two passes that torch vectorises: its var_mean takes 7 to 20 times as long."""
     mean = x.mean(over, keepdim=True)
-    return mean, (x - mean).square().mean(over, keepdim=True)
+    centred = x - mean
+    # without gradients nobody else holds the difference, and a second array of its size costs more than the squares
+    return mean, (centred.square() if torch.is_grad_enabled() else centred.square_()).mean(over, keepdim=True)
 
 
 def scale_factor(scale: bool | float, num_features: int) -> float:

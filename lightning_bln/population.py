@@ -152,7 +152,7 @@ class Population(nn.Module):
         """The batch as moments of one vector of quantities for each position: every number that will be frozen."""
         dtype = self.mean.dtype
         mean, var, feature_mean, feature_var, inverse = (
-            value.to(dtype) for value in (*observed[:4], 1.0 / observed.batch_size)
+            value.to(dtype) for value in (*observed[:4], 1.0 / observed.batch_size.to(dtype))
         )
         if self.estimator == "pooled":
             quantities = torch.cat([mean, torch.stack([feature_mean, feature_var, inverse], -1)], -1)
@@ -217,7 +217,7 @@ class Population(nn.Module):
 
 def lasting(value: Tensor) -> Tensor:
     """``value`` without history, and fit to serve a later training even if computed in inference mode."""
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():  # which a compiler cannot ask
         return value.detach()
     with torch.inference_mode(False):
         return value.clone()

@@ -17,6 +17,7 @@ from lightning_bln.functional import check_choice
 from lightning_bln.gate_norm import GateNorm
 from lightning_bln.kernels import BACKENDS, HiddenWeights, Noise, Sequences, cpu, run, runs_compiled
 from lightning_bln.kernels.choice import name_of
+from lightning_bln.kernels.gather import gather
 from lightning_bln.modes import FanOut
 
 State = Tensor | tuple[Tensor, ...]
@@ -284,8 +285,9 @@ class Recurrent(HasCells):
         self, x: Tensor, state: tuple[Tensor, ...], weights: Weights, sizes: list[int] | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """:meth:`_direction` as one call of the compiled kernels, on the rows that hold data."""
-        name, dtype = name_of(self.cell), weights.weight_hh.dtype
+        name, dtype = name_of(self.cell), weights.weight_ih.dtype
         assert name is not None
+        assert weights.weight_hh is not None
         steps, samples = x.shape[:2]
         running = [samples] * steps if sizes is None else sizes
         modules = (weights.norm_ih, *(weights.norm_hh or (None,)), weights.norm_cell)
@@ -321,9 +323,9 @@ class Recurrent(HasCells):
             zoneout_mask=zoneout_mask,
             recompute=self.recompute,
         )
-        for norm, observed in zip(modules, result[2:], strict=True):
-            if norm is not None and observed is not None:
-                norm.gather(observed, running)
+        for module, norm, moments in zip(modules, norms, result.moments, strict=True):
+            if module is not None and norm is not None and norm.observes:
+                gather(module, norm, moments, steps, samples, sizes)
         output = result.output
         if rows is not None:
             output = output.new_zeros(steps * samples, self.hidden_size).index_copy(0, rows, output)

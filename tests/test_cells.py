@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -25,8 +27,7 @@ def test_without_norm_it_is_torchs_cell(kind, bias, batched) -> None:
         torch.testing.assert_close(ours(x, given), theirs(x, given))
 
 
-@pytest.mark.parametrize("kind", registry)
-@pytest.mark.parametrize("norm", [None, "bln", "layer", "batch"])
+@pytest.mark.parametrize(("kind", "norm"), [*product(registry, [None, "bln"]), *product(PAIRS, ["layer", "batch"])])
 def test_gradients_are_those_of_finite_differences(kind, norm) -> None:
     cell = RecurrentCell(kind, 3, 4, norm=norm, dtype=torch.float64)
     names = [name for name, _ in cell.named_parameters()]

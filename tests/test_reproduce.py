@@ -28,7 +28,7 @@ SMALL = Experiment(
     "imdb",
     25_000,
     3,
-    lambda directory: (small_samples(100), small_samples(60)),
+    lambda directory, fetch: (small_samples(100), small_samples(60)),
     lambda norm, population: PaperIMDB(norm, vocabulary=30, embedding=6, hidden=8, population=population),
 )
 FRACTION = 0.004
@@ -36,7 +36,7 @@ FRACTION = 0.004
 
 def small_run(folder: Path, norm: str = "bln", **options: Any) -> dict[str, Any]:
     settings = Settings(norm, 0, **{"fraction": FRACTION, "batch_size": 5, "epochs": 3, **options})
-    return run(SMALL, *SMALL.read(None), settings, folder)
+    return run(SMALL, *SMALL.read(None, False), settings, folder)
 
 
 @pytest.mark.parametrize("norm", PAPER_NORMS)
@@ -121,13 +121,19 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     assert small_run(tmp_path / "resumed", norm) == whole
 
 
+def test_a_folder_with_another_run_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    small_run(tmp_path, epochs=1)
+    with pytest.raises(ValueError, match=r"holds a run with epochs=1, but 2 is asked for; name another .*--output"):
+        small_run(tmp_path, epochs=2)
+
+
 @pytest.mark.parametrize("norm", PAPER_NORMS)
 def test_batch_size_one_has_no_mode_without_a_finite_loss(tmp_path: Path, norm: str) -> None:
     assert unusable_modes(small_run(tmp_path, norm, batch_size=1, epochs=2)) == []
 
 
 def test_splits_are_seeded_and_disjoint() -> None:
-    pool, test = SMALL.read(None)
+    pool, test = SMALL.read(None, False)
     numbered = Samples(torch.arange(100), pool.labels)
     train, valid, _ = SMALL.split(numbered, test, FRACTION, seed=1)
     assert (len(train.labels), len(valid.labels)) == (80, 20)
@@ -229,7 +235,7 @@ def test_quick_pass_over_real_images(shared: Path, tmp_path: Path) -> None:
 def test_reviews_as_keras_gives_them(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_bln.data import LabelledTexts, read_imdb
 
-    def few(directory: Path | None) -> list[LabelledTexts]:
+    def few(directory: Path | None, fetch: bool) -> list[LabelledTexts]:
         return [LabelledTexts(split.texts[::50], split.labels[::50], split.classes) for split in read_imdb(directory)]
 
     monkeypatch.setattr(experiments, "read_imdb", few)

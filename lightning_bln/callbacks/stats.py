@@ -89,7 +89,7 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         # the other Trainer may have been imported since this class was made, and takes only callbacks of its own
         later = tuple(base for base in _compat.callback_bases() if not isinstance(self, base))
         if later:
-            self.__class__ = of_both(type(self), later)  # type: ignore[assignment, arg-type]
+            self.__class__ = of_both(type(self), later)  # type: ignore[arg-type]
         if population not in ("recompute", "epoch"):
             raise ValueError(f"population={population!r}, but it must be 'recompute' or 'epoch'")
         if guard not in ("strict", "warn", "off"):
@@ -114,6 +114,7 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         self._shared: SharedForward | None = None
         self._sweeps = False
         self._frozen_at: tuple[float, float] | None = None
+        self._frozen_step: int | None = None
         self._warned: str | None = None
         self._quiet = ExitStack()
 
@@ -209,6 +210,9 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         if evaluation is None:
             return
         scores = self._agree(evaluation, evaluation.finish())
+        if self._shared is not None and self._shared.reason is not None:
+            rank_zero_info(f"BLNStatsCallback runs modes one by one: {self._shared.reason}.")
+            self._shared.reason = None
         result = SweepResult(scores, self.monitor, self.mode, evaluation.incumbent)
         try:
             result.chosen = result.best(among=self.candidates)
@@ -291,15 +295,15 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
             )
 
     def _freeze(self, trainer: Any, module: Any) -> None:
-        weights = fingerprint(module)
-        if weights == self._frozen_at:
-            return
-        gathered = all(one.is_gathering for one in populations(module))
-        if self.population == "epoch" and gathered:
+        """Freeze the population of the weights as they are, unless that has been done."""
+        weights, step = fingerprint(module), trainer.global_step
+        has_moved, has_stepped = weights != self._frozen_at, step != self._frozen_step
+        if self.population == "epoch" and has_stepped and all(one.is_gathering for one in populations(module)):
             freeze_population(module)
-        elif self.population == "recompute" or self._frozen_at is not None:
+        elif has_moved and (self.population == "recompute" or self._frozen_at is not None):
+            # weights that moved without a step are an average's, of which no epoch has gathered anything
             recompute(trainer, module, limit=self.recompute_batches, dataloader=self.stats_dataloader)
-        self._frozen_at = weights
+        self._frozen_at, self._frozen_step = weights, step
 
     def _agree(
         self, evaluation: Evaluation, scores: dict[StatisticsMode, dict[str, float]]
@@ -334,16 +338,18 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
 
 
 @cache
-def of_both(cls: type, later: tuple[type, ...]) -> type:
+def of_both(cls: Any, later: tuple[type, ...]) -> type:
     """``cls`` under its own name, as a callback of further namespaces too."""
     names: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     names["__reduce__"] = lambda self: (revive, (cls, self.__dict__))
-    return type(cls)(cls.__name__, (cls, *later), names)  # type: ignore[call-overload]
+    make: Any = type(cls)
+    return make(cls.__name__, (cls, *later), names)
 
 
-def revive(cls: type, state: dict[str, Any]) -> Any:
+def revive(cls: Any, state: dict[str, Any]) -> Any:
     """Unpickle an instance of a class that no module has by name."""
-    instance = cls.__new__(cls)
+    later = tuple(base for base in _compat.callback_bases() if not issubclass(cls, base))
+    instance = object.__new__(of_both(cls, later) if later else cls)
     instance.__dict__.update(state)
     return instance
 

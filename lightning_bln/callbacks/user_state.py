@@ -26,6 +26,7 @@ METRIC_INTERNALS = MODULE_INTERNALS | {
     "_reductions",
     "_persistent",
 }
+TRAINER_OWNED = frozenset({"forward", "log", "log_dict", "_hparams", "_hparams_initial", "_hparams_name"})
 SEQUENCES = (list, tuple, set, frozenset)
 DICTIONARIES = (dict, OrderedDict, Counter)
 MUTABLE = (Tensor, np.ndarray, list, set, dict, deque)
@@ -42,7 +43,7 @@ class UserState:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        root_internals = frozenset(lightning_base(module)().__dict__) | {"forward", "log", "log_dict"}
+        root_internals = frozenset(lightning_base(module)().__dict__) | TRAINER_OWNED
         metrics = unique(found for found in [*module.modules(), *reachable(module)] if is_metric(found))
         metrics = unique(part for metric in metrics for part in metric.modules() if is_metric(part))
         ours = {id(layer) for holder in mode_layers(module) for layer in holder.modules()}
@@ -67,17 +68,14 @@ class UserState:
 
     def take(self) -> Snapshot:
         """The state as it is, by reference."""
-        return [
-            {name: value for name, value in fields.items() if name not in skip and not name.startswith("_hparams")}
-            for fields, skip in self.owners
-        ]
+        return [{name: value for name, value in fields.items() if name not in skip} for fields, skip in self.owners]
 
     def put(self, snapshot: Snapshot) -> None:
         """Make ``snapshot`` the state."""
         for (fields, skip), values in zip(self.owners, snapshot, strict=True):
             if len(fields) > len(values):
                 for name in list(fields):
-                    if name not in values and name not in skip and not name.startswith("_hparams"):
+                    if name not in values and name not in skip:
                         del fields[name]
             fields.update(values)
 

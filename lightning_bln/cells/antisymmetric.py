@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import Tensor, eye, sigmoid, tanh
+from torch import Tensor, add, addcmul, eye, sigmoid, tanh
 
 from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates
@@ -22,7 +22,7 @@ class AntisymmetricRNN(Cell):
         Chang et al., "AntisymmetricRNN: A Dynamical System View on Recurrent Neural Networks", 2019, arXiv 1902.09689.
     """
 
-    gates = ("hidden",)
+    gates: ClassVar[tuple[str, ...]] = ("hidden",)
     options = {"epsilon": 1.0, "gamma": 0.0}
     epsilon: float
     gamma: float
@@ -32,7 +32,7 @@ class AntisymmetricRNN(Cell):
         return weight - weight.t() - self.gamma * eye(len(weight), dtype=weight.dtype, device=weight.device)
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
-        return self.State(h=state.h + self.epsilon * tanh((x + project(state.h)).hidden))
+        return self.State(h=add(state.h, tanh((x + project(state.h)).hidden), alpha=self.epsilon))
 
 
 class GatedAntisymmetricRNN(AntisymmetricRNN):
@@ -53,4 +53,4 @@ class GatedAntisymmetricRNN(AntisymmetricRNN):
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         p = project.shared(state.h)
-        return self.State(h=state.h + self.epsilon * sigmoid(x.input + p) * tanh(x.hidden + p))
+        return self.State(h=addcmul(state.h, sigmoid(x.input + p), tanh(x.hidden + p), value=self.epsilon))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import sigmoid
+from torch import addcmul, sigmoid
 
 from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates
@@ -27,4 +27,4 @@ class ATR(Cell):
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         p, q = x.hidden, project.hidden(state.h)
-        return self.State(h=sigmoid(p + q) * p + sigmoid(p - q) * state.h)
+        return self.State(h=addcmul(sigmoid(p + q) * p, sigmoid(p - q), state.h))

@@ -52,7 +52,6 @@ class NBR(Cell):
     products = (("modulation", "update"),)
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
-        p = project(state.h)
-        a = 1 + tanh(x.modulation + p.modulation)
-        c = sigmoid(x.update + p.update)
+        gates = x + project(state.h)
+        a, c = 1 + tanh(gates.modulation), sigmoid(gates.update)
         return self.State(h=lerp(tanh(addcmul(x.hidden, a, state.h)), state.h, c))

@@ -18,6 +18,8 @@ class Extra(NamedTuple):
     """Numbers, ``"input_size"`` and ``"hidden_size"``."""
     start: float | None = None
     """Where it starts; ``None`` to draw it as the other weights are."""
+    read: Callable[[Tensor], Tensor] | None = None
+    """What the equations read in its place, computed once for all steps."""
 
 
 class Cell:
@@ -30,9 +32,10 @@ class Cell:
 
     Where the equations ask for more, a cell also declares
 
-    - ``products``: the products with the state, each by the names of the gates it serves (they need not be the input's
-      gates). ``project(h)`` is the first, ``project.gate(h)`` the one that serves ``gate``, and gives that gate alone if
-      it serves no other. Without products, ``()``, a cell has no hidden weights.
+    - ``products``: the products with the state, each by the names of the gates it serves (they need not be gates of
+      the input). ``project(h)`` is the first, ``project.gate(h)`` the one that serves ``gate``, and gives that gate
+      alone if it serves no other. Where it serves the first of the input's gates, ``x + project(h)`` are those.
+      Without products, ``()``, a cell has no hidden weights.
     - ``parameters``: further parameters by name, each an :class:`Extra`, read as attributes.
     - ``unbiased``: the last of the gates, where those take no bias; ``biased = False`` where no projection does.
     - ``zoned``: the states that zoneout acts on, if not all.
@@ -60,7 +63,7 @@ class Cell:
 
     gates: ClassVar[tuple[str, ...]]
     states: ClassVar[tuple[str, ...]] = ("h",)
-    products: tuple[tuple[str, ...], ...]
+    products: tuple[tuple[str, ...], ...] = ()
     parameters: ClassVar[dict[str, Extra]] = {}
     unbiased: ClassVar[tuple[str, ...]] = ()
     biased: ClassVar[bool] = True
@@ -78,14 +81,13 @@ class Cell:
         if "gates" in own and "products" not in own:
             cls.products = (cls.gates,)
         if cls.unbiased and cls.gates[-len(cls.unbiased) :] != cls.unbiased:
-            raise TypeError(f"{cls.__name__}: unbiased={cls.unbiased}, but these are not the last of gates={cls.gates}")
+            raise TypeError(f"{cls.__name__}: unbiased={cls.unbiased}, but the last gates are not these: {cls.gates}")
 
     def __init__(self, **options: Any) -> None:
         unknown = set(options) - set(self.options)
         if unknown:
-            raise ValueError(
-                f"{type(self).__name__} has no option {sorted(unknown)[0]!r}; it has {', '.join(self.options) or 'none'}"
-            )
+            known = ", ".join(self.options) or "none"
+            raise ValueError(f"{type(self).__name__} has no option {sorted(unknown)[0]!r}; it has {known}")
         self.__dict__.update({**self.options, **options})
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import sigmoid, tanh
+from torch import addcmul, sigmoid, tanh
 
 from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates
@@ -29,7 +29,6 @@ class CFN(Cell):
         return x.replace(hidden=tanh(x.hidden))
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
-        p = project(state.h)
-        return self.State(
-            h=sigmoid(x.forget + p.forget) * tanh(state.h) + sigmoid(x.input + p.input) * x.hidden
-        )
+        a = x + project(state.h)
+        theta, eta = sigmoid(a.forget), sigmoid(a.input)
+        return self.State(h=addcmul(theta * tanh(state.h), eta, x.hidden))

@@ -35,5 +35,5 @@ class CoRNN(Cell):
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         h, c = state
         force = tanh(x.hidden + project.hidden(h) + project.velocity(c))
-        c = c + self.dt * (force - self.gamma * h - self.epsilon * c)
+        c = add(add((1 - self.dt * self.epsilon) * c, force, alpha=self.dt), h, alpha=-self.dt * self.gamma)
         return self.State(h=add(h, c, alpha=self.dt), c=c)

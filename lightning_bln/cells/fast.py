@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, sigmoid, tanh
+from torch import Tensor, addcmul, sigmoid, tanh
 
 from lightning_bln.cells.cell import Cell, Extra
 from lightning_bln.cells.gates import Gates
@@ -23,13 +23,13 @@ class FastRNN(Cell):
     """
 
     gates = ("hidden",)
-    parameters = {"alpha": Extra((1,), -3.0), "beta": Extra((1,), 3.0)}
+    parameters = {"alpha": Extra((1,), -3.0, sigmoid), "beta": Extra((1,), 3.0, sigmoid)}
     alpha: Tensor
     beta: Tensor
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         n = tanh((x + project(state.h)).hidden)
-        return self.State(h=sigmoid(self.alpha) * n + sigmoid(self.beta) * state.h)
+        return self.State(h=addcmul(self.beta * state.h, self.alpha, n))
 
 
 class FastGRNN(Cell):
@@ -49,8 +49,8 @@ class FastGRNN(Cell):
     parameters = {
         "bias_update": Extra(),
         "bias_hidden": Extra(),
-        "zeta": Extra((1,), 1.0),
-        "nu": Extra((1,), -4.0),
+        "zeta": Extra((1,), 1.0, sigmoid),
+        "nu": Extra((1,), -4.0, sigmoid),
     }
     bias_update: Tensor
     bias_hidden: Tensor
@@ -60,4 +60,4 @@ class FastGRNN(Cell):
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         a = (x + project(state.h)).hidden
         z, n = sigmoid(a + self.bias_update), tanh(a + self.bias_hidden)
-        return self.State(h=(sigmoid(self.zeta) * (1 - z) + sigmoid(self.nu)) * n + z * state.h)
+        return self.State(h=addcmul(z * state.h, self.zeta * (1 - z) + self.nu, n))

@@ -21,6 +21,7 @@ class Gates:
 
     def __init__(self, value: Tensor | None, names: tuple[str, ...], parts: dict[str, Tensor] | None = None) -> None:
         self._value, self._names, self._parts = value, names, parts
+        self._first: tuple[Tensor, ...] = ()
 
     def __getattr__(self, name: str) -> Tensor:
         parts = self.split()
@@ -29,15 +30,43 @@ class Gates:
         return parts[name]
 
     def __add__(self, other: Gates) -> Gates:
-        return Gates(other.plus(self), self._names)
+        if other._names != self._names[: len(other._names)]:
+            raise TypeError(
+                f"{', '.join(other._names)} are not the first of {', '.join(self._names)}; add them by name"
+            )
+        return Gates(other.plus(self), other._names)
 
     def plus(self, other: Gates) -> Tensor:
-        """All gates of the sum."""
-        return other.joint() + self.joint()
+        """The sum of these gates and the first gates of the other."""
+        return other.first(len(self._names)) + self.joint()
 
     def replace(self, **gates: Tensor) -> Gates:
         """The same gates with some of them changed."""
-        return Gates(None, self._names, {**self.split(), **gates})
+        kept = next((k for k, name in enumerate(self._names) if name in gates), len(self._names))
+        first = self.first(kept) if kept else None
+        new = Gates(None, self._names, {**self.split(), **gates})
+        new._first = () if first is None else (first,)
+        return new
+
+    def first(self, number: int) -> Tensor:
+        """The first gates, ``(..., number * hidden_size)``, cut off so that they have one gradient."""
+        if number == len(self._names):
+            return self.joint()
+        if self._first and self._first[0].shape[-1] * len(self._names) == self._width() * number:
+            return self._first[0]
+        if self._parts is not None:
+            return self.joint()[..., : self._width() * number // len(self._names)]
+        size = self._width() // len(self._names)
+        first, rest = self.joint().split([number * size, self._width() - number * size], -1)
+        parts = (*first.chunk(number, -1), *rest.chunk(len(self._names) - number, -1))
+        self._parts, self._first = dict(zip(self._names, parts, strict=True)), (first,)
+        return first
+
+    def _width(self) -> int:
+        """How many features all gates have."""
+        if self._value is not None:
+            return self._value.shape[-1]
+        return sum(part.shape[-1] for part in self.split().values())
 
     def split(self) -> dict[str, Tensor]:
         """Each gate on its own, ``(..., hidden_size)``."""
@@ -58,17 +87,17 @@ class Steps:
 
     def __init__(self, gates: Gates, steps: int, sizes: Sequence[int] | None) -> None:
         self.gates, self.steps, self.sizes = gates, steps, sizes
-        self._joint: tuple[Tensor, ...] | None = None
+        self._first: dict[int, tuple[Tensor, ...]] = {}
         self._split: dict[str, tuple[Tensor, ...]] = {}
 
     def __iter__(self) -> Iterator[Step]:
         return (Step(self, t, None if self.sizes is None else self.sizes[t]) for t in range(self.steps))
 
-    def joint(self, t: int) -> Tensor:
-        """All gates of a step, of all samples."""
-        if self._joint is None:
-            self._joint = self.gates.joint().unbind(0)
-        return self._joint[t]
+    def first(self, number: int, t: int) -> Tensor:
+        """The first gates of a step, of all samples."""
+        if number not in self._first:
+            self._first[number] = self.gates.first(number).unbind(0)
+        return self._first[number][t]
 
     def part(self, name: str, t: int) -> Tensor:
         """One gate of a step, of all samples."""
@@ -93,7 +122,11 @@ class Step(Gates):
 
     def joint(self) -> Tensor:
         """All gates."""
-        return self.cut(self.steps.joint(self.t))
+        return self.first(len(self._names))
+
+    def first(self, number: int) -> Tensor:
+        """The first gates."""
+        return self.cut(self.steps.first(number, self.t))
 
     def cut(self, value: Tensor) -> Tensor:
         """Those samples of ``value`` that still run."""

@@ -11,7 +11,16 @@ from lightning_bln.cells.gates import Gates
 
 
 class GRU(Cell):
-    """Gated recurrent unit (Cho et al. 2014), the reset gate after the product, as in :class:`torch.nn.GRU`."""
+    r"""Gated recurrent unit, the reset gate after the product, as in :class:`torch.nn.GRU`.
+
+    .. math::
+        r, z &= \sigma(W x_t + U h_{t-1} + b), \qquad n = \tanh(W_n x_t + b_n + r \circ (U_n h_{t-1} + d_n)) \\
+        h_t &= (1 - z) \circ n + z \circ h_{t-1}
+
+    Source:
+        Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation",
+        2014, arXiv 1406.1078.
+    """
 
     gates = ("reset", "update", "new")
 

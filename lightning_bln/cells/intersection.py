@@ -34,7 +34,7 @@ class IntersectionRNN(Cell):
     zoned = ("h",)
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
-        p = project(state.h)
-        y, n = relu(x.depth + p.depth), tanh(x.hidden + p.hidden)
-        g_y, g_h = sigmoid(x.depth_gate + p.depth_gate), sigmoid(x.hidden_gate + p.hidden_gate)
+        a = x + project(state.h)
+        y, n = relu(a.depth), tanh(a.hidden)
+        g_y, g_h = sigmoid(a.depth_gate), sigmoid(a.hidden_gate)
         return self.State(y=lerp(y, x.skip, g_y), h=lerp(n, state.h, g_h))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import sigmoid, tanh
+from torch import addcmul, sigmoid, tanh
 
 from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates
@@ -29,4 +29,4 @@ class JANET(Cell):
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         a = x + project(state.h)
-        return self.State(h=sigmoid(a.forget) * state.h + sigmoid(self.beta - a.forget) * tanh(a.cell))
+        return self.State(h=addcmul(sigmoid(a.forget) * state.h, sigmoid(self.beta - a.forget), tanh(a.cell)))

@@ -33,7 +33,7 @@ class LEM(Cell):
     dt: float
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
-        p = project(state.h)
-        z = lerp(state.z, tanh(x.memory + p.memory), self.dt * sigmoid(x.memory_time + p.memory_time))
-        time = self.dt * sigmoid(x.output_time + p.output_time)
+        a = x + project(state.h)
+        z = lerp(state.z, tanh(a.memory), self.dt * sigmoid(a.memory_time))
+        time = self.dt * sigmoid(a.output_time)
         return self.State(h=lerp(state.h, tanh(x.output + project.output(z)), time), z=z)

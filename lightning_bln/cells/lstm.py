@@ -11,7 +11,15 @@ from lightning_bln.cells.gates import Gates
 
 
 class LSTM(Cell):
-    """Long short-term memory (Hochreiter and Schmidhuber 1997; forget gate of Gers et al. 2000)."""
+    r"""Long short-term memory, with a forget gate.
+
+    .. math::
+        i, f, o &= \sigma(W x_t + U h_{t-1} + b), \qquad g = \tanh(W_g x_t + U_g h_{t-1} + b_g) \\
+        c_t &= f \circ c_{t-1} + i \circ g, \qquad h_t = o \circ \tanh(c_t)
+
+    Source:
+        Hochreiter and Schmidhuber, "Long Short-Term Memory", 1997; Gers et al., "Learning to Forget", 2000.
+    """
 
     gates = ("input", "forget", "cell", "output")
     states = ("h", "c")

@@ -118,11 +118,11 @@ class ResLSTM(Cell):
     has_norm_cell = True
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
-        p = project(state.h)
-        i = sigmoid(addcmul(x.input + p.input, self.peephole_input, state.c))
-        f = sigmoid(addcmul(x.forget + p.forget, self.peephole_forget, state.c))
-        c = addcmul(f * state.c, i, tanh(x.cell + p.cell))
-        o = sigmoid(addcmul(x.output + p.output, self.peephole_output, c))
+        a = x + project(state.h)
+        i = sigmoid(addcmul(a.input, self.peephole_input, state.c))
+        f = sigmoid(addcmul(a.forget, self.peephole_forget, state.c))
+        c = addcmul(f * state.c, i, tanh(a.cell))
+        o = sigmoid(addcmul(a.output, self.peephole_output, c))
         projected = F.linear(tanh(self.norm_cell(c)), self.weight_projection)
         return self.State(h=o * (projected + x.residual), c=c)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import sigmoid, tanh
+from torch import addcmul, sigmoid, tanh
 
 from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates
@@ -19,7 +19,7 @@ class MCLSTM(Cell):
         h_t &= o \circ \tanh(c_t), \qquad v_t = m \circ \tanh(c_t)
 
     Source:
-        "Memory-controller LSTM", NIPS 2017 workshop paper, as given by torchrecurrent.
+        "Memory-controller LSTM", a workshop paper of NIPS 2017, in the form that torchrecurrent gives it.
     """
 
     gates = ("forget", "input", "output", "control", "cell")
@@ -28,6 +28,6 @@ class MCLSTM(Cell):
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         a = x + project(state.v)
-        c = sigmoid(a.forget) * state.c + sigmoid(a.input) * tanh(a.cell)
+        c = addcmul(sigmoid(a.forget) * state.c, sigmoid(a.input), tanh(a.cell))
         squashed = tanh(self.norm_cell(c))
         return self.State(h=sigmoid(a.output) * squashed, v=sigmoid(a.control) * squashed, c=c)

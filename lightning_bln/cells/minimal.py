@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, sigmoid, where
 from torch.nn import functional as F
 

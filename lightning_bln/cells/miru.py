@@ -21,7 +21,7 @@ class MiRU1(Cell):
     Option: ``update``, the paper's :math:`\lambda`.
 
     Source:
-        "Minion recurrent unit", Neurocomputing, 2026, doi 10.1016/j.neucom.2026.132847.
+        Zyarah and Kudithipudi, "Minion Gated Recurrent Unit for Continual Learning", 2025, arXiv 2503.06175.
     """
 
     gates = ("reset", "hidden")
@@ -45,7 +45,7 @@ class MiRU2(Cell):
     Options: ``update``, the paper's :math:`\lambda`, and ``reset``, its :math:`\theta`.
 
     Source:
-        "Minion recurrent unit", Neurocomputing, 2026, doi 10.1016/j.neucom.2026.132847.
+        Zyarah and Kudithipudi, "Minion Gated Recurrent Unit for Continual Learning", 2025, arXiv 2503.06175.
     """
 
     gates = ("hidden",)

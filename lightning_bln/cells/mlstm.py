@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import sigmoid, tanh
+from torch import addcmul, sigmoid, tanh
 
 from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates
@@ -22,12 +22,12 @@ class MultiplicativeLSTM(Cell):
         Krause et al., "Multiplicative LSTM for sequence modelling", 2017, arXiv 1609.07959.
     """
 
-    gates = ("multiplier", "input", "forget", "cell", "output")
+    gates = ("input", "forget", "cell", "output", "multiplier")
     states = ("h", "c")
     products = (("multiplier",), ("input", "forget", "cell", "output"))
     has_norm_cell = True
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
-        p = project.input(x.multiplier * project.multiplier(state.h))
-        c = sigmoid(x.forget + p.forget) * state.c + sigmoid(x.input + p.input) * tanh(x.cell + p.cell)
-        return self.State(h=sigmoid(x.output + p.output) * tanh(self.norm_cell(c)), c=c)
+        a = x + project.input(x.multiplier * project.multiplier(state.h))
+        c = addcmul(sigmoid(a.forget) * state.c, sigmoid(a.input), tanh(a.cell))
+        return self.State(h=sigmoid(a.output) * tanh(self.norm_cell(c)), c=c)

@@ -51,8 +51,8 @@ class MUT2(Cell):
     products = (("update", "reset"), ("hidden",))
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
-        p = project(state.h)
-        z, r = sigmoid(x.update + p.update), sigmoid(x.reset + p.reset)
+        a = x + project(state.h)
+        z, r = sigmoid(a.update), sigmoid(a.reset)
         return self.State(h=lerp(state.h, tanh(x.hidden + project.hidden(r * state.h)), z))
 
 

@@ -25,15 +25,16 @@ class NAS(Cell):
         Zoph and Le, "Neural Architecture Search with Reinforcement Learning", 2017, arXiv 1611.01578.
     """
 
-    gates = ("a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7")
+    gates = ("a0", "a1", "a2", "a4", "a5", "a6", "a7", "a3")
+    products = (("a0", "a1", "a2", "a4", "a5", "a6", "a7"), ("a3",))
     states = ("h", "c")
     has_norm_cell = True
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
-        p = project(state.h)
-        l1 = tanh(sigmoid(x.a0 + p.a0) * relu(x.a1 + p.a1))
-        l2 = tanh(sigmoid(x.a2 + p.a2) + relu(x.a3 * p.a3))
-        l3 = tanh(tanh(x.a4 + p.a4) * sigmoid(x.a5 + p.a5))
-        l4 = sigmoid(tanh(x.a6 + p.a6) + sigmoid(x.a7 + p.a7))
+        a = x + project(state.h)
+        l1 = tanh(sigmoid(a.a0) * relu(a.a1))
+        l2 = tanh(sigmoid(a.a2) + relu(x.a3 * project.a3(state.h)))
+        l3 = tanh(tanh(a.a4) * sigmoid(a.a5))
+        l4 = sigmoid(tanh(a.a6) + sigmoid(a.a7))
         c = tanh(l1 + state.c) * l2
         return self.State(h=tanh(self.norm_cell(c) * tanh(l3 + l4)), c=c)

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_bln.cells.cell import Cell
-from lightning_bln.cells.gates import Gates, Step
+from lightning_bln.cells.gates import Gates, Step, Steps
 
 Norm = Callable[[Tensor], Tensor]
 
@@ -39,7 +39,7 @@ class Projection:
         mask: Tensor | None = None,
         deferred: tuple[int, int] | None = None,
     ) -> None:
-        self._cell, self._norms, self._mask, self._t = cell, norms, mask, 0
+        self._cell, self._norms, self._mask, self._running, self._t = cell, norms, mask, mask, 0
         self._products: list[Product] = []
         self._by_gate: dict[str, Callable[[Tensor], Any]] = {}
         if weight is None:
@@ -49,14 +49,15 @@ class Projection:
         rows = [len(names) * size for names in cell.products]
         biases = [None] * len(rows) if bias is None or norms else bias.split(rows)
         for index, (names, w, b) in enumerate(zip(cell.products, weight.split(rows), biases, strict=True)):
-            self._products.append(Product(w, b, deferred))
+            self._products.append(Product(w, b, len(names), deferred))
             of_gate = self._of_gate if len(names) == 1 else self._of_gates
             self._by_gate |= dict.fromkeys(names, partial(of_gate, index))
 
     def at(self, t: int, running: int | None = None) -> Projection:
         """Go on to step ``t``, where only the first ``running`` samples take part."""
         self._t = t
-        self._running = None if self._mask is None else self._mask[..., :running, :]
+        if self._mask is not None:
+            self._running = self._mask[..., :running, :]
         return self
 
     def __call__(self, h: Tensor) -> Gates:
@@ -73,7 +74,7 @@ class Projection:
 
     def _of_gates(self, index: int, h: Tensor) -> Gates:
         names = self._cell.products[index]
-        if self._mask is not None:
+        if self._running is not None:
             h = h * self._running
         product = self._products[index]
         if not self._norms:
@@ -96,7 +97,7 @@ class Pending(Gates):
         return self._value
 
     def plus(self, other: Gates) -> Tensor:
-        """All gates of the sum."""
+        """The sum of these gates and the first gates of the other."""
         if self._value is None and isinstance(other, Step):
             return self._product(self._h, self._t, other)
         return super().plus(other)
@@ -105,8 +106,8 @@ class Pending(Gates):
 class Product:
     """A linear map of the states of each step, its weights' gradient taken at each step or deferred."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, deferred: tuple[int, int] | None) -> None:
-        self.weight, self.bias, self.deferred = weight, bias, deferred
+    def __init__(self, weight: Tensor, bias: Tensor | None, number: int, deferred: tuple[int, int] | None) -> None:
+        self.weight, self.bias, self.number, self.deferred = weight, bias, number, deferred
         self.columns = weight.detach().t()
         self.seen: dict[int, Tensor] = {}
         self.terms: tuple[Tensor, ...] | None = None
@@ -117,11 +118,11 @@ class Product:
         adds = None if to is None else to.steps
         if self.deferred is not None and self.terms is None:
             self.adds = adds
-            base = None if adds is None else adds.gates.joint()
+            base = None if adds is None else adds.gates.first(self.number)
             self.terms = DeferredGradient.apply(self.weight, self.bias, base, *self.deferred, self.seen).unbind(0)
         if self.terms is None or t in self.seen or adds is not self.adds:
             value = F.linear(h, self.weight, self.bias)
-            return value if to is None else to.joint() + value
+            return value if to is None else to.first(self.number) + value
         # A state given from outside may be changed by its owner before the backward pass.
         self.seen[t] = h.detach().clone() if t == 0 else h.detach()
         term, running = self.terms[t], h.shape[0]
@@ -129,10 +130,10 @@ class Product:
 
 
 class DeferredGradient(torch.autograd.Function):
-    """What is added to a product at each step, ``(steps, samples, rows)``: its gradient is all that the weights' need."""
+    """What is added to a product at each step, ``(steps, samples, rows)``; its gradient is all the weights' needs."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         weight: Tensor,
         bias: Tensor | None,
@@ -150,7 +151,7 @@ class DeferredGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """One product over all steps and samples."""
         steps, samples, rows = gradient.shape
         nothing = gradient.new_zeros(samples, ctx.columns)

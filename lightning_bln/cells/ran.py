@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import sigmoid, tanh
+from torch import addcmul, sigmoid, tanh
 
 from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates
@@ -29,6 +29,6 @@ class RAN(Cell):
     has_norm_cell = True
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
-        p = project(state.h)
-        c = sigmoid(x.input + p.input) * x.content + sigmoid(x.forget + p.forget) * state.c
+        a = x + project(state.h)
+        c = addcmul(sigmoid(a.input) * x.content, sigmoid(a.forget), state.c)
         return self.State(h=tanh(self.norm_cell(c)), c=c)

@@ -14,7 +14,16 @@ NONLINEARITIES = {"tanh": torch.tanh, "relu": torch.relu}
 
 
 class RNN(Cell):
-    """Simple recurrent network (Elman 1990), with ``nonlinearity="tanh"`` or ``"relu"``."""
+    r"""Simple recurrent network.
+
+    .. math::
+        h_t = \phi(W x_t + U h_{t-1} + b)
+
+    Option: ``nonlinearity``, ``"tanh"`` or ``"relu"``.
+
+    Source:
+        Elman, "Finding Structure in Time", 1990.
+    """
 
     gates = ("hidden",)
     options = {"nonlinearity": "tanh"}

@@ -20,8 +20,8 @@ class SLSTM(Cell):
         c_t &= f_t \circ c_{t-1} + i_t \circ \tanh(\tilde{z}_t), \qquad n_t = f_t \circ n_{t-1} + i_t \\
         h_t &= \sigma(\tilde{o}_t) \circ c_t / n_t
 
-    with :math:`\tilde{z}, \tilde{i}, \tilde{f}, \tilde{o} = W x_t + R h_{t-1} + b`; one head, so that :math:`R` is dense.
-    The norm of the cell state, where there is one, is that of :math:`c_t / n_t`.
+    with :math:`\tilde{z}, \tilde{i}, \tilde{f}, \tilde{o} = W x_t + R h_{t-1} + b`; one head, so that :math:`R` is
+    dense. The norm of the cell state, where there is one, is that of :math:`c_t / n_t`.
 
     Source:
         Beck et al., "xLSTM: Extended Long Short-Term Memory", 2024, arXiv 2405.04517.

@@ -24,7 +24,7 @@ class TauGRU(Cell):
         Erichson et al., "Gated Recurrent Neural Networks with Weighted Time-Delay Feedback", 2022, arXiv 2212.00228.
     """
 
-    gates = ("update", "delayed", "gate", "weight")
+    gates = ("update", "gate", "weight", "delayed")
     states = ("h", "past")
     products = (("update", "gate", "weight"), ("delayed",))
     zoned = ("h",)
@@ -41,9 +41,9 @@ class TauGRU(Cell):
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         h, size = state.h, state.h.shape[-1]
-        p = project(h)
-        u = tanh(x.update + p.update)
+        a = x + project(h)
+        u = tanh(a.update)
         z = tanh(x.delayed + project.delayed(state.past[..., :size]))
-        g, a = sigmoid(x.gate + p.gate), sigmoid(x.weight + p.weight)
+        g, weight = sigmoid(a.gate), sigmoid(a.weight)
         past = cat([state.past[..., size:], h], -1) if self.delay > 1 else h
-        return self.State(h=lerp(h, addcmul(u, a, z), g), past=past)
+        return self.State(h=lerp(h, addcmul(u, weight, z), g), past=past)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, cat, sigmoid, tanh
 
@@ -35,9 +35,9 @@ class Pairs(LinearCell):
     """
 
     gates = ("hidden", "forget", "output", "hidden_before", "forget_before", "output_before")
-    states = ("h", "before")
+    states: ClassVar[tuple[str, ...]] = ("h", "before")
     unbiased = ("hidden_before", "forget_before", "output_before")
-    zoned = ("h",)
+    zoned: ClassVar[tuple[str, ...]] = ("h",)
 
     def state_size(self, state: str, hidden_size: int) -> int:
         return 3 * hidden_size if state == "before" else hidden_size

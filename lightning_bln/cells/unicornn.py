@@ -27,7 +27,7 @@ class UnICORNN(Cell):
     gates = ("hidden",)
     states = ("h", "z")
     products = ()
-    parameters = {"recurrent": Extra(), "control": Extra()}
+    parameters = {"recurrent": Extra(), "control": Extra(read=sigmoid)}
     options = {"dt": 0.1, "alpha": 0.0}
     recurrent: Tensor
     control: Tensor
@@ -35,9 +35,8 @@ class UnICORNN(Cell):
     alpha: float
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
-        dt = self.dt * sigmoid(self.control)
         force = tanh(addcmul(x.hidden, self.recurrent, state.h))
         if self.alpha:
             force = force + self.alpha * state.h
-        z = addcmul(state.z, dt, force, value=-1)
-        return self.State(h=addcmul(state.h, dt, z), z=z)
+        z = addcmul(state.z, self.control, force, value=-self.dt)
+        return self.State(h=addcmul(state.h, self.control, z, value=self.dt), z=z)

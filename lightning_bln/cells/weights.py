@@ -152,7 +152,8 @@ class HasCells(nn.Module):
         cell, bias_ih = self.cell, get("bias_ih")
         if cell.parameters:
             cell = copy(cell)
-            cell.__dict__.update({name: get(name) for name in cell.parameters})
+            read = {name: extra.read or (lambda value: value) for name, extra in cell.parameters.items()}
+            cell.__dict__.update({name: read[name](get(name)) for name in cell.parameters})
         if bias_ih is not None and cell.unbiased:
             bias_ih = F.pad(bias_ih, (0, len(cell.unbiased) * self.hidden_size))
 

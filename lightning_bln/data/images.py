@@ -62,7 +62,10 @@ def read_cifar10(directory: str | os.PathLike[str] | None = None, *, fetch: bool
         with reading(archive), tarfile.open(archive) as packed:
             packed.extractall(root, filter="data")
     folder = first_existing(
-        root, names, "CIFAR-10", f"Fetch {CIFAR10.url} (162 MB) and unpack it, or ask for download=True."
+        root,
+        names,
+        "CIFAR-10",
+        f"Fetch {CIFAR10.url} (162 MB) and unpack it, or ask for it: download=True, --download.",
     )
     read, ending = (_binary_batch, ".bin") if folder.name.endswith("bin") else (_python_batch, "")
     train = sorted(path for path in folder.glob(f"data_batch_*{ending}") if path.suffix == ending)
@@ -90,7 +93,9 @@ def read_mnist(directory: str | os.PathLike[str] | None = None, *, fetch: bool =
         candidates = (f"{name}.gz", name)
         if fetch and not any((root / candidate).exists() for candidate in candidates):
             download(remote, root / candidates[0])
-        path = first_existing(root, candidates, "MNIST", f"Fetch {remote.url}, or ask for download=True.")
+        path = first_existing(
+            root, candidates, "MNIST", f"Fetch {remote.url}, or ask for it: download=True, --download."
+        )
         arrays.append(read_idx(path))
     splits = [Images(arrays[i].unsqueeze(1), arrays[i + 1].long()) for i in (0, 2)]
     for split in splits:

@@ -96,4 +96,6 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
 def _fetched(root: Path, name: str, remote: Remote, what: str, fetch: bool) -> str:
     if fetch and not (root / name).exists():
         download(remote, root / name)
-    return read_text(first_existing(root, (name,), what, f"Fetch {remote.url}, or ask for download=True."))
+    return read_text(
+        first_existing(root, (name,), what, f"Fetch {remote.url}, or ask for it: download=True, --download.")
+    )

@@ -45,7 +45,10 @@ def read_imdb(
     if fetch and not any((root / name).exists() for name in ("aclImdb", archive)):
         download(IMDB, root / archive)
     path = first_existing(
-        root, ("aclImdb", archive), "IMDB reviews", f"Fetch {IMDB.url} (80 MB), or ask for download=True."
+        root,
+        ("aclImdb", archive),
+        "IMDB reviews",
+        f"Fetch {IMDB.url} (80 MB), or ask for it: download=True, --download.",
     )
     found = _review_folder(path) if path.is_dir() else _review_archive(path)
     splits = []

@@ -43,12 +43,13 @@ def reason_against(cell: Cell, x: Tensor, weights: Weights) -> str | None:
     """Why the compiled kernels cannot run a layer on ``x``, shaped ``(T, B, input_size)``; ``None`` if they can."""
     if name_of(cell) is None:
         return f"cell={type(cell).__name__} has no compiled kernel"
+    assert weights.weight_hh is not None
     if weights.weight_hr is not None:
         return "proj_size has no compiled kernel"
-    if x.device.type != "cpu" or weights.weight_hh.device.type != "cpu":
+    if x.device.type != "cpu" or weights.weight_ih.device.type != "cpu":
         return f"the input is on {x.device}, and the compiled kernels run on the CPU"
-    if weights.weight_hh.dtype not in (torch.float32, torch.float64):
-        return f"the parameters have dtype {weights.weight_hh.dtype}, and the compiled kernels take float32 and float64"
+    if weights.weight_ih.dtype not in (torch.float32, torch.float64):
+        return f"the parameters have dtype {weights.weight_ih.dtype}, and the compiled kernels take float32 and float64"
     if x.ndim != 3:
         return "fan-out over statistics modes has no compiled kernel"
     if not is_built():

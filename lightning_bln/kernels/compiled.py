@@ -19,6 +19,7 @@ from lightning_bln.kernels.reference import HiddenWeights, Noise, Result, Sequen
 
 STEPS = 10
 """Steps compiled as one: more take longer to compile, fewer cost more calls."""
+COMPILER = "inductor"
 
 
 def compiled_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result:
@@ -27,10 +28,11 @@ def compiled_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights
     x = cell.prepare(Gates(sequences.x.flatten(-2), cell.gates), state)
     parts = x.split() if x._value is None else {"": x.joint()}
     cut = {name: part.split(STEPS) for name, part in parts.items()}
+    kind: Any = type(cell)
     results = []
     for k, chunk in enumerate(sequences.x.split(STEPS)):
         window = slice(k * STEPS, k * STEPS + len(chunk))
-        run = compiled(type(cell)) if len(chunk) == STEPS else run_chunk
+        run = compiled(kind, COMPILER) if len(chunk) == STEPS else run_chunk
         result = run(
             copy(cell),
             {name: pieces[k] for name, pieces in cut.items()},
@@ -60,10 +62,10 @@ def run_chunk(
 
 
 @cache
-def compiled(kind: type[Cell]) -> Callable[..., Result]:
+def compiled(kind: type[Cell], compiler: str) -> Callable[..., Result]:
     """:func:`run_chunk` compiled for one kind of cell; compiled code is kept by code object, so each has its own."""
     own = FunctionType(run_chunk.__code__.replace(co_name=f"run_{kind.__name__}"), run_chunk.__globals__)
-    return torch.compile(own, dynamic=False)
+    return torch.compile(own, dynamic=False, backend=compiler)
 
 
 def at(norm: SequenceNorm, window: slice) -> SequenceNorm:

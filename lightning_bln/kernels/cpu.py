@@ -4,8 +4,8 @@ Everything is computed in float32 or float64; under autocast a layer with float3
 
 Kept for the gradient, in numbers for each step and sequence of a layer with ``G`` gates of ``H`` units: ``2 G H`` (both
 products) + ``H`` (the output), and ``H`` more for the cell state of an LSTM. The gates are computed again in the
-backward pass, which takes no longer than writing and reading them. With ``recompute`` the products are too, and only the
-last one or two remain.
+backward pass, which takes no longer than writing and reading them. With ``recompute`` the products are too, and only
+the last one or two remain.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from lightning_bln._compat import HAS_CUSTOM_OPS
-from lightning_bln.functional import Statistics, is_zero
 from lightning_bln.gate_norm import SequenceNorm
 from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, load, pointer, set_given
 
@@ -269,13 +268,13 @@ class Prepared(NamedTuple):
 
 
 class LayerResult(NamedTuple):
-    """Outputs ``(N, H)``, last states, and what each norm observed."""
+    """What a layer returns."""
 
     output: Tensor
+    """``(N, H)``"""
     state: tuple[Tensor, ...]
-    norm_ih: Statistics | None
-    norm_hh: Statistics | None
-    norm_cell: Statistics | None
+    moments: tuple[Tensor, ...]
+    """What each norm saw, as the operator writes it; see :func:`~lightning_bln.kernels.gather.gather`."""
 
 
 class LayerNorms(NamedTuple):
@@ -312,7 +311,7 @@ def layer(
         recompute: Whether the backward pass computes products and gates again rather than keeping them.
 
     Returns:
-        Outputs, last states and statistics.
+        Outputs, last states and moments.
     """
     tensors = Inputs(*(None if value is None else value.contiguous() for value in inputs))  # type: ignore[arg-type]
     needs_grad = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
@@ -349,14 +348,7 @@ def layer(
     else:
         found = Recurrence.apply(settings, constants, *tensors)
     state = (found[1], found[2]) if cell == "lstm" else (found[1],)
-    samples, units = inputs.h.shape
-    seen = [
-        None
-        if norm is None or not norm.observes
-        else statistics(moments, norm, steps, samples, units if name == "cell" else GATES[cell] * units, sizes)
-        for name, norm, moments in zip(NORMS, norms, found[3:6], strict=True)
-    ]
-    return LayerResult(found[0], state, *seen)
+    return LayerResult(found[0], state, found[3:6])
 
 
 def bits(norm: SequenceNorm | None) -> int:
@@ -386,20 +378,3 @@ def given(norm: SequenceNorm | None, dtype: torch.dtype) -> Tensor | None:
     if norm is None or norm.population is None or not bits(norm):
         return None
     return torch.cat([value.reshape(-1) for value in norm.population]).to(dtype)  # type: ignore[union-attr]
-
-
-def statistics(
-    moments: Tensor, norm: SequenceNorm, steps: int, samples: int, width: int, sizes: Sequence[int] | None
-) -> Statistics:
-    """What a norm observed, as the reference gives it; the unused half is zero and one."""
-    batch, feature = moments.detach().split([steps * 2 * width, steps * 2 * norm.groups * samples])
-    batch, feature = batch.view(steps, 2, norm.groups, -1), feature.view(steps, 2, norm.groups, samples)
-    mean = feature.mean(-1)
-    if sizes is not None:
-        mean = feature.sum(-1) / torch.tensor(sizes, dtype=feature.dtype)[:, None, None]
-    unused = moments.new_tensor([0.0, 1.0]).view(1, 2, 1)
-    if is_zero(norm.w_batch):
-        batch = unused[..., None].expand_as(batch)
-    if is_zero(norm.w_feature):
-        mean = unused.expand_as(mean)
-    return Statistics(batch[:, 0], batch[:, 1], mean[:, 0], mean[:, 1])

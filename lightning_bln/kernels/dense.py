@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_bln._compat import HAS_CUSTOM_OPS
+from lightning_bln._compat import HAS_CUSTOM_OPS, is_autocast_enabled
 from lightning_bln.functional import Statistics
 from lightning_bln.kernels.library import DenseArgs, is_built, load, pointer, set_given
 
@@ -34,7 +34,7 @@ def runs_compiled(x: Tensor, weight: Tensor | None) -> bool:
         and x.dtype in DTYPES
         and (weight is None or weight.dtype == x.dtype)
         and (x.stride(-1) == 1 or x.shape[-1] == 1)
-        and not torch.is_autocast_enabled("cpu")
+        and not is_autocast_enabled("cpu")
         and is_built()
     )
 

@@ -77,6 +77,21 @@ class DenseArgs(ctypes.Structure):
     )  # fmt: skip
 
 
+class GatherArgs(ctypes.Structure):
+    """``GatherArgs`` of ``csrc/gather.h``."""
+
+    _fields_ = (
+        *((name, _INTEGER) for name in ("steps", "groups", "width", "samples", "has_batch", "has_feature")),
+        *(
+            (name, _POINTER)
+            for name in (
+                "batch_sizes", "batch_moments", "feature_moments", "old_count", "old_mean", "old_m2", "count", "mean",
+                "m2",
+            )
+        ),
+    )  # fmt: skip
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     """Where a tensor's numbers lie; None for none."""
     return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
@@ -125,7 +140,7 @@ def open_library(variant: str) -> ctypes.CDLL | None:
         warnings.warn(f"{path.name} does not load ({error}); slower kernels are tried", stacklevel=2)
         return None
     library.bln_args_size.restype = _INTEGER
-    if library.bln_args_size() != ctypes.sizeof(RecurrenceArgs) + ctypes.sizeof(DenseArgs):
+    if library.bln_args_size() != sum(map(ctypes.sizeof, (RecurrenceArgs, DenseArgs, GatherArgs))):
         warnings.warn(f"{path.name} was built from other sources than this package's; install it again", stacklevel=2)
         return None
     share_threads(library)

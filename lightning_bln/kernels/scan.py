@@ -51,7 +51,7 @@ class SequentialScan(torch.autograd.Function):
     """:func:`linear_scan` step by step, in the forward and in the backward pass: the fewest operations."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, first: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, a: Tensor, b: Tensor, first: Tensor) -> Tensor:
         """One fused multiplication and addition a step."""
         a, b = torch.broadcast_tensors(a, b)
         states = b.new_empty(b.shape)
@@ -62,7 +62,7 @@ class SequentialScan(torch.autograd.Function):
         return states
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same recurrence, backwards in time."""
         a, first, states = ctx.saved_tensors
         factors = torch.cat([torch.zeros_like(a[:1]), a[1:].flip(0)])

@@ -14,9 +14,9 @@ from lightning_bln.reproduce.experiments import EXPERIMENTS
 from lightning_bln.reproduce.report import write_report
 from lightning_bln.reproduce.training import Settings, run
 
-DESCRIPTION = """Train the paper's networks with BLN and what it is compared with, over several seeds, and print a table
-beside the paper's own numbers: the best epoch's validation scores, and test scores for statistics modes named in advance,
-chosen on validation data, and (labelled so) best on test data."""
+DESCRIPTION = """Train the paper's networks with BLN and what it is compared with, over several seeds, and print tables
+with the paper's own numbers beside ours: the best epoch's validation scores, and test scores for statistics modes named
+in advance, chosen on validation data, and (labelled so) best on test data."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, help="epochs a run; the authors' 10 (imdb) or 15 (cifar10) by default")
     parser.add_argument("--quick", action="store_true", help="a smoke test: few batches, 2 epochs, 1 seed")
     parser.add_argument("--data-dir", type=Path, help="folder that holds the data; BLN_DATA_DIR by default")
+    parser.add_argument("--download", action="store_true", help="fetch the data first if it is not there")
     parser.add_argument(
         "--output",
         type=Path,
@@ -62,7 +63,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
     }
     results = []
     try:
-        pool, test = experiment.read(data_dir(arguments.data_dir))
+        pool, test = experiment.read(data_dir(arguments.data_dir), arguments.download)
         for seed in range(1 if arguments.quick else arguments.seeds):
             for norm in arguments.norms:
                 settings = Settings(norm, seed, **shared)

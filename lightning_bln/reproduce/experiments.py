@@ -52,14 +52,14 @@ class Experiment:
         name: ``"imdb"`` or ``"cifar10"``.
         full_size: training samples of the whole data set, before validation samples are taken off.
         epochs: how many the authors train.
-        read: loads training pool and test set from a folder.
+        read: loads training pool and test set from a folder, fetching the files first if asked to.
         build: makes the module for a norm and an estimator of the population.
     """
 
     name: str
     full_size: int
     epochs: int
-    read: Callable[[Path | None], tuple[Samples, Samples]]
+    read: Callable[[Path | None, bool], tuple[Samples, Samples]]
     build: Callable[[str, str], Classifier]
 
     def split(self, pool: Samples, test: Samples, fraction: float, seed: int) -> tuple[Samples, Samples, Samples]:
@@ -79,10 +79,10 @@ class Experiment:
         return pool.take(train), pool.take(valid), test.take(order)
 
 
-def read_imdb_samples(directory: Path | None) -> tuple[Samples, Samples]:
+def read_imdb_samples(directory: Path | None, fetch: bool = False) -> tuple[Samples, Samples]:
     """Read the reviews as Keras's ``imdb.load_data(num_words=20000)`` and ``pad_sequences(maxlen=80)`` give them."""
     tokenize = get_tokenizer("keras")
-    splits = read_imdb(directory)
+    splits = read_imdb(directory, fetch=fetch)
     tokens = [[tokenize(text) for text in split.texts] for split in splits]
     vocabulary = build_vocabulary(tokens[0], max_tokens=VOCABULARY, specials=SPECIALS)
     pipeline = TextPipeline(tokenize, vocabulary, prefix=[SPECIALS.index("<start>")])
@@ -96,9 +96,9 @@ def read_imdb_samples(directory: Path | None) -> tuple[Samples, Samples]:
     return train, test
 
 
-def read_cifar10_samples(directory: Path | None) -> tuple[Samples, Samples]:
+def read_cifar10_samples(directory: Path | None, fetch: bool = False) -> tuple[Samples, Samples]:
     """Read the images, every pixel and channel standardised by the training pool, as the authors do."""
-    train, test = read_cifar10(directory)
+    train, test = read_cifar10(directory, fetch=fetch)
     inputs, test_inputs = standardise(train.pixels, test.pixels)
     return Samples(inputs, train.labels), Samples(test_inputs, test.labels)
 

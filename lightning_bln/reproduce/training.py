@@ -80,7 +80,9 @@ def run(experiment: Experiment, pool: Samples, test: Samples, settings: Settings
     folder.mkdir(parents=True, exist_ok=True)
     finished, last, best = folder / "result.json", folder / "last.pt", folder / "best.pt"
     if finished.exists():
-        return json.loads(finished.read_text())
+        result = json.loads(finished.read_text())
+        _check_same(settings, result, folder)
+        return result
     train_set, valid_set, test_set = experiment.split(pool, test, settings.fraction, settings.seed)
     train = train_set.batches(settings.batch_size, settings.limit)
     valid = valid_set.batches(settings.batch_size, settings.limit)
@@ -92,6 +94,7 @@ def run(experiment: Experiment, pool: Samples, test: Samples, settings: Settings
     history: list[dict[str, Any]] = []
     if last.exists():
         state = torch.load(last, weights_only=True)
+        _check_same(settings, state["settings"], folder)
         _load(model, state["model"])
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
@@ -112,7 +115,8 @@ def run(experiment: Experiment, pool: Samples, test: Samples, settings: Settings
         history.append(record)
         if record["val_loss"] <= min(entry["val_loss"] for entry in history):
             _save(best, {"model": model.state_dict()})
-        _save(last, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history})
+        kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+        _save(last, {**kept, "settings": asdict(settings)})
         print(
             f"{experiment.name} {settings.name} epoch {epoch + 1}/{settings.epochs}: train loss "
             f"{record['train_loss']:.4f}, val loss {record['val_loss']:.4f}, val acc {record['val_acc']:.4f}",
@@ -121,7 +125,7 @@ def run(experiment: Experiment, pool: Samples, test: Samples, settings: Settings
     _load(model, torch.load(best, weights_only=True)["model"])
     _recompute(twin, train, settings)
     modes = modes_of(settings.norm)
-    result: dict[str, Any] = {"experiment": experiment.name, **asdict(settings), "history": history}
+    result = {"experiment": experiment.name, **asdict(settings), "history": history}
     result["best_epoch"] = 1 + min(range(len(history)), key=lambda index: history[index]["val_loss"])
     limit = None if settings.limit is None else 2 * settings.limit
     for split, batches in (("validation", valid), ("test", test_set.batches(settings.batch_size, limit))):
@@ -216,6 +220,15 @@ def _sharing_weights(model: torch.nn.Module, twin: Classifier) -> Classifier:
         owner, _, leaf = name.rpartition(".")
         setattr(twin.get_submodule(owner), leaf, parameter)
     return twin
+
+
+def _check_same(settings: Settings, kept: dict[str, Any], folder: Path) -> None:
+    for name, value in asdict(settings).items():
+        if kept[name] != value:
+            raise ValueError(
+                f"{folder} holds a run with {name}={kept[name]}, but {value} is asked for; "
+                "name another folder by --output"
+            )
 
 
 def _load(model: Classifier, state: dict[str, Tensor]) -> None:

@@ -206,7 +206,9 @@ def test_a_linear_cells_scan_is_its_steps(kind, norm, lengths) -> None:
 
 def test_speechbrains_ligru_norms_the_input_alone() -> None:
     layer = Recurrent("ligru", 3, 4, norm="batch", norm_hidden=False, scale=False, dtype=torch.float64)
-    assert [name for name, module in layer.named_modules() if name.startswith("norm") and "." not in name] == ["norm_ih_l0"]
+    assert [name for name, module in layer.named_modules() if name.startswith("norm") and "." not in name] == [
+        "norm_ih_l0"
+    ]
     x = torch.randn(5, 6, 3, dtype=torch.float64)
     batch_norm = nn.BatchNorm1d(8, eps=1e-3, dtype=torch.float64)
     h, outputs = torch.zeros(6, 4, dtype=torch.float64), []

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torchrecurrent
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_bln import Recurrent
 from lightning_bln.cells import registry
+
+torchrecurrent = pytest.importorskip("torchrecurrent")
 
 INPUTS, HIDDEN, STEPS, SAMPLES = 3, 4, 5, 2
 Weights = dict[str, Tensor]
@@ -72,9 +73,23 @@ def one_bias(w: Weights) -> Weights:
 
 
 STEPS_OPTIONS = {"epsilon": 0.3, "gamma": 0.2}
-with_context = change(weight_hh=lambda w: cat(w["weight_hh"], w["weight_ch"]), bias_hh=lambda w: cat(w["bias_hh"], w["bias_ch"]))
-with_memory = change(weight_hh=lambda w: cat(w["weight_hh"], w["weight_mh"]), bias_hh=lambda w: cat(w["bias_hh"], w["bias_mh"]))
-delayed = change(weight_hh=lambda w: rows(w["weight_hh"], 0, 2, 3, 1), bias_hh=lambda w: rows(w["bias_hh"], 0, 2, 3, 1))
+with_context = change(
+    weight_hh=lambda w: cat(w["weight_hh"], w["weight_ch"]), bias_hh=lambda w: cat(w["bias_hh"], w["bias_ch"])
+)
+with_memory = change(
+    weight_hh=lambda w: cat(w["weight_hh"], w["weight_mh"]), bias_hh=lambda w: cat(w["bias_hh"], w["bias_mh"])
+)
+
+
+def multiplier_last(w: Weights) -> Weights:
+    w = with_memory(w)
+    return {**w, "weight_ih": rows(w["weight_ih"], 1, 2, 3, 4, 0), "bias_ih": rows(w["bias_ih"], 1, 2, 3, 4, 0)}
+
+
+def delayed(w: Weights) -> Weights:
+    """The delayed part comes last."""
+    return {key: rows(value, 0, 2, 3, 1) for key, value in w.items()}
+
 
 PEERS = {
     "antisymmetricrnn": Peer("AntisymmetricRNN", theirs=STEPS_OPTIONS, ours=STEPS_OPTIONS),
@@ -103,7 +118,7 @@ PEERS = {
     "miru2": Peer(
         "MiRU2", theirs={"update_coefficient": 0.3, "reset_coefficient": 0.7}, ours={"update": 0.3, "reset": 0.7}
     ),
-    "multiplicativelstm": Peer("MultiplicativeLSTM", with_memory, states=("h", "c")),
+    "multiplicativelstm": Peer("MultiplicativeLSTM", multiplier_last, states=("h", "c")),
     "mut1": Peer("MUT1"),
     "mut2": Peer("MUT2"),
     "mut3": Peer("MUT3"),

@@ -3,6 +3,7 @@
 #include "backward.h"
 #include "dense.h"
 #include "forward.h"
+#include "gather.h"
 
 #if defined(_WIN32)
 #define BLN_EXPORT extern "C" __declspec(dllexport)
@@ -91,7 +92,7 @@ BLN_EXPORT void bln_set_runtime(void* parallel, void* thread, void* threads) {
   bln::runtime.threads = reinterpret_cast<int (*)()>(threads);
 }
 
-BLN_EXPORT int64_t bln_args_size() { return sizeof(bln::RecurrenceArgs<float>) + sizeof(bln::DenseArgs<float>); }
+BLN_EXPORT int64_t bln_args_size() { return sizeof(bln::RecurrenceArgs<float>) + sizeof(bln::DenseArgs<float>) + sizeof(bln::GatherArgs<float>); }
 
 BLN_EXPORT int bln_forward_float(const bln::RecurrenceArgs<float>* args) {
   return bln::run<float, bln::Forward, bln::ForwardBuffers>(*args);
@@ -109,3 +110,5 @@ BLN_EXPORT int bln_dense_forward_float(const bln::DenseArgs<float>* args) { retu
 BLN_EXPORT int bln_dense_backward_float(const bln::DenseArgs<float>* args) { return bln::run_dense<float, bln::DenseBackward>(*args); }
 BLN_EXPORT int bln_dense_forward_double(const bln::DenseArgs<double>* args) { return bln::run_dense<double, bln::DenseForward>(*args); }
 BLN_EXPORT int bln_dense_backward_double(const bln::DenseArgs<double>* args) { return bln::run_dense<double, bln::DenseBackward>(*args); }
+BLN_EXPORT void bln_gather_float(const bln::GatherArgs<float>* args) { bln::gather(*args); }
+BLN_EXPORT void bln_gather_double(const bln::GatherArgs<double>* args) { bln::gather(*args); }

@@ -206,7 +206,15 @@ class Norm {
     const bool through_mean = wb != T(0) && !a.batch_mean, through_var = wb != T(0) && !a.batch_var;
     for_own([&](int j0, int j1) {
       const T mean_share = through_mean ? T(1) / T(running) : T(0), var_share = through_var ? T(1) / T(running) : T(0);
-      T *S = column_slot(0), *E = S + D;
+      T *S = column_slot(member_.row), *E = S + D;
+      if (!through_mean && !through_var) {  // nobody has waited for the other members' sums, and nothing needs them
+#pragma omp simd
+        for (int j = j0; j < j1; j++) {
+          c1_[j] = weight[j] * wb * inverse_[j];
+          c2_[j] = c3_[j] = T(0);
+        }
+        return;
+      }
       if (member_.rows > 1) {
         S = c2_, E = c3_;
         for (int j = j0; j < j1; j++) S[j] = E[j] = T(0);
@@ -233,7 +241,7 @@ class Norm {
       for (int b = rows.begin; b < rows.end; b++) {
         const size_t i = size_t(g) * batch_ + b;
         T S = 0, E = 0;
-        for (int k = 0; k < member_.columns; k++) S += row_slot(k)[i], E += row_slot(k)[row_size_ + i];
+        for (int k = 0; k < member_.columns && (row_mean || row_var); k++) S += row_slot(k)[i], E += row_slot(k)[row_size_ + i];
         r3_[i] = row_var ? alpha[i] * row_inverse_[i] * E / count : T(0);
         r2_[i] = (row_mean ? alpha[i] * S / count : T(0)) - (row_var ? r3_[i] * row_mean_[i] : T(0));
       }

@@ -1,0 +1,35 @@
+"""Steps fused by torch.compile."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from lightning_bln import Recurrent, freeze_population
+
+# Generating code is what takes the time: one cell shows that it works, the others that chunks are put together rightly.
+CASES = [("ugrnn", None, "inductor")]
+CASES += [(kind, norm, "aot_eager") for kind, norm in (("coupledlstm", "bln"), ("cfn", None))]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(("kind", "norm", "compiler"), CASES)
+def test_compiled_steps_are_the_reference(kind, norm, compiler, monkeypatch) -> None:
+    monkeypatch.setattr("lightning_bln.kernels.compiled.STEPS", 2)
+    monkeypatch.setattr("lightning_bln.kernels.compiled.COMPILER", compiler)
+    layers = [Recurrent(kind, 3, 4, norm=norm, backend=name, dtype=torch.float64) for name in ("compile", "reference")]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(5, 3, 3, dtype=torch.float64)
+    results = []
+    for layer in layers:
+        output, states = layer(x)
+        gradients = torch.autograd.grad(output.square().sum(), list(layer.parameters()))
+        if norm is not None:
+            freeze_population(layer)
+        results.append(
+            [output, *([states] if torch.is_tensor(states) else states), *gradients, *layer.state_dict().values()]
+        )
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
