@@ -19,12 +19,12 @@ pytest.importorskip("optuna_integration")
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import tuning_helpers as helpers  # noqa: E402
-from optuna.trial import FixedTrial, TrialState, create_trial  # noqa: E402
+import tuning_helpers as helpers
+from optuna.trial import FixedTrial, TrialState, create_trial
 
-from lightning_bln import cli  # noqa: E402
-from lightning_bln.modes import ALL_MODES  # noqa: E402
-from lightning_bln.tuning import (  # noqa: E402
+from lightning_bln import cli
+from lightning_bln.modes import ALL_MODES
+from lightning_bln.tuning import (
     Distribution,
     Recipe,
     explained_variance,
@@ -32,9 +32,9 @@ from lightning_bln.tuning import (  # noqa: E402
     suggest_norm,
     tune,
 )
-from lightning_bln.tuning.objective import MODE, SCORES  # noqa: E402
-from lightning_bln.tuning.queue import OWNER, SLOT, Queue, Store  # noqa: E402
-from lightning_bln.tuning.recipe import DEMO, set_path  # noqa: E402
+from lightning_bln.tuning.objective import MODE, SCORES
+from lightning_bln.tuning.queue import OWNER, SLOT, Queue, Store
+from lightning_bln.tuning.recipe import DEMO, set_path
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

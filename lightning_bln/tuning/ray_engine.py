@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,9 @@ from optuna.trial import TrialState, create_trial
 from ray import tune
 from ray.tune.integration.pytorch_lightning import TuneReportCheckpointCallback
 from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import ConcurrencyLimiter
+from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.search.optuna import OptunaSearch
 
 from lightning_bln.tuning.objective import MODE, SCORES, stats_callback
 from lightning_bln.tuning.recipe import Recipe
@@ -121,20 +123,16 @@ def make_tuner(
     direction = {"metric": recipe.monitor, "mode": recipe.mode}
     asha = ASHAScheduler(max_t=epochs, grace_period=1, reduction_factor=3, **direction)
     space = {path.replace(".", DOT): as_domain(one) for path, one in recipe.search.items()}
-    search: Any = None
+    search: Any
     if recipe.sampler == "tpe":
-        from ray.tune.search import ConcurrencyLimiter
-        from ray.tune.search.optuna import OptunaSearch
-
         search = ConcurrencyLimiter(OptunaSearch(seed=recipe.seed, **direction), max_concurrent=jobs)
     else:
-        random.seed(recipe.seed)
+        search = BasicVariantGenerator(max_concurrent=jobs, random_state=recipe.seed)
     return tune.Tuner(
         trainable,
         param_space=space,
         tune_config=tune.TuneConfig(
             num_samples=trials,
-            max_concurrent_trials=None if search is not None else jobs,
             search_alg=search,
             scheduler=None if recipe.pruner == "none" else asha,
         ),
