@@ -76,7 +76,12 @@ def test_the_best_configuration_is_one_that_bln_fit_accepts_and_scores_the_same(
     best = yaml.safe_load((folder / "out" / "best.yaml").read_text())
     assert best["model"]["init_args"]["lr"] == study.best_params["model.init_args.lr"]
     best["trainer"]["callbacks"][0]["init_args"] |= {"save_dir": str(tmp_path), "verbose": False}
-    best["trainer"] |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    best["trainer"] |= {
+        "default_root_dir": str(tmp_path),
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+    }
     (tmp_path / "best.yaml").write_text(yaml.safe_dump(best))
     cli.main(["fit", "--config", str(tmp_path / "best.yaml")])
     result = json.loads((tmp_path / "bln_sweep.json").read_text())

@@ -92,7 +92,7 @@ def tune_on_ray(
     if started:
         # usage statistics would be sent off the machine
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        local = {"num_cpus": jobs, "include_dashboard": False} if address is None else {}
+        local: dict[str, Any] = {"num_cpus": jobs, "include_dashboard": False} if address is None else {}
         ray.init(address=address, log_to_driver=False, **local)
     try:
         results = make_tuner(recipe, trials, jobs, name, output, retries, progress).fit()
@@ -120,7 +120,7 @@ def make_tuner(
     if tune.Tuner.can_restore(str(output / name)):
         return tune.Tuner.restore(str(output / name), trainable, resume_unfinished=True, restart_errored=True)
     epochs = recipe.fit.get("trainer", {}).get("max_epochs") or 100
-    direction = {"metric": recipe.monitor, "mode": recipe.mode}
+    direction: dict[str, Any] = {"metric": recipe.monitor, "mode": recipe.mode}
     asha = ASHAScheduler(max_t=epochs, grace_period=1, reduction_factor=3, **direction)
     space = {path.replace(".", DOT): as_domain(one) for path, one in recipe.search.items()}
     search: Any
