@@ -18,6 +18,7 @@ from lightning_bln.callbacks.display import label_bar, log_choice, print_table, 
 from lightning_bln.callbacks.evaluation import Evaluation
 from lightning_bln.callbacks.guard import Guard
 from lightning_bln.callbacks.recompute import check_recompute, fingerprint, recompute
+from lightning_bln.distributed import is_sharded
 from lightning_bln.fanout import SharedForward
 from lightning_bln.modes import ALL_MODES, BATCH_INDEPENDENT_MODES, StatisticsMode, mode_layers
 from lightning_bln.population import Population, freeze_population, populations, reset_population
@@ -154,6 +155,16 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         if all(one.is_frozen for one in populations(pl_module)):
             self._announce(pl_module, "resumes")
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        has_none = sum(trainer.num_val_batches) == 0
+        decide = trainer.strategy.reduce_boolean_decision
+        if decide(has_none, all=False) and not decide(has_none, all=True):
+            raise _compat.misconfiguration(
+                trainer,
+                "a rank has no validation batches while others do, and would choose no mode; give every rank at least "
+                "one batch, of fewer samples each",
+            )
+
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
         # before training there is no population, and nobody wants to be told so
         self._quiet.enter_context(warnings.catch_warnings())
@@ -193,7 +204,8 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
             return
         if self._evaluation is None:
             # only now have the module's own hooks for the start of the epoch run
-            if self._shared is None and self.shares_forwards:
+            # what one rank shares and another does not would put their forwards out of step, where weights are sharded
+            if self._shared is None and self.shares_forwards and not is_sharded(trainer.strategy.model):
                 self._shared = SharedForward(pl_module)
             self._evaluation = Evaluation(trainer, pl_module, self.candidates, self._shared)
             self._guard = Guard(self.tolerance, self.guard == "strict") if self._is_guarded else None
@@ -298,7 +310,12 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         """Freeze the population of the weights as they are, unless that has been done."""
         weights, step = fingerprint(module), trainer.global_step
         has_moved, has_stepped = weights != self._frozen_at, step != self._frozen_step
-        if self.population == "epoch" and has_stepped and all(one.is_gathering for one in populations(module)):
+        # ranks must go the same way: one's shard of the weights may be still, or its share of the data empty
+        has_moved = trainer.strategy.reduce_boolean_decision(has_moved, all=False)
+        has_gathered = all(one.is_gathering for one in populations(module))
+        if self.population == "epoch":
+            has_gathered = trainer.strategy.reduce_boolean_decision(has_gathered, all=False)
+        if self.population == "epoch" and has_stepped and has_gathered:
             freeze_population(module)
         elif has_moved and (self.population == "recompute" or self._frozen_at is not None):
             # weights that moved without a step are an average's, of which no epoch has gathered anything
