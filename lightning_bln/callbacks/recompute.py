@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from lightning_bln import _compat
-from lightning_bln.callbacks.evaluation import RandomState, Silent
+from lightning_bln.callbacks.evaluation import RandomState, Silent, nothing
 from lightning_bln.callbacks.user_state import UserState
 from lightning_bln.distributed import in_step, is_sharded
 from lightning_bln.population import recompute_population, reset_population
@@ -22,7 +22,14 @@ STEP = "population_step"
 """A module's own forward for this, where its training_step cannot serve: it takes ``(batch, batch_idx)``."""
 
 
-def recompute(trainer: Any, module: Any, *, limit: int | None, dataloader: Iterable[Any] | None = None) -> None:
+def recompute(
+    trainer: Any,
+    module: Any,
+    *,
+    limit: int | None,
+    dataloader: Iterable[Any] | None = None,
+    on_step: Callable[[], None] = nothing,
+) -> None:
     """Compute the population of ``module`` at its weights as they are, over the Trainer's training data.
 
     Args:
@@ -30,6 +37,7 @@ def recompute(trainer: Any, module: Any, *, limit: int | None, dataloader: Itera
         module: The module it trains.
         limit: Use at most this many batches on each rank.
         dataloader: Batches to use in place of the training data.
+        on_step: Called after each batch.
     """
     with undisturbed(trainer, module):
         batches = training_batches(trainer) if dataloader is None else enumerated(dataloader)
@@ -37,7 +45,12 @@ def recompute(trainer: Any, module: Any, *, limit: int | None, dataloader: Itera
         if is_sharded(whole) and not is_sharded(module):
             # only the wrapper shows that ranks must run the module together
             batches, limit = in_step(whole, islice(batches, limit)), None
-        recompute_population(module, batches, predict=lambda item: run_step(trainer, module, *item), limit=limit)
+
+        def predict(item: tuple[Any, int]) -> None:
+            run_step(trainer, module, *item)
+            on_step()
+
+        recompute_population(module, batches, predict=predict, limit=limit)
         reset_population(module)
 
 

@@ -184,6 +184,12 @@ def test_two_callbacks_are_refused() -> None:
         zoo.fitted(zoo.Simple(), zoo.chooser(), zoo.chooser("val_acc", "max"))
 
 
+def test_two_callbacks_of_one_monitor_are_refused_by_name() -> None:
+    # the Trainer is first here, as both would write to one place in a checkpoint
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `BLNStatsCallback`"):
+        zoo.trainer(zoo.chooser(), zoo.chooser())
+
+
 def test_a_model_without_our_layers_is_refused() -> None:
     class Plain(zoo.Simple):
         def __init__(self) -> None:

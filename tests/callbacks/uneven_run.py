@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 import zoo
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_bln import BLNLSTM, recompute_population
 from lightning_bln.modes import mode_layers
@@ -29,6 +30,10 @@ def batches(sizes: tuple[tuple[int, ...], ...], rank: int, seed: int) -> list[tu
     generator = torch.Generator().manual_seed(seed + rank)
     drawn = [torch.randn(size, LENGTHS[rank], zoo.FEATURES, generator=generator) * (1 + rank) for size in sizes[rank]]
     return [(x + rank, (x.sum((1, 2)) > 0).long()) for x in drawn]
+
+
+def loader(made: list[tuple[Tensor, Tensor]]) -> DataLoader:
+    return DataLoader(made, batch_size=None)  # type: ignore[arg-type]
 
 
 class Sequences(pl.LightningModule):
@@ -62,11 +67,11 @@ class Data(pl.LightningDataModule):
 
     def train_dataloader(self) -> Any:
         assert self.trainer is not None
-        return batches(TRAINING, self.trainer.global_rank, 10)
+        return loader(batches(TRAINING, self.trainer.global_rank, 10))
 
     def val_dataloader(self) -> Any:
         assert self.trainer is not None
-        return batches(self.validation, self.trainer.global_rank, 20)
+        return loader(batches(self.validation, self.trainer.global_rank, 20))
 
 
 class Statistics:
@@ -100,7 +105,7 @@ def main(case: str, out: Path) -> None:
         sizes, seed = (TRAINING, 10) if case == "epoch" else (STATISTICS, 30)
         recompute_population(model, [batch for rank in (0, 1) for batch in batches(sizes, rank, seed)])
         truth = torch.cat([getattr(one, name).flatten() for one in populations(model) for name in FROZEN])
-        alone = zoo.oracle(model, [batch for rank in (0, 1) for batch in batches(validation, rank, 20)])
+        alone = zoo.oracle(model, loader([batch for rank in (0, 1) for batch in batches(validation, rank, 20)]))
         found = {
             "ranks_differ": float((everyone[0] - everyone[1]).abs().max()),
             "modes_differ": float((modes[0] - modes[1]).abs().max()),
