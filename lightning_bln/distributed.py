@@ -52,7 +52,8 @@ class _AllReduce(torch.autograd.Function):
 
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of ``x`` over all ranks, on each; gradients flow back to every rank."""
-    return _AllReduce.apply(x)  # type: ignore[no-any-return]
+    total: Tensor = _AllReduce.apply(x)
+    return total
 
 
 def is_distributed() -> bool:
@@ -91,12 +92,15 @@ def joint_batch(x: Tensor, shared: bool, takes_part: bool = True) -> JointBatch:
         mean = all_reduce_sum(x.sum(over) * weight) / seen
         var = all_reduce_sum((x - mean).square().sum(over) * weight) / seen
         means = all_reduce_sum(features.sum(over) * weight) / seen
-        kept = (mean.detach()[None], var.detach()[None], *means[None].unbind(-1))
+        feature_mean, feature_var = means[None].unbind(-1)
         return JointBatch(
             mean.expand([1] * (x.ndim - 1) + [-1]),
             var.expand([1] * (x.ndim - 1) + [-1]),
             samples,
-            *kept,
+            mean.detach()[None],
+            var.detach()[None],
+            feature_mean,
+            feature_var,
             torch.full((1,), seen, device=x.device),
             torch.full((1,), samples, device=x.device),
         )
@@ -113,14 +117,15 @@ def joint_batch(x: Tensor, shared: bool, takes_part: bool = True) -> JointBatch:
     mean = total(x.sum(0)) / count
     here = slice(0, places[0])
     var = total((x - mean[here]).square().sum(0)) / count
-    means = total(features.sum(0)) / count
+    feature_mean, feature_var = (total(features.sum(0)) / count).unbind(-1)
     return JointBatch(
         mean[here][None],
         var[here][None],
         sizes[here][..., None].to(x.dtype),
         mean.detach(),
         var.detach(),
-        *means.unbind(-1),
+        feature_mean,
+        feature_var,
         sizes,
         sizes,
     )

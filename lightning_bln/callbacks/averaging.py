@@ -41,7 +41,7 @@ def save_average_alone(callbacks: Iterable[Any], module: nn.Module) -> Iterator[
     if not averaging:
         yield
         return
-    own = module.on_save_checkpoint
+    own: Any = module.on_save_checkpoint
 
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
         if "callbacks" not in checkpoint:
