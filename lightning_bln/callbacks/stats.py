@@ -340,7 +340,8 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         elif has_moved and (self.population == "recompute" or self._frozen_at is not None):
             # weights that moved without a step are an average's, of which no epoch has gathered anything
             self._bar = self._bar or SweepBar(trainer)
-            self._bar.start("Population", self.recompute_batches)
+            there_are = trainer.num_training_batches if self.stats_dataloader is None else math.inf
+            self._bar.start("Population", min(there_are, self.recompute_batches or math.inf))
             recompute(
                 trainer,
                 module,
