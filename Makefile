@@ -11,16 +11,22 @@ OLDEST_PYTHON ?= python3.11
 OLDEST_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lightning-bln
 OLDEST := $(OLDEST_CACHE)/oldest-$(shell sha256sum constraints-oldest.txt | cut -c1-12)
 
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard lightning_bln/kernels/csrc/*)
+
 # Torch first and by its pin, so that nothing moves it; the demo needs less than the tests do.
-$(VENV)/.demo: pyproject.toml setup.py constraints.txt $(wildcard lightning_bln/kernels/csrc/*)
+define install
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e ".[demo]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[$(1)]"
+endef
+
+$(VENV)/.demo: $(SOURCES)
+	$(call install,demo)
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.demo
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
-	touch $@
+$(VENV)/.installed: $(SOURCES)
+	$(call install,dev)
+	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
 	$(BIN)/bln demo

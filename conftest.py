@@ -7,6 +7,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from lightning_bln._compat import HAS_CUSTOM_OPS
+
+collect_ignore = [] if HAS_CUSTOM_OPS else ["lightning_bln/kernels/operators.py"]
+
 collect_ignore_glob = [
     pattern
     for needed, pattern in {

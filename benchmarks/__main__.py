@@ -35,11 +35,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="turns of each contender")
     parser.add_argument("--kinds", nargs="+", default=["lstm", "gru", "rnn"], choices=contenders.KINDS)
     parser.add_argument("--sizes", type=int, nargs="+", help="which sizes, by index")
+    parser.add_argument(
+        "--short", action="store_true", help="against torch's layers only, not the reference and others"
+    )
     parser.add_argument("--compiled", action="store_true", help="the reference under torch.compile too, where T < 30")
     parser.add_argument(
         "--processor-time",
         action="store_true",
-        help="in place of wall time: with one thread, where others are busy too",
+        help="not wall time: with one thread, where others are busy too",
     )
     parser.add_argument("--gpu", action="store_true", help="on the GPU, timed by CUDA events")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
@@ -78,7 +81,7 @@ def measure(args: argparse.Namespace, table: Table) -> None:
         note(table, "array train", shape, medians(contenders.arrays(shape), 5 * args.rounds, clock=clock))
     for kind in args.kinds:
         for size in sizes:
-            jobs = contenders.training(kind, size, extras=kind != "rnn")
+            jobs = contenders.training(kind, size, extras=kind != "rnn" and not args.short)
             if args.compiled and kind == "lstm" and size[0] < 30:
                 jobs |= contenders.compiled_reference(kind, size)
             note(table, f"{kind} train", size, medians(jobs, args.rounds, clock=clock))

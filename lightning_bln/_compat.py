@@ -24,12 +24,20 @@ HAS_CUSTOM_OPS = hasattr(torch.library, "custom_op")
 """torch 2.3 has none: there the compiled kernels are plain autograd functions, at which torch.compile breaks."""
 
 
+OutOfMemoryError: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+"""Of any device; torch 2.3 knows CUDA's alone."""
+
+
 def is_autocast_enabled(device_type: str) -> bool:
-    """``torch.is_autocast_enabled``, which takes the device's type from torch 2.4 on."""
-    try:
+    """``torch.is_autocast_enabled``, which takes the device's type from torch 2.4 on, as custom operators came."""
+    if HAS_CUSTOM_OPS:
         return torch.is_autocast_enabled(device_type)
-    except TypeError:
-        return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
+    return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
+
+
+def in_function_transform() -> bool:
+    """Whether a transform of ``torch.func`` runs, which an autograd function without rules of its own cannot pass."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")

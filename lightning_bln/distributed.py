@@ -52,8 +52,7 @@ class _AllReduce(torch.autograd.Function):
 
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of ``x`` over all ranks, on each; gradients flow back to every rank."""
-    total: Tensor = _AllReduce.apply(x)
-    return total
+    return _AllReduce.apply(x)
 
 
 def is_distributed() -> bool:
@@ -94,15 +93,15 @@ def joint_batch(x: Tensor, shared: bool, takes_part: bool = True) -> JointBatch:
         means = all_reduce_sum(features.sum(over) * weight) / seen
         feature_mean, feature_var = means[None].unbind(-1)
         return JointBatch(
-            mean.expand([1] * (x.ndim - 1) + [-1]),
-            var.expand([1] * (x.ndim - 1) + [-1]),
-            samples,
-            mean.detach()[None],
-            var.detach()[None],
-            feature_mean,
-            feature_var,
-            torch.full((1,), seen, device=x.device),
-            torch.full((1,), samples, device=x.device),
+            mean=mean.expand([1] * (x.ndim - 1) + [-1]),
+            var=var.expand([1] * (x.ndim - 1) + [-1]),
+            batch_size=samples,
+            batch_mean=mean.detach()[None],
+            batch_var=var.detach()[None],
+            feature_mean=feature_mean,
+            feature_var=feature_var,
+            seen=torch.full((1,), seen, device=x.device),
+            sizes=torch.full((1,), samples, device=x.device),
         )
     places = tuple(x.shape[1:-1])
     longest = max(shape[1] for shape in shapes)
@@ -119,15 +118,15 @@ def joint_batch(x: Tensor, shared: bool, takes_part: bool = True) -> JointBatch:
     var = total((x - mean[here]).square().sum(0)) / count
     feature_mean, feature_var = (total(features.sum(0)) / count).unbind(-1)
     return JointBatch(
-        mean[here][None],
-        var[here][None],
-        sizes[here][..., None].to(x.dtype),
-        mean.detach(),
-        var.detach(),
-        feature_mean,
-        feature_var,
-        sizes,
-        sizes,
+        mean=mean[here][None],
+        var=var[here][None],
+        batch_size=sizes[here][..., None].to(x.dtype),
+        batch_mean=mean.detach(),
+        batch_var=var.detach(),
+        feature_mean=feature_mean,
+        feature_var=feature_var,
+        seen=sizes,
+        sizes=sizes,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_bln._compat import tree_flatten, tree_map, tree_unflatten
+from lightning_bln._compat import OutOfMemoryError, tree_flatten, tree_map, tree_unflatten
 from lightning_bln.modes import StatisticsMode, fan_out, mode_layers
 
 BYTES = 2**28
@@ -317,7 +317,7 @@ def is_versioned(value: Any) -> bool:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 

@@ -273,6 +273,8 @@ class Recurrent(HasCells):
             tuple(norm.sequence(steps, running) for norm in weights.norm_hh),
             None if weights.norm_cell is None else weights.norm_cell.sequence(steps, running),
         )
+        dtype = weights.weight_ih.dtype  # under autocast products are narrow, the state and what is done to it is not
+        x, state = x.to(dtype), tuple(value.to(dtype) for value in state)
         noise = Noise(self._mask(state[0], self.recurrent_dropout), self.zoneout, self.training)
         result = run(self.backend, weights.cell, Sequences(x, state, sizes), hidden, noise)
         for norm, observed in zip(weights.norm_hh, result.norm_hh, strict=False):

@@ -202,7 +202,7 @@ def sharded_case(rank: int | None, world: int) -> dict[str, Any]:
 
 def main(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
     results: dict[str, Any] = {name: layer_case(name, rank, world) for name in LAYERS}
     results["longer"] = longer_case(rank, world)
     results["training"] = training_case(rank, world)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -27,7 +28,19 @@ LIMIT = 300
 def ranks(request, tmp_path_factory):
     """What every rank of a run has computed."""
     world = request.param
-    folder = tmp_path_factory.mktemp(f"ranks{world}")
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # the processes of one run of the tests share what is computed
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if run is None else base.parent) / f"ranks{world}-{run}"
+    folder.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            launch(world, folder)
+            (folder / "done").touch()
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(world)]
+
+
+def launch(world: int, folder: Path) -> None:
+    """Run the worker on every rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -60,7 +73,6 @@ def ranks(request, tmp_path_factory):
             process.kill()
     for process, error in zip(processes, errors, strict=True):
         assert process.returncode == 0, error[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(world)]
 
 
 def assert_close(actual, expected) -> None:

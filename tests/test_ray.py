@@ -28,39 +28,27 @@ from lightning_bln.tuning.ray_engine import as_domain, tune_on_ray
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory):
-    """Four trials on two workers, of which one fails once."""
-    folder = tmp_path_factory.mktemp("ray")
-    model = {"log": str(folder / "log"), "fail_once": str(folder / "failed")}
+def test_two_workers_finish_every_trial_though_one_failed_once(tmp_path, monkeypatch) -> None:
+    for name, value in helpers.environment().items():
+        monkeypatch.setenv(name, value)
+    model = {"log": str(tmp_path / "log"), "fail_once": str(tmp_path / "failed")}
     recipe = Recipe.parse(helpers.small_search(epochs=2, **model) | {"pruner": "none"})
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in helpers.environment().items():
-            patch.setenv(name, value)
-        study = tune_on_ray(recipe, trials=4, jobs=2, output=folder / "out", progress=False)
-    return folder, study
+    study = tune_on_ray(recipe, trials=4, jobs=2, output=tmp_path / "out", progress=False)
 
-
-def test_every_trial_finishes_though_one_failed_once(searched) -> None:
-    folder, study = searched
-    assert (folder / "failed").exists()
+    assert (tmp_path / "failed").exists()
     assert [one.state for one in study.trials] == [TrialState.COMPLETE] * 4
-    assert len((folder / "log").read_text().splitlines()) == 4
-
-
-def test_a_trial_scores_every_mode(searched) -> None:
-    for trial in searched[1].trials:
+    assert len((tmp_path / "log").read_text().splitlines()) == 4
+    for trial in study.trials:
         assert set(trial.user_attrs[SCORES]) == set(ALL_MODES)
         assert trial.value == pytest.approx(trial.user_attrs[SCORES][trial.user_attrs[MODE]])
         assert len(trial.intermediate_values) == 2
+    hosts = [json.loads(path.read_text().splitlines()[-1]) for path in (tmp_path / "out" / "bln").glob("*/result.json")]
+    assert len({one["pid"] for one in hosts}) > 1
 
-
-def test_checkpoints_and_report_are_kept(searched) -> None:
-    folder, study = searched
-    assert list((folder / "out" / "bln").glob("**/checkpoint.ckpt"))
-    best = yaml.safe_load((folder / "out" / "best.yaml").read_text())
+    assert list((tmp_path / "out" / "bln").glob("**/checkpoint.ckpt"))
+    best = yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())
     assert best["model"]["init_args"]["lr"] == pytest.approx(study.best_params["model.init_args.lr"])
-    assert "statistics mode" in json.loads((folder / "out" / "importance.json").read_text())
+    assert "statistics mode" in json.loads((tmp_path / "out" / "importance.json").read_text())
 
 
 def test_two_objectives_are_refused(tmp_path) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_bln import ALL_MODES, BLNLSTM, BatchLayerNorm, recompute_population, set_mode
+from lightning_bln._compat import OutOfMemoryError
 from lightning_bln.fanout import SharedForward
 from lightning_bln.modes import mode_layers
 from lightning_bln.sweep import SweepResult, sweep_modes
@@ -125,7 +126,7 @@ def test_scores_equal_evaluating_each_mode_alone(name: str) -> None:
         right = sum(int((o.argmax(-1) == y).sum()) for o, (_, y) in zip(outs, batches, strict=True))
         assert result.scores[mode]["acc"] == pytest.approx(right / 19, abs=1e-6)
     assert len({round(value, 5) for value in losses.values()}) >= 8
-    assert result.best() == min(losses, key=lambda mode: losses[mode])
+    assert losses[result.best()] == pytest.approx(min(losses.values()), rel=1e-5)  # two may be equal but for rounding
 
 
 class Turn:
@@ -187,7 +188,7 @@ def test_out_of_memory_means_smaller_chunks_then_the_plain_way() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             if len(x) > self.limit:
-                raise torch.OutOfMemoryError("out of memory")
+                raise OutOfMemoryError("out of memory")
             return x
 
     model[2] = Small()

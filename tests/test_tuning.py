@@ -19,12 +19,12 @@ pytest.importorskip("optuna_integration")
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import tuning_helpers as helpers  # noqa: E402
-from optuna.trial import FixedTrial, TrialState, create_trial  # noqa: E402
+import tuning_helpers as helpers
+from optuna.trial import FixedTrial, TrialState, create_trial
 
-from lightning_bln import cli  # noqa: E402
-from lightning_bln.modes import ALL_MODES  # noqa: E402
-from lightning_bln.tuning import (  # noqa: E402
+from lightning_bln import cli
+from lightning_bln.modes import ALL_MODES
+from lightning_bln.tuning import (
     Distribution,
     Recipe,
     explained_variance,
@@ -32,9 +32,9 @@ from lightning_bln.tuning import (  # noqa: E402
     suggest_norm,
     tune,
 )
-from lightning_bln.tuning.objective import MODE, SCORES  # noqa: E402
-from lightning_bln.tuning.queue import OWNER, SLOT, Queue, Store  # noqa: E402
-from lightning_bln.tuning.recipe import DEMO, set_path  # noqa: E402
+from lightning_bln.tuning.objective import MODE, SCORES
+from lightning_bln.tuning.queue import OWNER, SLOT, Queue, Store
+from lightning_bln.tuning.recipe import DEMO, set_path
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -76,7 +76,12 @@ def test_the_best_configuration_is_one_that_bln_fit_accepts_and_scores_the_same(
     best = yaml.safe_load((folder / "out" / "best.yaml").read_text())
     assert best["model"]["init_args"]["lr"] == study.best_params["model.init_args.lr"]
     best["trainer"]["callbacks"][0]["init_args"] |= {"save_dir": str(tmp_path), "verbose": False}
-    best["trainer"] |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    best["trainer"] |= {
+        "default_root_dir": str(tmp_path),
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+    }
     (tmp_path / "best.yaml").write_text(yaml.safe_dump(best))
     cli.main(["fit", "--config", str(tmp_path / "best.yaml")])
     result = json.loads((tmp_path / "bln_sweep.json").read_text())

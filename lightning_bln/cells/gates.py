@@ -66,7 +66,8 @@ class Gates:
         """How many features all gates have."""
         if self._value is not None:
             return self._value.shape[-1]
-        return sum(part.shape[-1] for part in self.split().values())
+        parts = self.split()
+        return sum(parts[name].shape[-1] for name in self._names)
 
     def split(self) -> dict[str, Tensor]:
         """Each gate on its own, ``(..., hidden_size)``."""

@@ -121,12 +121,13 @@ class Product:
             base = None if adds is None else adds.gates.first(self.number)
             self.terms = DeferredGradient.apply(self.weight, self.bias, base, *self.deferred, self.seen).unbind(0)
         if self.terms is None or t in self.seen or adds is not self.adds:
-            value = F.linear(h, self.weight, self.bias)
+            value = F.linear(h, self.weight, self.bias).to(h.dtype)
             return value if to is None else to.first(self.number) + value
         # A state given from outside may be changed by its owner before the backward pass.
         self.seen[t] = h.detach().clone() if t == 0 else h.detach()
         term, running = self.terms[t], h.shape[0]
-        return torch.addmm(term if term.shape[0] == running else term[:running], h, self.columns)
+        value = torch.addmm(term if term.shape[0] == running else term[:running], h, self.columns)
+        return value if value.dtype == h.dtype else value.to(h.dtype)
 
 
 class DeferredGradient(torch.autograd.Function):

@@ -52,4 +52,4 @@ class DSGU(SGU):
 
     def out(self, gated: Tensor) -> Tensor:
         """:math:`z_{out}`."""
-        return sigmoid(F.linear(gated, self.weight_out))
+        return sigmoid(F.linear(gated, self.weight_out).to(gated.dtype))

@@ -35,6 +35,7 @@ def runs_compiled(x: Tensor, weight: Tensor | None) -> bool:
         and (weight is None or weight.dtype == x.dtype)
         and (x.stride(-1) == 1 or x.shape[-1] == 1)
         and not is_autocast_enabled("cpu")
+        and (HAS_CUSTOM_OPS or not torch.compiler.is_compiling())
         and is_built()
     )
 

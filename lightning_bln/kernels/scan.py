@@ -31,6 +31,7 @@ def linear_scan(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
     Source:
         Martin and Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length", 2018.
     """
+    a, b = torch.broadcast_tensors(a, b)
     if a.device.type == "cpu" and not torch.compiler.is_compiling():
         return SequentialScan.apply(a, b, first)
     return doubling_scan(a, b, first)
@@ -53,7 +54,6 @@ class SequentialScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, first: Tensor) -> Tensor:
         """One fused multiplication and addition a step."""
-        a, b = torch.broadcast_tensors(a, b)
         states = b.new_empty(b.shape)
         state = first
         for factor, term, out in zip(a.unbind(0), b.unbind(0), states.unbind(0), strict=True):

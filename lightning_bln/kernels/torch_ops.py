@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from copy import copy
 
+import torch
+
+from lightning_bln._compat import in_function_transform
 from lightning_bln.cells.cell import Cell, LinearCell
 from lightning_bln.kernels.reference import HiddenWeights, Noise, Result, Sequences, recurrence
 from lightning_bln.kernels.scan import scan_recurrence
@@ -11,7 +14,7 @@ from lightning_bln.kernels.scan import scan_recurrence
 
 def run(backend: str, cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result:
     """:func:`~lightning_bln.kernels.recurrence` by the backend of this name."""
-    if backend == "reference":
+    if backend == "reference" or (not torch.compiler.is_compiling() and in_function_transform()):
         return recurrence(cell, sequences, weights, noise)
     if isinstance(cell, LinearCell) and not noise.zoneout:
         return scan_recurrence(copy(cell), sequences, weights)

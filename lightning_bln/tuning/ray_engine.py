@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,9 @@ from optuna.trial import TrialState, create_trial
 from ray import tune
 from ray.tune.integration.pytorch_lightning import TuneReportCheckpointCallback
 from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import ConcurrencyLimiter
+from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.search.optuna import OptunaSearch
 
 from lightning_bln.tuning.objective import MODE, SCORES, stats_callback
 from lightning_bln.tuning.recipe import Recipe
@@ -90,7 +92,7 @@ def tune_on_ray(
     if started:
         # usage statistics would be sent off the machine
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        local = {"num_cpus": jobs, "include_dashboard": False} if address is None else {}
+        local: dict[str, Any] = {"num_cpus": jobs, "include_dashboard": False} if address is None else {}
         ray.init(address=address, log_to_driver=False, **local)
     try:
         results = make_tuner(recipe, trials, jobs, name, output, retries, progress).fit()
@@ -118,23 +120,19 @@ def make_tuner(
     if tune.Tuner.can_restore(str(output / name)):
         return tune.Tuner.restore(str(output / name), trainable, resume_unfinished=True, restart_errored=True)
     epochs = recipe.fit.get("trainer", {}).get("max_epochs") or 100
-    direction = {"metric": recipe.monitor, "mode": recipe.mode}
+    direction: dict[str, Any] = {"metric": recipe.monitor, "mode": recipe.mode}
     asha = ASHAScheduler(max_t=epochs, grace_period=1, reduction_factor=3, **direction)
     space = {path.replace(".", DOT): as_domain(one) for path, one in recipe.search.items()}
-    search: Any = None
+    search: Any
     if recipe.sampler == "tpe":
-        from ray.tune.search import ConcurrencyLimiter
-        from ray.tune.search.optuna import OptunaSearch
-
         search = ConcurrencyLimiter(OptunaSearch(seed=recipe.seed, **direction), max_concurrent=jobs)
     else:
-        random.seed(recipe.seed)
+        search = BasicVariantGenerator(max_concurrent=jobs, random_state=recipe.seed)
     return tune.Tuner(
         trainable,
         param_space=space,
         tune_config=tune.TuneConfig(
             num_samples=trials,
-            max_concurrent_trials=None if search is not None else jobs,
             search_alg=search,
             scheduler=None if recipe.pruner == "none" else asha,
         ),

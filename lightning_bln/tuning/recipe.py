@@ -131,7 +131,11 @@ class Recipe:
             logging.getLogger(name).setLevel(logging.WARNING)
         config = self.configuration(values)
         trainer = {**self._quiet, "default_root_dir": str(folder), **config["trainer"]}
-        callbacks = copy.deepcopy(trainer["callbacks"])
+        callbacks = trainer["callbacks"]
+        for one in [*callbacks, trainer["logger"]]:
+            arguments = one.get("init_args", {}) if isinstance(one, dict) else {}
+            # trials run side by side, and must not write into one folder
+            arguments.update({key: str(folder) for key in ("dirpath", "save_dir") if arguments.get(key) is not None})
         for callback in callbacks:
             if str(callback["class_path"]).endswith("BLNStatsCallback"):
                 callback["init_args"] = {"verbose": False, **callback.get("init_args", {})}

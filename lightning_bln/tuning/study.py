@@ -121,7 +121,10 @@ def open_study(recipe: Recipe, plan: Plan, worker: int) -> tuple[Store, optuna.S
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     store = Store(plan.storage, plan.heartbeat)
-    directions = ["minimize" if recipe.mode == "min" else "maximize", *(["minimize"] if recipe.latency else [])]
+    directions: list[Any] = [
+        "minimize" if recipe.mode == "min" else "maximize",
+        *(["minimize"] if recipe.latency else []),
+    ]
     study = optuna.create_study(
         storage=store.storage,
         study_name=plan.name,

@@ -185,7 +185,7 @@ def test_both_scans_are_the_loop(steps) -> None:
         assert torch.autograd.gradgradcheck(scan, (a, b, first))
 
 
-@pytest.mark.parametrize(("kind", "norm"), itertools.product(LINEAR, [None, *NORMS]))
+@pytest.mark.parametrize(("kind", "norm"), list(itertools.product(LINEAR, [None, *NORMS])))
 @pytest.mark.parametrize("lengths", [(4, 4, 4), (5, 3, 1)])
 def test_a_linear_cells_scan_is_its_steps(kind, norm, lengths) -> None:
     layer = perturbed(kind, norm)
@@ -219,3 +219,36 @@ def test_speechbrains_ligru_norms_the_input_alone() -> None:
         h = z.sigmoid() * h + (1 - z.sigmoid()) * n.relu()
         outputs.append(h)
     torch.testing.assert_close(layer(x)[0], torch.stack(outputs))
+
+
+@every_cell
+@pytest.mark.parametrize("norm", [None, "bln"])
+def test_autocast_narrows_products_and_keeps_states(kind, norm) -> None:
+    layer = Recurrent(kind, 3, 4, norm=norm, num_layers=2)
+    x = torch.randn(5, 3, 3)
+    expected = layer(x)[0]
+    for given in (x, x.bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            output, states = layer(given)
+        output.sum().backward()
+        torch.testing.assert_close(output.float(), expected, rtol=0, atol=0.3 if norm else 0.1)
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
+        assert all(state.dtype == torch.float32 for state in flat(states)) or kind in ("lstm", "gru", "rnn")
+
+
+@pytest.mark.parametrize("kind", ["mgu", "mingru", "coupledlstm"])
+def test_functional_gradients_and_gradients_of_gradients_have_a_way(kind) -> None:
+    layer = perturbed(kind, "bln")
+    layer.eval()
+    x = torch.randn(4, 3, 3, dtype=torch.float64)
+    parameters = dict(layer.named_parameters())
+
+    def loss(values):
+        return torch.func.functional_call(layer, values, (x,))[0].square().sum()
+
+    expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
+    for ours, theirs in zip(torch.func.grad(loss)(parameters).values(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    layer.backend = "reference"
+    first = torch.autograd.grad(loss(parameters), layer.weight_ih_l0, create_graph=True)[0]
+    assert torch.autograd.grad(first.square().sum(), layer.weight_ih_l0)[0].isfinite().all()
