@@ -130,16 +130,23 @@ def joint_batch(x: Tensor, shared: bool, takes_part: bool = True) -> JointBatch:
     )
 
 
-def in_step(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
-    """``batches``; where layers of ``model`` take statistics over ranks, as many on each rank as the longest has.
+def is_sharded(model: nn.Module) -> bool:
+    """Whether weights of ``model`` lie in parts on several ranks (FSDP), so that no rank can run it alone."""
+    names = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    return not names.isdisjoint({"FullyShardedDataParallel", "FSDPModule"})
 
-    A rank that has run out gets its last batch again, while its layers know that it does not count.
+
+def in_step(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
+    """``batches``; where ranks must run ``model`` together, as many on each rank as the longest has.
+
+    They must where its weights are sharded, or its layers take statistics over ranks. A rank that has run out gets its
+    last batch again, which then does not count.
 
     Raises:
         ValueError: A rank has no batch at all; raised on every rank.
     """
-    layers = [layer for layer in model.modules() if getattr(layer, "sync_batch_stats", False)]
-    if not layers or not is_distributed():
+    synced = any(getattr(layer, "sync_batch_stats", False) for layer in model.modules())
+    if not is_distributed() or not (synced or is_sharded(model)):
         yield from batches
         return
     iterator, last, is_first = iter(batches), None, True
@@ -150,12 +157,13 @@ def in_step(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
         dist.all_reduce(going)
         if is_first and going < dist.get_world_size() and going > 0:
             raise ValueError(
-                "sync_batch_stats=True, but a rank has no batch to compute a population from; give each at least one"
+                "a rank has no batch to compute a population from, but layers with sync_batch_stats=True and sharded "
+                "weights (FSDP) need all ranks at each; give every rank at least one"
             )
         if not going:
             return
         if batch is _END:
-            with idle(layers):
+            with idle(model):
                 yield last
         else:
             last = batch
@@ -167,8 +175,13 @@ _END = object()
 
 
 @contextmanager
-def idle(layers: list[Any]) -> Iterator[None]:
-    """Within the context this rank's inputs do not count in joint statistics."""
+def idle(model: nn.Module) -> Iterator[None]:
+    """Within the context nothing of this rank's inputs is gathered, nor counts in joint statistics."""
+    layers: list[Any] = []
+    for layer in model.modules():
+        # a joint population gathers what all ranks have seen, and this rank must see that too
+        if hasattr(layer, "takes_part") and not getattr(layer, "is_joint", False):
+            layers.append(layer)
     for layer in layers:
         layer.takes_part = False
     try:

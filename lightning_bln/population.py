@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_bln.distributed import in_step
+from lightning_bln.distributed import in_step, is_distributed
 from lightning_bln.functional import Statistics, check_choice
 from lightning_bln.moments import Moments
 
@@ -80,6 +80,7 @@ class Population(nn.Module):
         self.num_features, self.estimator, self.momentum = num_features, estimator, momentum
         self.merge_positions = merge_positions
         self.is_joint = False  # whether all ranks gather the same batches, so that there is nothing to merge
+        self.takes_part = True  # not where this rank only keeps step with others that have more batches
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         quantities = (1 if estimator == "pooled" else 2) * num_features + 3
         self.register_buffer("count", torch.zeros(0, dtype=torch.long, device=device))
@@ -107,6 +108,8 @@ class Population(nn.Module):
 
     def gather(self, observed: Observed) -> None:
         """Take in one batch; with ``momentum``, let the frozen population follow it."""
+        if not self.takes_part:
+            return
         moments = self._moments(observed)
         if self.merge_positions:
             moments = Moments(*(part[None] for part in moments.merge_positions()))
@@ -365,6 +368,7 @@ def recompute_population(
             else:
                 model(batch[0] if isinstance(batch, (tuple, list)) else batch)
             seen += 1
-        if not seen:
+        # a rank may have none where others have some: then it takes the statistics of theirs
+        if not seen and not is_distributed():
             raise ValueError("batches is empty, so there is nothing to compute a population from; pass at least one")
         freeze_population(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -28,6 +28,33 @@ def keep_apart(callback: Any, module: nn.Module) -> None:
     for name in _compat.SWAPS:
         method = getattr(type(callback), name).__get__(callback)
         setattr(callback, name, without_populations(method, averaged, module))
+
+
+@contextmanager
+def save_average_alone(callbacks: Iterable[Any], module: nn.Module) -> Iterator[None]:
+    """Within the context checkpoints of weights alone hold the average's, if there is one, as full ones do.
+
+    The Trainer asks no callback about them: they would hold the weights still in training, which nobody validated,
+    beside the average's population and mode. It does ask the module.
+    """
+    averaging = [callback for callback in callbacks if isinstance(_compat.averaged_model(callback), AveragedModel)]
+    if not averaging:
+        yield
+        return
+    own: Any = module.on_save_checkpoint
+
+    def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+        if "callbacks" not in checkpoint:
+            average = _compat.averaged_model(averaging[-1]).module.state_dict()
+            checkpoint["state_dict"].update({key: average[key] for key in checkpoint["state_dict"] if key in average})
+            write_statistics(module, checkpoint["state_dict"])
+        own(checkpoint)
+
+    module.__dict__["on_save_checkpoint"] = on_save_checkpoint
+    try:
+        yield
+    finally:
+        module.__dict__.pop("on_save_checkpoint", None)
 
 
 def write_statistics(module: nn.Module, state_dict: dict[str, Any]) -> None:

@@ -1,7 +1,10 @@
-"""What a person sees: the progress bar's label, figures and hyperparameters in loggers, the table."""
+"""What a person sees: the progress bars, figures and hyperparameters in loggers, the table."""
 
 from __future__ import annotations
 
+import math
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,91 @@ def label_bar(trainer: Any, text: str) -> None:
         progress.update(task, description=text)
     elif "_val_progress_bar" in bar.__dict__ and bar.__dict__["_val_progress_bar"] is not None:
         bar.val_progress_bar.set_description(text)
+
+
+class SweepBar:
+    """A line of the sweep's own under the Trainer's bars, as tqdm or rich draws them; without bars it does nothing."""
+
+    INTERVAL = 0.1
+    """Seconds between two drawings: a mode may take less than drawing does."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.done, self.next = 0, 0.0
+        self.line: TqdmLine | RichLine | None = None
+
+    def start(self, text: str, total: float | None) -> None:
+        """Show ``text`` and how much of ``total`` is done, in place of what was shown before."""
+        self.close()
+        bar = self.trainer.progress_bar_callback
+        if bar is None or not bar.is_enabled:
+            return
+        total = total if total is not None and math.isfinite(total) else None
+        kinds = {base.__name__: base for base in type(bar).__mro__}
+        if "TQDMProgressBar" in kinds:
+            self.line = TqdmLine(bar, kinds["TQDMProgressBar"], text, total)
+        elif "RichProgressBar" in kinds and bar.progress is not None:
+            self.line = RichLine(bar, text, total)
+        self.done, self.next = 0, 0.0
+
+    def advance(self, steps: int = 1) -> None:
+        if self.line is None:
+            return
+        self.done += steps
+        now = time.monotonic()
+        if now >= self.next:
+            self.line.show(self.done)
+            self.next = now + self.INTERVAL
+
+    def close(self) -> None:
+        if self.line is not None:
+            self.line.show(self.done)
+            self.line.close()
+            self.line = None
+
+
+class TqdmLine:
+    def __init__(self, bar: Any, kind: type, text: str, total: float | None) -> None:
+        below = 1 if self.is_validating(bar) else 2
+        self.line = sys.modules[kind.__module__].Tqdm(
+            desc=text,
+            total=total,
+            position=2 * bar.process_position + below,
+            leave=False,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            bar_format=bar.BAR_FORMAT,
+        )
+
+    @staticmethod
+    def is_validating(bar: Any) -> bool:
+        """Whether there is no training bar above."""
+        return bool(bar.trainer.state.fn == "validate")
+
+    def show(self, done: int) -> None:
+        self.line.update(done - self.line.n)
+
+    def close(self) -> None:
+        self.line.close()
+
+
+class RichLine:
+    """One task for all sweeps of a fit: the Trainer's bar finds its own by their place, so none may be taken away."""
+
+    def __init__(self, bar: Any, text: str, total: float | None) -> None:
+        self.bar, self.progress = bar, bar.progress
+        self.task = next((one.id for one in self.progress.tasks if one.fields.get("is_sweep")), None)
+        if self.task is None:
+            self.task = self.progress.add_task(text, total=total, is_sweep=True)
+        else:
+            self.progress.reset(self.task, total=total, description=text, visible=True)
+
+    def show(self, done: int) -> None:
+        self.progress.update(self.task, completed=done)
+        self.bar.refresh()
+
+    def close(self) -> None:
+        self.progress.update(self.task, visible=False)
 
 
 def log_choice(trainer: Any, result: SweepResult, *, figure: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +59,7 @@ class Evaluation:
     ) -> None:
         self.trainer, self.module, self.shared = trainer, module, shared
         self.is_first = True
+        self.on_step: Callable[[], None] = nothing
         self.loop = _compat.evaluation_loop(trainer)
         self.connector = _compat.connector(trainer)
         self.layers = mode_layers(module)
@@ -151,6 +152,7 @@ class Evaluation:
             _compat.set_current_hook(module, "on_validation_batch_end")
             module.on_validation_batch_end(output, batch, batch_idx, *where)
             results.batch = results.batch_size = None
+        self.on_step()
         return output
 
     def close_dataloader(self, runs: Iterable[Run], dataloader_idx: int | None) -> None:
@@ -325,6 +327,9 @@ def copied_row(row: Any) -> Any:
     state = row.__getstate__()
     own.__setstate__({name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()})
     return own
+
+
+def nothing() -> None: ...
 
 
 def same(tensor: Tensor) -> Tensor:

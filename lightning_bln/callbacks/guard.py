@@ -75,12 +75,18 @@ class Guard:
                 f"{self.reason or 'another rank could not regroup its batches'}."
             )
             return
-        loaded = [(kept.batch, kept.dataloader_idx) for kept in self.kept]
+        # ranks with other data may have kept less: only dataloaders that all of them kept can be reduced over them
+        is_complete = strategy.reduce_boolean_decision(self.is_complete, all=True)
+        indices = list(dict.fromkeys(kept.dataloader_idx for kept in self.kept))
+        shared = strategy.reduce(torch.tensor(len(indices), device=strategy.root_device), reduce_op="min")
+        indices = indices[: int(shared)]
+        loaded = [(kept.batch, kept.dataloader_idx) for kept in self.kept if kept.dataloader_idx in indices]
+        regrouped = [(batch, index) for batch, index in regrouped if index in indices]
         pairs = {}
         for mode in modes:
             # the pass just done has this value already, where all its batches were kept
             before = result.scores[mode][result.monitor]
-            if not self.is_complete:
+            if not is_complete:
                 before = evaluation.score(mode, loaded, result.monitor)
             pairs[mode] = Regrouped(before, evaluation.score(mode, regrouped, result.monitor))
         result.regrouped = pairs

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from lightning_bln import _compat
-from lightning_bln.callbacks.evaluation import RandomState, Silent
+from lightning_bln.callbacks.evaluation import RandomState, Silent, nothing
 from lightning_bln.callbacks.user_state import UserState
+from lightning_bln.distributed import in_step, is_sharded
 from lightning_bln.population import recompute_population, reset_population
 
 STEP = "population_step"
 """A module's own forward for this, where its training_step cannot serve: it takes ``(batch, batch_idx)``."""
 
 
-def recompute(trainer: Any, module: Any, *, limit: int | None, dataloader: Iterable[Any] | None = None) -> None:
+def recompute(
+    trainer: Any,
+    module: Any,
+    *,
+    limit: int | None,
+    dataloader: Iterable[Any] | None = None,
+    on_step: Callable[[], None] = nothing,
+) -> None:
     """Compute the population of ``module`` at its weights as they are, over the Trainer's training data.
 
     Args:
@@ -27,10 +37,20 @@ def recompute(trainer: Any, module: Any, *, limit: int | None, dataloader: Itera
         module: The module it trains.
         limit: Use at most this many batches on each rank.
         dataloader: Batches to use in place of the training data.
+        on_step: Called after each batch.
     """
     with undisturbed(trainer, module):
         batches = training_batches(trainer) if dataloader is None else enumerated(dataloader)
-        recompute_population(module, batches, predict=lambda item: run_step(trainer, module, *item), limit=limit)
+        whole = trainer.strategy.model
+        if is_sharded(whole) and not is_sharded(module):
+            # only the wrapper shows that ranks must run the module together
+            batches, limit = in_step(whole, islice(batches, limit)), None
+
+        def predict(item: tuple[Any, int]) -> None:
+            run_step(trainer, module, *item)
+            on_step()
+
+        recompute_population(module, batches, predict=predict, limit=limit)
         reset_population(module)
 
 
@@ -79,6 +99,7 @@ def undisturbed(trainer: Any, module: Any) -> Iterator[None]:
             if loggers:
                 trainer.loggers = [Silent() for _ in loggers]
             trainer.training = True
+            stack.enter_context(unsynchronised(trainer.strategy.model))
             yield
         finally:
             module.__dict__.pop("log", None)
@@ -89,6 +110,19 @@ def undisturbed(trainer: Any, module: Any) -> Iterator[None]:
                 trainer.loggers = loggers
             trainer.state.stage = stage
             random.restore()
+
+
+@contextmanager
+def unsynchronised(model: Any) -> Iterator[None]:
+    """Within the context DDP's forward broadcasts no buffers: ranks may have different numbers of batches."""
+    if not isinstance(model, DistributedDataParallel):
+        yield
+        return
+    before, model.require_forward_param_sync = model.require_forward_param_sync, False
+    try:
+        yield
+    finally:
+        model.require_forward_param_sync = before
 
 
 def mute(*args: Any, **kwargs: Any) -> None:
@@ -168,9 +202,10 @@ def restored_generators(loaders: Iterable[Any]) -> Iterator[None]:
 
 
 def fingerprint(module: nn.Module) -> tuple[float, float]:
-    """Two sums over all weights, by which to tell that they moved, through an optimizer or otherwise."""
+    """Two sums over all weights of this rank, by which to tell that they moved, through an optimizer or otherwise."""
     with torch.no_grad():
-        sums = [(one.double().sum(), one.double().square().sum()) for one in module.parameters() if one.numel()]
+        own = [one.to_local() if hasattr(one, "to_local") else one for one in module.parameters()]
+        sums = [(one.double().sum(), one.double().square().sum()) for one in own if one.numel()]
         if not sums:
             return 0.0, 0.0
         total = torch.stack([torch.stack(pair) for pair in sums]).sum(0)

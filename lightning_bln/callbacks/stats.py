@@ -13,11 +13,12 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_bln import _compat
-from lightning_bln.callbacks.averaging import keep_apart, write_statistics
-from lightning_bln.callbacks.display import label_bar, log_choice, print_table, save
+from lightning_bln.callbacks.averaging import keep_apart, save_average_alone, write_statistics
+from lightning_bln.callbacks.display import SweepBar, label_bar, log_choice, print_table, save
 from lightning_bln.callbacks.evaluation import Evaluation
 from lightning_bln.callbacks.guard import Guard
 from lightning_bln.callbacks.recompute import check_recompute, fingerprint, recompute
+from lightning_bln.distributed import is_sharded
 from lightning_bln.fanout import SharedForward
 from lightning_bln.modes import ALL_MODES, BATCH_INDEPENDENT_MODES, StatisticsMode, mode_layers
 from lightning_bln.population import Population, freeze_population, populations, reset_population
@@ -117,6 +118,8 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         self._frozen_step: int | None = None
         self._warned: str | None = None
         self._quiet = ExitStack()
+        self._fitting = ExitStack()
+        self._bar: SweepBar | None = None
 
     @property
     def state_key(self) -> str:
@@ -151,8 +154,20 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
             check_recompute(trainer, pl_module)
         for callback in trainer.callbacks:
             keep_apart(callback, pl_module)
+        self._fitting.enter_context(save_average_alone(trainer.callbacks, pl_module))
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        # not at the start of fit: with sharded weights the checkpoint is read only after that
         if all(one.is_frozen for one in populations(pl_module)):
             self._announce(pl_module, "resumes")
+        has_none = sum(trainer.num_val_batches) == 0
+        decide = trainer.strategy.reduce_boolean_decision
+        if decide(has_none, all=False) and not decide(has_none, all=True):
+            raise _compat.misconfiguration(
+                trainer,
+                "a rank has no validation batches while others do, and would choose no mode; give every rank at least "
+                "one batch, of fewer samples each",
+            )
 
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
         # before training there is no population, and nobody wants to be told so
@@ -177,6 +192,7 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         )
         if not fitting:
             self._check(trainer, pl_module)
+            self._announce(pl_module, "validates, coming")
             if not all(one.is_frozen for one in populations(pl_module)):
                 self._sweeps = False
                 rank_zero_info("BLNStatsCallback chooses no mode: the model has no population yet; call fit first.")
@@ -193,9 +209,14 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
             return
         if self._evaluation is None:
             # only now have the module's own hooks for the start of the epoch run
-            if self._shared is None and self.shares_forwards:
+            # what one rank shares and another does not would put their forwards out of step, where weights are sharded
+            if self._shared is None and self.shares_forwards and not is_sharded(trainer.strategy.model):
                 self._shared = SharedForward(pl_module)
             self._evaluation = Evaluation(trainer, pl_module, self.candidates, self._shared)
+            self._bar = self._bar or SweepBar(trainer)
+            self._evaluation.on_step = self._bar.advance
+            batches = sum(_compat.evaluation_loop(trainer).max_batches)
+            self._bar.start(f"{len(self.candidates)} modes", batches * len(self._evaluation.runs))
             self._guard = Guard(self.tolerance, self.guard == "strict") if self._is_guarded else None
         index = _compat.results(_compat.evaluation_loop(trainer)).dataloader_idx
         if batch_idx == 0:
@@ -209,6 +230,7 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         self._evaluation = self._guard = None
         if evaluation is None:
             return
+        self._close_bar()
         scores = self._agree(evaluation, evaluation.finish())
         if self._shared is not None and self._shared.reason is not None:
             rank_zero_info(f"BLNStatsCallback runs modes one by one: {self._shared.reason}.")
@@ -219,8 +241,11 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         except ValueError:  # NaN everywhere, and layers of different modes: leave them
             return
         if guard is not None and not result.chosen.is_batch_independent:
+            if self._bar is not None:
+                self._bar.start("Regrouped batches", None)
             guard.judge(evaluation, result, self.candidates)
         result.chosen = StatisticsMode(trainer.strategy.broadcast(str(result.chosen)))
+        self._close_bar()
         evaluation.install(result.chosen)
         self.result = result
         score = result.scores.get(result.chosen, {}).get(self.monitor, math.nan)
@@ -251,11 +276,14 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         self._announce(pl_module, "predicts")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._shared = None
+        self._shared = self._bar = None
+        self._fitting.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._evaluation = self._guard = None
+        self._close_bar()
         self._quiet.close()
+        self._fitting.close()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         write_statistics(pl_module, checkpoint["state_dict"])
@@ -274,6 +302,10 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
     @property
     def _is_guarded(self) -> bool:
         return self.guard != "off" and not all(one.is_batch_independent for one in self.candidates)
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
     def _announce(self, module: Any, doing: str) -> None:
         modes = sorted({str(layer.mode) for layer in mode_layers(module)})
@@ -298,11 +330,26 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         """Freeze the population of the weights as they are, unless that has been done."""
         weights, step = fingerprint(module), trainer.global_step
         has_moved, has_stepped = weights != self._frozen_at, step != self._frozen_step
-        if self.population == "epoch" and has_stepped and all(one.is_gathering for one in populations(module)):
+        # ranks must go the same way: one's shard of the weights may be still, or its share of the data empty
+        has_moved = trainer.strategy.reduce_boolean_decision(has_moved, all=False)
+        has_gathered = all(one.is_gathering for one in populations(module))
+        if self.population == "epoch":
+            has_gathered = trainer.strategy.reduce_boolean_decision(has_gathered, all=False)
+        if self.population == "epoch" and has_stepped and has_gathered:
             freeze_population(module)
         elif has_moved and (self.population == "recompute" or self._frozen_at is not None):
             # weights that moved without a step are an average's, of which no epoch has gathered anything
-            recompute(trainer, module, limit=self.recompute_batches, dataloader=self.stats_dataloader)
+            self._bar = self._bar or SweepBar(trainer)
+            there_are = trainer.num_training_batches if self.stats_dataloader is None else math.inf
+            self._bar.start("Population", min(there_are, self.recompute_batches or math.inf))
+            recompute(
+                trainer,
+                module,
+                limit=self.recompute_batches,
+                dataloader=self.stats_dataloader,
+                on_step=self._bar.advance,
+            )
+            self._close_bar()
         self._frozen_at, self._frozen_step = weights, step
 
     def _agree(

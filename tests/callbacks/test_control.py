@@ -184,6 +184,20 @@ def test_two_callbacks_are_refused() -> None:
         zoo.fitted(zoo.Simple(), zoo.chooser(), zoo.chooser("val_acc", "max"))
 
 
+def test_two_callbacks_of_one_monitor_are_refused_by_name() -> None:
+    # the Trainer is first here, as both would write to one place in a checkpoint
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `BLNStatsCallback`"):
+        zoo.trainer(zoo.chooser(), zoo.chooser())
+
+
+def test_a_rank_without_validation_batches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = zoo.trainer(zoo.chooser(), num_sanity_val_steps=0)
+    # as if another rank had answered the other way
+    monkeypatch.setattr(type(trainer.strategy), "reduce_boolean_decision", lambda self, decision, all=True: not all)
+    with pytest.raises(MisconfigurationException, match="a rank has no validation batches"):
+        trainer.fit(zoo.Simple(), zoo.train_data(), zoo.val_data())
+
+
 def test_a_model_without_our_layers_is_refused() -> None:
     class Plain(zoo.Simple):
         def __init__(self) -> None:

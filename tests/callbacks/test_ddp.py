@@ -8,29 +8,66 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("ddp_run.py")
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-@pytest.mark.parametrize("population", ["recompute", "epoch"])
-def test_ranks_agree_on_mode_scores_and_statistics(tmp_path: Path, population: str) -> None:
+def run(script: str, case: str, folder: Path) -> Any:
+    """What rank 0 of two writes down."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    out = tmp_path / "found.json"
-    command = [sys.executable, str(SCRIPT), population, str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    out = folder / "found.json"
+    command = [sys.executable, str(Path(__file__).with_name(script)), case, str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(out.read_text())
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("population", ["recompute", "epoch"])
+def test_ranks_agree_on_mode_scores_and_statistics(tmp_path: Path, population: str) -> None:
+    found = run("ddp_run.py", population, tmp_path)
     assert found["ranks_differ"] == 0.0
     assert found["modes_differ"] == 0.0
     assert found["from_truth"] < 2e-6
     for mode, value in found["alone"].items():
         if mode.startswith("pp"):  # what others read of the batch differs, since ranks have other batches
             assert found["scores"][mode] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["recompute", "epoch", "buffer"])
+def test_uneven_data_count_by_what_each_rank_has(tmp_path: Path, case: str) -> None:
+    found = run("uneven_run.py", case, tmp_path)
+    assert found["ranks_differ"] == 0.0
+    assert found["modes_differ"] == 0.0
+    assert not found["results_differ"]
+    assert found["positions"] == 7
+    assert found["from_truth"] < 2e-6
+    # one process has the very batches of both ranks, so all modes must agree, those that read the batch too
+    assert set(found["scores"]) == set(found["alone"])
+    for mode, value in found["alone"].items():
+        assert found["scores"][mode] == pytest.approx(value, rel=2e-5)
+
+
+NEEDS_TWO_GPUS = pytest.mark.skipif(
+    torch.cuda.device_count() < 2,
+    reason="FullyShardedDataParallel and the Trainer's FSDPStrategy refuse the CPU; needs two GPUs",
+)
+
+
+@pytest.mark.parametrize("case", [pytest.param("fsdp", marks=NEEDS_TWO_GPUS), "fsdp2"])
+def test_sharded_weights_have_the_population_and_mode_of_all_data(tmp_path: Path, case: str) -> None:
+    found = run("sharded_run.py", case, tmp_path)
+    assert found["ranks_differ"] == 0.0
+    assert found["modes_differ"] == 0.0
+    assert found["saved_differs"] == 0.0
+    assert found["from_truth"] < 2e-6
+    assert found["mode"] == found["chosen"]
+    for mode, value in found["alone"].items():
+        assert found["scores"][mode] == pytest.approx(value, rel=2e-5)

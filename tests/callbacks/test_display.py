@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lightning_bln.callbacks import BLNStatsCallback
+from lightning_bln.callbacks.display import RichLine, SweepBar, TqdmLine
 from lightning_bln.sweep import SweepResult
 
 
@@ -33,6 +34,46 @@ def test_the_validation_bar_says_what_is_going_on(bar: Any, capsys: pytest.Captu
 
     zoo.fitted(Reads(), zoo.chooser(), bar(refresh_rate=1), enable_progress_bar=True, num_sanity_val_steps=0)
     assert any("16 modes" in label for label in labels)
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
+def test_the_sweep_has_a_line_of_its_own(bar: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, float, float | None, bool]] = []
+
+    def watch(cls: Any) -> None:
+        draw = cls.show
+
+        def show(self: Any, done: int) -> None:
+            draw(self, done)
+            if cls is TqdmLine:
+                shown.append((self.line.desc, self.line.n, self.line.total, not self.line.disable))
+            else:
+                task = next(one for one in self.progress.tasks if one.id == self.task)
+                shown.append((task.description, task.completed, task.total, task.visible))
+
+        monkeypatch.setattr(cls, "show", show)
+
+    watch(TqdmLine)
+    watch(RichLine)
+    monkeypatch.setattr(SweepBar, "INTERVAL", 0.0)
+    callback = zoo.chooser(guard="warn")
+    trainer = zoo.fitted(zoo.Simple(), callback, bar(refresh_rate=1), enable_progress_bar=True, max_epochs=2)
+    assert all(visible for *_, visible in shown)
+    sweep = [(done, total) for text, done, total, _ in shown if "16 modes" in text]
+    # three batches in fifteen modes; the sixteenth is the one Lightning runs
+    assert [done for done, _ in sweep][:45] == list(range(1, 46))
+    assert {total for _, total in sweep} == {45}
+    assert [done for text, done, *_ in shown if "Population" in text][:2] == [1, 2]
+    shown_bar: Any = trainer.progress_bar_callback
+    if bar is RichProgressBar:
+        assert [task.visible for task in shown_bar.progress.tasks if task.fields.get("is_sweep")] == [False]
+
+
+def test_without_bars_there_is_no_line() -> None:
+    bar = SweepBar(zoo.trainer())
+    bar.start("nothing", 3)
+    bar.advance()
+    assert bar.line is None
 
 
 def test_table_files_and_hyperparameters(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -97,6 +138,25 @@ def test_a_reloaded_model_announces_its_mode(monkeypatch: pytest.MonkeyPatch) ->
     trainer.fit(model, zoo.train_data(), zoo.val_data())
     assert said[0] == f"Tests tests in statistics mode {callback.result.incumbent}."
     assert said[1] == f"Tests resumes in statistics mode {callback.result.incumbent}."
+
+
+def test_a_model_from_a_checkpoint_announces_its_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tests(zoo.Simple):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch[0])
+
+    path = str(tmp_path / "saved.ckpt")
+    zoo.fitted(Tests(), zoo.chooser(candidates=["pccp"])).save_checkpoint(path)
+    said: list[str] = []
+    monkeypatch.setattr("lightning_bln.callbacks.stats.rank_zero_info", said.append)
+    zoo.trainer(zoo.chooser()).validate(Tests(), zoo.val_data(), ckpt_path=path, verbose=False)
+    zoo.trainer(zoo.chooser()).test(Tests(), zoo.val_data(), ckpt_path=path, verbose=False)
+    zoo.trainer(zoo.chooser(), max_epochs=2).fit(Tests(), zoo.train_data(), zoo.val_data(), ckpt_path=path)
+    assert said[:3] == [
+        "Tests validates, coming in statistics mode pccp.",
+        "Tests tests in statistics mode pccp.",
+        "Tests resumes in statistics mode pccp.",
+    ]
 
 
 class Data(zoo.pl.LightningDataModule):

@@ -124,6 +124,22 @@ def test_averaged_weights_get_a_population_of_their_own(tmp_path: Path, use_buff
     assert scored == pytest.approx(float(saver.best_model_score), abs=1e-6)
 
 
+def test_weights_saved_alone_are_the_average_with_its_population(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1, save_weights_only=True, filename="{epoch}")
+    averaging = EMAWeightAveraging(decay=0.8)
+    callback, model = zoo.chooser(), zoo.Simple()
+    fit(model, averaging, callback, saver, max_epochs=3, enable_checkpointing=True)
+    assert len(saver.best_k_models) == 3
+    for (path, score), (*_, mode, _) in zip(sorted(saver.best_k_models.items()), callback.history, strict=True):
+        saved = torch.load(path, weights_only=True)
+        assert "callbacks" not in saved
+        loaded = zoo.Simple.load_from_checkpoint(path)
+        assert {str(layer.mode) for layer in mode_layers(loaded)} == {mode}
+        scored = zoo.trainer().validate(loaded, zoo.val_data(), verbose=False)[0]["val_loss"]
+        assert scored == pytest.approx(float(score), abs=1e-6)
+    assert "on_save_checkpoint" not in model.__dict__
+
+
 def test_plain_weight_averaging_resumes(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, save_last=True)
     fit(zoo.Simple(), WeightAveraging(), zoo.chooser(), saver, max_epochs=1, enable_checkpointing=True)
