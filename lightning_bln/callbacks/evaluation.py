@@ -134,7 +134,8 @@ class Evaluation:
             for run in runs:
                 turn(run)
         else:
-            self.shared.each(runs, turn, recheck=self.is_first)
+            # the incumbent's turn is Lightning's own step, which comes next
+            self.shared.each(runs, turn, recheck=self.is_first, follows=self.incumbent)
         self.is_first = False
 
     def run_step(self, run: Run, batch: Any, batch_idx: int, dataloader_idx: int | None) -> Any:
