@@ -143,7 +143,8 @@ def current_hook(module: Any) -> str | None:
 
 def set_current_hook(module: Any, name: str | None) -> None:
     """See :func:`current_hook`."""
-    module._current_fx_name = name
+    # no parameter, module or buffer, which is what the module's own way of setting would look for first
+    module.__dict__["_current_fx_name"] = name
 
 
 CONNECTOR_METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")

@@ -51,6 +51,7 @@ class SharedForward:
         self.is_inside = False
         self.is_rechecking = False
         self.reason: str | None = None
+        self.following = ExitStack()
 
     @property
     def is_active(self) -> bool:
@@ -66,36 +67,68 @@ class SharedForward:
                     stack.enter_context(site.installed())
             yield
 
-    def each(self, runs: Sequence[Any], step: Callable[[Any], Any], recheck: bool = False) -> None:
+    def each(
+        self,
+        runs: Sequence[Any],
+        step: Callable[[Any], Any],
+        recheck: bool = False,
+        follows: StatisticsMode | None = None,
+    ) -> None:
         """Call ``step`` with each of ``runs``, which have a ``mode``, on one batch.
 
         Args:
             runs: Whose turn it is, one after the other; ``step`` sets the mode.
             step: What to do in a turn.
             recheck: Compare the first turn with the plain way again.
+            follows: The mode of one more turn at the batch, which the caller takes before it calls :meth:`close`.
         """
+        self.close()
         if not self.is_active:
             for run in runs:
                 step(run)
             return
+        # a batch that checks has every mode run the plain way, and so has to leave that turn alone
+        if recheck or not any(site.was_checked and not site.failed for site in self.sites):
+            follows = None
         self.is_rechecking = recheck
-        with self.installed():
+        with ExitStack() as stack:
+            stack.enter_context(self.installed())
+            stack.callback(self.forget)
             start = 0
             while start < len(runs):
                 part = runs[start : start + self.chunk]
+                start += len(part)
                 self.modes = tuple(run.mode for run in part)
+                if follows is not None and start == len(runs):
+                    if len(part) < self.chunk:
+                        self.modes += (follows,)
+                    else:
+                        follows = None
                 for site in self.sites:
                     site.shared = {}
                 for self.turn, run in enumerate(part):
-                    for site in self.sites:
-                        site.calls = 0
+                    self.begin_turn()
                     step(run)
-                start += len(part)
                 self.is_rechecking = False
+            for site in self.sites:
+                site.was_checked |= bool(site.axes)
+            if follows is not None:
+                self.turn += 1
+                self.begin_turn()
+                self.following = stack.pop_all()
+
+    def begin_turn(self) -> None:
+        for site in self.sites:
+            site.calls = 0
+
+    def close(self) -> None:
+        """End the turn that followed, if there was one."""
+        self.following.close()
+
+    def forget(self) -> None:
         self.modes = ()
         for site in self.sites:
             site.shared = {}
-            site.was_checked |= bool(site.axes)
 
     def shrink(self, size: int) -> None:
         """Run fewer modes at once from now on."""

@@ -93,13 +93,13 @@ class FanOut:
         self.is_fanned = False
 
     def enter(self, x: Tensor, batch_dim: int) -> Tensor:
-        """``x`` with its batch axis repeated for each mode, mode by mode, unless a layer before has done so."""
+        """``x`` with an axis of modes before its batch axis, along which it is expanded unless a layer has been met."""
         if self.is_fanned:
-            return x
+            return x.unflatten(batch_dim, (len(self.modes), -1))
         self.is_fanned = True
-        repeats = [1] * x.ndim
-        repeats[batch_dim] = len(self.modes)
-        return x.repeat(repeats)
+        sizes = [-1] * (x.ndim + 1)
+        sizes[batch_dim] = len(self.modes)
+        return x.unsqueeze(batch_dim).expand(sizes)
 
     def uses_population(self, device: torch.device) -> tuple[bool | Tensor, ...]:
         """For each statistic, whether the population gives it: one answer, or one for each mode where they differ."""
@@ -187,6 +187,12 @@ def using_mode(model: nn.Module, mode: str) -> Iterator[None]:
     finally:
         for layer, own in zip(layers, before, strict=True):
             layer.mode = own
+
+
+def assign_modes(layers: Iterable[HasMode], modes: Iterable[StatisticsMode]) -> None:
+    """Give each of ``layers`` its mode, past nn.Module's search for parameters: done twice for a batch and mode."""
+    for layer, mode in zip(layers, modes, strict=True):
+        layer.__dict__["_mode"] = mode
 
 
 def require_mode_layers(model: nn.Module) -> list[HasMode]:

@@ -42,8 +42,9 @@ def choose(
     if population is None:
         return complete(Statistics(), x, over, weights, mask)
     given = Statistics(*(value if use is True else None for value, use in zip(population, uses, strict=True)))
-    current = complete(given, x, over, weights, mask)
     group_axis = over[0] - 1
+    is_same = mask is None and group_axis >= 0 and x.stride(group_axis) == 0
+    current = complete(given, x.narrow(group_axis, 0, 1) if is_same else x, over, weights, mask)
     chosen = []
     for use, own, value in zip(uses, population, current, strict=True):
         if isinstance(use, Tensor) and value is not None:
@@ -165,11 +166,9 @@ class Normalization(HasMode):
             )
         self._check_dtype(x)
         fan = None if self.training else self.fan
-        if fan is not None:
-            x = fan.enter(x, batch_dim)
         canonical = x.movedim((batch_dim, channel_dim), (0, -1))
         if fan is not None:
-            canonical = canonical.unflatten(0, (len(fan.modes), -1))
+            canonical = fan.enter(canonical, 0)
         y = self._normalize(canonical, groups=fan is not None)
         if fan is not None:
             y = y.flatten(0, 1)
@@ -188,8 +187,8 @@ class Normalization(HasMode):
         # The kernels build on norms, so that they cannot be imported above.
         from lightning_bln.kernels.dense import runs_compiled
 
-        if not groups and runs_compiled(x, self.weight):
-            return self._compiled(x, is_shared, places, population, uses, weights)
+        if not (groups and torch.is_grad_enabled()) and runs_compiled(x, self.weight):
+            return self._compiled(x, is_shared, places, population, uses, weights, groups)
         statistics = choose(population, uses, x, over, weights)
         if self.training:
             with torch.no_grad():
@@ -216,21 +215,29 @@ class Normalization(HasMode):
         population: Statistics | None,
         uses: Uses,
         weights: tuple,
+        groups: bool,
     ) -> Tensor:
         """:meth:`_normalize` on the compiled kernels."""
-        from lightning_bln.kernels.dense import DenseSettings, dense
+        from lightning_bln.kernels.dense import DenseSettings, dense, dense_in_modes
+        from lightning_bln.kernels.library import bits_of
 
-        flat = x.reshape(-1, 1, x.shape[-1]) if is_shared else x.reshape(x.shape[0], -1, x.shape[-1])
-        rows, positions, _ = flat.shape
+        batch_axis = 1 if groups else 0
+        flat = x.flatten(batch_axis, -2).unsqueeze(-2) if is_shared else x.flatten(batch_axis + 1, -2)
+        rows, positions, _ = flat.shape[batch_axis:]
         given = None
-        if population is not None and any(uses):
+        if population is not None and not all(use is False for use in uses):
             given = torch.cat([value.reshape(-1) for value in population]).to(x.dtype)  # type: ignore[union-attr]
         mixing = torch.stack([as_row(weight, positions) for weight in weights])
         needs_grad = torch.is_grad_enabled() and (
             x.requires_grad or any(p is not None and p.requires_grad for p in (self.weight, self.bias))
         )
-        bits = sum(int(use is True) << bit for bit, use in enumerate(uses)) if given is not None else 0
         scale = scale_factor(self.scale, self.num_features)
+        if groups:
+            assert self.fan is not None
+            each = [bits_of(mode.uses_population) for mode in self.fan.modes]
+            settings = DenseSettings(0, 0, scale, self.eps)
+            return dense_in_modes(flat, self.weight, self.bias, mixing, given, settings, each).view(x.shape)
+        bits = bits_of(uses) if given is not None else 0
         settings = DenseSettings(int(self.training or needs_grad), bits, scale, self.eps)
         y, seen = dense(flat, self.weight, self.bias, mixing, given, settings)
         if self.training:

@@ -206,9 +206,10 @@ class Recurrent(HasCells):
         if fan is not None:
             if not batched:
                 raise ValueError("fan-out needs a batch axis to lay modes along; pass a batch of one")
-            if packed is not None or runs_compiled(self.backend, self.cell, x, self._weights("_l0")):
+            compiled = torch.is_grad_enabled() and runs_compiled(self.backend, self.cell, x, self._weights("_l0"))
+            if packed is not None or compiled:
                 return run_each_mode(self, input, hx, fan, 0 if self.batch_first else 1)
-            x = fan.enter(x, 1)
+            x = fan.enter(x, 1).flatten(1, 2)
         state = self._first_state(x, hx, batched)
         if packed is not None and packed.sorted_indices is not None and hx is not None:
             state = [tuple(s.index_select(-2, packed.sorted_indices) for s in cell) for cell in state]
@@ -290,12 +291,15 @@ class Recurrent(HasCells):
         name, dtype = name_of(self.cell), weights.weight_ih.dtype
         assert name is not None
         assert weights.weight_hh is not None
-        steps, samples = x.shape[:2]
+        steps, samples = x.shape[0], x.shape[-2]
         running = [samples] * steps if sizes is None else sizes
+        fan = self._fan() if x.ndim == 4 else None
+        if fan is not None:
+            x = x.transpose(0, 1)
         modules = (weights.norm_ih, *(weights.norm_hh or (None,)), weights.norm_cell)
         norms = cpu.LayerNorms(*(None if norm is None else norm.sequence(steps, running) for norm in modules))
         rows = None if sizes is None else is_running(sizes, x.unsqueeze(-2)).flatten().nonzero().squeeze(1)
-        flat = x.flatten(0, 1) if rows is None else x.flatten(0, 1).index_select(0, rows)
+        flat = x.flatten(-3, -2) if rows is None else x.flatten(0, 1).index_select(0, rows)
         first = tuple(value.to(dtype) for value in state)
         zoneout_mask = None
         if self.zoneout and self.training:
@@ -314,6 +318,9 @@ class Recurrent(HasCells):
             None if norms.cell is None else norms.cell.weight,
             None if norms.cell is None else norms.cell.bias,
         )
+        if fan is not None:
+            result = cpu.layer_in_modes(name, inputs, norms, steps, fan.modes, self.zoneout)
+            return result.output.unflatten(1, (steps, samples)).transpose(0, 1), result.state
         result = cpu.layer(
             name,
             inputs,

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_bln import _compat
 from lightning_bln.callbacks.user_state import Snapshot, UserState
 from lightning_bln.fanout import SharedForward
-from lightning_bln.modes import HasMode, StatisticsMode, mode_layers
+from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers
 
 EPOCH_END = "on_validation_epoch_end"
 
@@ -102,7 +102,7 @@ class Evaluation:
                 setattr(connector, name, values)
             if loggers:
                 trainer.loggers = self.silent
-            set_layer_modes(self.layers, run.mode)
+            assign_modes(self.layers, [run.mode] * len(self.layers))
             yield run.results
         finally:
             run.state = self.user.take()
@@ -116,8 +116,7 @@ class Evaluation:
                 setattr(connector, name, values)
             if loggers:
                 trainer.loggers = loggers
-            for layer, mode in zip(self.layers, modes, strict=True):
-                layer.mode = mode
+            assign_modes(self.layers, modes)
 
     def step(self, batch: Any, batch_idx: int, dataloader_idx: int | None) -> None:
         """Every run's turn at a batch that Lightning is about to give to the incumbent."""
@@ -136,7 +135,8 @@ class Evaluation:
             for run in runs:
                 turn(run)
         else:
-            self.shared.each(runs, turn, recheck=self.is_first)
+            # the incumbent's turn is Lightning's own step, which comes next
+            self.shared.each(runs, turn, recheck=self.is_first, follows=self.incumbent)
         self.is_first = False
 
     def run_step(self, run: Run, batch: Any, batch_idx: int, dataloader_idx: int | None) -> Any:
@@ -250,7 +250,7 @@ class Evaluation:
 
     def install(self, mode: StatisticsMode) -> None:
         """Make ``mode`` the one that was validated, for everything that looks at the Trainer from now on."""
-        set_layer_modes(self.layers, mode)
+        assign_modes(self.layers, [mode] * len(self.layers))
         if mode == self.incumbent:
             return
         run, results = self.runs[mode], self.base_results
@@ -334,8 +334,3 @@ def nothing() -> None: ...
 
 def same(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def set_layer_modes(layers: list[HasMode], mode: StatisticsMode) -> None:
-    for layer in layers:
-        layer.mode = mode

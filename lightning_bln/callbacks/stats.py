@@ -225,6 +225,9 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
             self._guard.keep(batch, index)
         self._evaluation.step(batch, batch_idx, index)
 
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self._close_shared()
+
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         evaluation, guard = self._evaluation, self._guard
         self._evaluation = self._guard = None
@@ -276,12 +279,14 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         self._announce(pl_module, "predicts")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._close_shared()
         self._shared = self._bar = None
         self._fitting.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._evaluation = self._guard = None
         self._close_bar()
+        self._close_shared()
         self._quiet.close()
         self._fitting.close()
 
@@ -298,6 +303,10 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         saved = state_dict["result"]
         self.result = None if saved is None else SweepResult.from_dict(saved)
         self.history = [(epoch, step, mode, score) for epoch, step, mode, score in state_dict["history"]]
+
+    def _close_shared(self) -> None:
+        if self._shared is not None:
+            self._shared.close()
 
     @property
     def _is_guarded(self) -> bool:

@@ -50,8 +50,8 @@ def reason_against(cell: Cell, x: Tensor, weights: Weights) -> str | None:
         return f"the input is on {x.device}, and the compiled kernels run on the CPU"
     if weights.weight_ih.dtype not in (torch.float32, torch.float64):
         return f"the parameters have dtype {weights.weight_ih.dtype}, and the compiled kernels take float32 and float64"
-    if x.ndim != 3:
-        return "fan-out over statistics modes has no compiled kernel"
+    if x.ndim != 3 and torch.is_grad_enabled():
+        return "fan-out over statistics modes has no compiled kernel with gradients"
     if not is_built():
         return f"the compiled kernels are not installed; {HOW_TO_BUILD}"
     return None

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lightning_bln._compat import HAS_CUSTOM_OPS
 from lightning_bln.gate_norm import SequenceNorm
-from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, load, pointer, set_given
+from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, bits_of, load, pointer, set_given
+from lightning_bln.modes import StatisticsMode
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 DTYPES = {torch.float32: "float", torch.float64: "double"}
@@ -313,6 +314,45 @@ def layer(
     Returns:
         Outputs, last states and moments.
     """
+    tensors, constants, settings = prepare(
+        cell, inputs, norms, steps, sizes, hidden_mask, zoneout, zoneout_mask, recompute
+    )
+    if torch.compiler.is_compiling() and HAS_CUSTOM_OPS:
+        found = torch.ops.lightning_bln.recurrence(
+            *tensors, *constants, list(settings[:INTEGERS]), list(settings[INTEGERS:])
+        )[:6]
+    else:
+        found = Recurrence.apply(settings, constants, *tensors)
+    state = (found[1], found[2]) if cell == "lstm" else (found[1],)
+    return LayerResult(found[0], state, found[3:6])
+
+
+def layer_in_modes(
+    cell: str, inputs: Inputs, norms: LayerNorms, steps: int, modes: Sequence[StatisticsMode], zoneout: float
+) -> LayerResult:
+    """:func:`layer` without gradients for each mode, along a first axis of input, states and what is returned."""
+    tensors, constants, settings = prepare(cell, inputs, norms, steps, None, None, zoneout, None, False)
+    found = []
+    for k, mode in enumerate(modes):
+        uses = bits_of(mode.uses_population)
+        own = tensors._replace(x=tensors.x[k], h=tensors.h[k], c=None if tensors.c is None else tensors.c[k])
+        found.append(forward(own, constants, settings._replace(uses_ih=uses, uses_hh=uses, uses_cell=uses))[:3])
+    output, *state = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return LayerResult(output, tuple(state[: 2 if cell == "lstm" else 1]), ())
+
+
+def prepare(
+    cell: str,
+    inputs: Inputs,
+    norms: LayerNorms,
+    steps: int,
+    sizes: Sequence[int] | None,
+    hidden_mask: Tensor | None,
+    zoneout: float,
+    zoneout_mask: Tensor | None,
+    recompute: bool,
+) -> Prepared:
+    """What the operator is called with."""
     tensors = Inputs(*(None if value is None else value.contiguous() for value in inputs))  # type: ignore[arg-type]
     needs_grad = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
     observes = any(norm is not None and norm.observes for norm in norms)
@@ -341,21 +381,14 @@ def layer(
         None if not any(settings[4:7]) else torch.stack([mixing(norm, steps) for norm in norms]),
         *(given(norm, dtype) for norm in norms),
     )
-    if torch.compiler.is_compiling() and HAS_CUSTOM_OPS:
-        found = torch.ops.lightning_bln.recurrence(
-            *tensors, *constants, list(settings[:INTEGERS]), list(settings[INTEGERS:])
-        )[:6]
-    else:
-        found = Recurrence.apply(settings, constants, *tensors)
-    state = (found[1], found[2]) if cell == "lstm" else (found[1],)
-    return LayerResult(found[0], state, found[3:6])
+    return Prepared(tensors, constants, settings)
 
 
 def bits(norm: SequenceNorm | None) -> int:
     """Which statistics are the population's, batch mean in the lowest bit."""
     if norm is None or norm.population is None:
         return 0
-    return sum(int(use is True) << bit for bit, use in enumerate(norm.uses))
+    return bits_of(norm.uses)
 
 
 def mixing(norm: SequenceNorm | None, steps: int) -> Tensor:
@@ -375,6 +408,6 @@ def constant_mixing(w_feature: float, w_batch: float, steps: int) -> Tensor:
 
 def given(norm: SequenceNorm | None, dtype: torch.dtype) -> Tensor | None:
     """The population's statistics one after the other, if any is used."""
-    if norm is None or norm.population is None or not bits(norm):
+    if norm is None or norm.population is None or all(use is False for use in norm.uses):
         return None
     return torch.cat([value.reshape(-1) for value in norm.population]).to(dtype)  # type: ignore[union-attr]

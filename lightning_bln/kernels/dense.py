@@ -133,6 +133,28 @@ def forward(
     return output, moments
 
 
+def dense_in_modes(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mixing: Tensor,
+    given: Tensor | None,
+    settings: DenseSettings,
+    uses: Sequence[int],
+) -> Tensor:
+    """:func:`dense` for each group of ``x``, shaped ``(groups, rows, positions, features)``, without gradients.
+
+    Groups differ in their choice of given statistics. One array expanded to all groups is not repeated in memory.
+    """
+    parts = [x[0].contiguous()] * len(uses) if x.stride(0) == 0 else list(x.contiguous())
+    output, moments = x.new_empty(x.shape), x.new_empty(0)
+    for part, one, bits in zip(parts, output, uses, strict=True):
+        args = arguments(part, weight, bias, mixing, given, settings._replace(uses=bits), moments)
+        args.output = pointer(one)
+        call("forward", args, x.dtype)
+    return output
+
+
 def empty_gradients(x: Tensor, weight: Tensor | None, bias: Tensor | None, needs_x: bool) -> tuple[Tensor, ...]:
     """Where the backward pass writes."""
     empty = x.new_empty

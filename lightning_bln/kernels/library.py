@@ -6,6 +6,7 @@ import ctypes
 import glob
 import os
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -95,6 +96,11 @@ class GatherArgs(ctypes.Structure):
 def pointer(tensor: Tensor | None) -> int | None:
     """Where a tensor's numbers lie; None for none."""
     return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def bits_of(uses: Sequence[bool | Tensor]) -> int:
+    """Which statistics are given, in all groups alike: batch mean in the lowest bit."""
+    return sum(int(use is True) << bit for bit, use in enumerate(uses))
 
 
 def set_given(norm: NormArgs, given: Tensor | None, uses: int, steps: int, width: int, groups: int) -> None:

@@ -262,3 +262,30 @@ def test_reading_callback_metrics_within_a_step_gives_the_modes_own() -> None:
     assert callback.result is not None
     for values in callback.result.scores.values():
         assert values["read"] == pytest.approx(2 * values["val_loss"], abs=1e-6)
+
+
+def test_all_modes_and_lightnings_own_step_share_one_forward() -> None:
+    calls: list[int] = []
+
+    class Counted(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            calls.append(len(input))
+            return super().forward(input)
+
+    class PerBatch(pl.Callback):
+        def __init__(self) -> None:
+            self.counts: list[int] = []
+
+        def on_validation_batch_start(self, *_: Any) -> None:
+            calls.clear()
+
+        def on_validation_batch_end(self, *_: Any) -> None:
+            self.counts.append(len(calls))
+
+    model, counter, callback = zoo.Simple(), PerBatch(), zoo.chooser()
+    model.net[0] = Counted(model.net[0].in_features, model.net[0].out_features)
+    zoo.fitted(model, counter, callback, num_sanity_val_steps=0)
+    assert counter.counts[0] > 16
+    assert counter.counts[1:] == [1, 1]
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    zoo.assert_same_table(zoo.oracle(model), callback)
