@@ -96,9 +96,14 @@ def swap_results(loop: Any, collection: Any) -> Any:
     return before
 
 
-def new_results(loop: Any) -> Any:
-    """A collection for one mode; its class is private, but the loop has one to take the class from."""
-    return mode_results(type(loop._results))(training=False)  # type: ignore[arg-type]
+def new_results(loop: Any, has_bar: bool = True) -> Any:
+    """A collection for a run; its class is private, but the loop has one to take the class from.
+
+    Without ``has_bar`` nothing is turned into a number for a progress bar: modes that go together have none in common.
+    """
+    results = mode_results(type(loop._results))(training=False)  # type: ignore[arg-type]
+    results.has_bar = has_bar
+    return results
 
 
 @cache
@@ -109,7 +114,17 @@ def mode_results(base: type) -> type:
         row.__dict__["to"] = partial(move_row, row)
         dict.__setitem__(self, key, row)
 
-    return type("ModeResults", (base,), {"__setitem__": set_row})
+    def metrics(self: Any, on_step: bool) -> Any:
+        in_bar = [row.meta for row in self.values() if row.meta.prog_bar and not self.has_bar]
+        for meta in in_bar:
+            meta.prog_bar = False
+        try:
+            return base.metrics(self, on_step)
+        finally:
+            for meta in in_bar:
+                meta.prog_bar = True
+
+    return type("ModeResults", (base,), {"__setitem__": set_row, "metrics": metrics})
 
 
 def move_row(row: Any, device: Any, *args: Any, **kwargs: Any) -> Any:

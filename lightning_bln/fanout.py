@@ -10,12 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bln._compat import OutOfMemoryError, tree_flatten, tree_map, tree_unflatten
-from lightning_bln.modes import StatisticsMode, fan_out, mode_layers
+from lightning_bln.modes import StatisticsMode, assign_modes, fan_out, mode_layers
+from lightning_bln.per_mode import NotTogether, PerMode, holds, join_trees
 
 BYTES = 2**28
 """What the largest activation may take once it is there for all modes of a chunk."""
 
 MODULE_INTERNALS = frozenset(nn.Module().__dict__)
+
+
+class Undecided:
+    """The mode of a layer while all modes go together: it has none, and who asks for it cannot go along."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotTogether("a layer is called outside of what the modes share")
+
+
+UNDECIDED: Any = Undecided()
 
 
 class Shared(NamedTuple):
@@ -38,18 +49,25 @@ class SharedForward:
     the module draws random numbers, changes state of its own or has hooks inside, it is left alone for good, and the
     next smaller one is tried.
 
+    Where a step can do with the :class:`~lightning_bln.per_mode.PerMode` output of all modes, :meth:`together` takes
+    all turns at once.
+
     Args:
         model: The model whose layers have modes.
         chunk: How many modes to run at once at most; less where memory would not do.
     """
 
     def __init__(self, model: nn.Module, chunk: int = 16) -> None:
+        self.layers = mode_layers(model)
         self.sites = [Site(self, module) for module in holders(model)]
         self.chunk = chunk
         self.modes: tuple[StatisticsMode, ...] = ()
         self.turn = 0
         self.is_inside = False
         self.is_rechecking = False
+        self.together_modes: tuple[StatisticsMode, ...] = ()
+        self.follows: StatisticsMode | None = None
+        self.goes_together: bool | None = None
         self.reason: str | None = None
         self.following = ExitStack()
 
@@ -73,6 +91,7 @@ class SharedForward:
         step: Callable[[Any], Any],
         recheck: bool = False,
         follows: StatisticsMode | None = None,
+        records: bool = False,
     ) -> None:
         """Call ``step`` with each of ``runs``, which have a ``mode``, on one batch.
 
@@ -81,8 +100,11 @@ class SharedForward:
             step: What to do in a turn.
             recheck: Compare the first turn with the plain way again.
             follows: The mode of one more turn at the batch, which the caller takes before it calls :meth:`close`.
+            records: Keep what every turn gets: the next :meth:`together` will give the same, to be compared with.
         """
         self.close()
+        for site in self.sites:
+            site.outputs, site.records = {}, records
         if not self.is_active:
             for run in runs:
                 step(run)
@@ -117,6 +139,44 @@ class SharedForward:
                 self.begin_turn()
                 self.following = stack.pop_all()
 
+    def together(
+        self,
+        modes: Sequence[StatisticsMode],
+        step: Callable[[], Any],
+        recheck: bool = False,
+        follows: StatisticsMode | None = None,
+    ) -> None:
+        """Call ``step`` once for all of ``modes``: what is shared gives an output that each mode has a part in.
+
+        Args:
+            modes: The modes, in the order of the parts.
+            step: What to do; no layer has a mode of its own meanwhile.
+            recheck: As for :meth:`each`.
+            follows: As for :meth:`each`.
+
+        Raises:
+            NotTogether: What is shared cannot be had for all modes at once; whatever ``step`` raises comes through too.
+        """
+        self.close()
+        before = [layer.mode for layer in self.layers]
+        with ExitStack() as stack:
+            stack.enter_context(self.installed())
+            stack.callback(self.forget)
+            self.together_modes, self.follows, self.is_rechecking = tuple(modes), follows, recheck
+            self.begin_turn()
+            assign_modes(self.layers, [UNDECIDED] * len(self.layers))
+            try:
+                step()
+            finally:
+                assign_modes(self.layers, before)
+                self.together_modes, self.is_rechecking = (), False
+                for site in self.sites:
+                    site.outputs = {}
+            if follows is not None:
+                self.turn = len(self.modes) - 1
+                self.begin_turn()
+                self.following = stack.pop_all()
+
     def begin_turn(self) -> None:
         for site in self.sites:
             site.calls = 0
@@ -128,7 +188,7 @@ class SharedForward:
     def forget(self) -> None:
         self.modes = ()
         for site in self.sites:
-            site.shared = {}
+            site.shared, site.records = {}, False
 
     def shrink(self, size: int) -> None:
         """Run fewer modes at once from now on."""
@@ -151,6 +211,8 @@ class Site:
         self.was_checked = False
         self.axes: dict[int, list[int | None]] = {}
         self.shared: dict[int, Shared] = {}
+        self.outputs: dict[int, list[Any]] = {}
+        self.records = False
         self.calls = 0
 
     @contextmanager
@@ -167,9 +229,21 @@ class Site:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         owner = self.owner
-        if owner.is_inside or self.failed or len(owner.modes) < 2 or self.module.training:
+        if owner.is_inside or self.failed or self.module.training:
             return self.plain(*args, **kwargs)
         call, self.calls = self.calls, self.calls + 1
+        if owner.together_modes:
+            return self.all_turns(call, args, kwargs)
+        if len(owner.modes) < 2:
+            return self.plain(*args, **kwargs)
+        output = self.one_turn(call, args, kwargs)
+        if self.records:
+            self.outputs.setdefault(call, []).append(output)
+        return output
+
+    def one_turn(self, call: int, args: tuple, kwargs: dict) -> Any:
+        """The output of the mode whose turn it is, which the first turn computes for all."""
+        owner = self.owner
         if owner.turn == 0:
             return self.first_turn(call, args, kwargs)
         shared = self.shared.get(call)
@@ -224,6 +298,45 @@ class Site:
                 return output
         self.owner.give_up(self, "modes in one forward give other results")
         return output
+
+    def all_turns(self, call: int, args: tuple, kwargs: dict) -> Any:
+        """The outputs of all modes as one."""
+        owner, modes = self.owner, self.owner.together_modes
+        if any(holds(leaf) for leaf in tree_flatten((args, kwargs))[0]):
+            raise NotTogether("its input depends on the mode")
+        if len(self.outputs.get(call, [])) == len(modes):
+            return join_trees(self.outputs[call])
+        if call not in self.axes:
+            raise NotTogether("it is called in another way than before")
+        wanted = modes if owner.follows is None else (*modes, owner.follows)
+        chunks, leaves = [], []
+        for start in range(0, len(wanted), owner.chunk):
+            owner.modes = wanted[start : start + owner.chunk]
+            fanned = self.fan(args, kwargs)
+            if fanned is None:
+                raise NotTogether("modes in one forward give no output")
+            self.shared[call] = Shared((args, kwargs), *tree_flatten(fanned))
+            chunks.append(self.stacks(call))
+        for axis, *parts in zip(self.axes[call], *chunks, strict=True):
+            stack = parts[0] if len(parts) == 1 or axis is None else torch.cat(parts)
+            leaves.append(stack if axis is None else PerMode.of_stack(stack[: len(modes)]))
+        if owner.is_rechecking:
+            assign_modes(owner.layers, modes[:1] * len(owner.layers))
+            plain = self.run_plain(args, kwargs)
+            assign_modes(owner.layers, [UNDECIDED] * len(owner.layers))
+            first = [leaf.parts[0] if isinstance(leaf, PerMode) else leaf for leaf in leaves]
+            if not close_tree(plain, tree_unflatten(first, self.shared[call].spec)):
+                owner.give_up(self, "modes in one forward give other results")
+                raise NotTogether("modes in one forward give other results")
+        return tree_unflatten(leaves, self.shared[call].spec)
+
+    def stacks(self, call: int) -> list[Any]:
+        """The output of the chunk, each tensor with a first axis of modes."""
+        size = len(self.owner.modes)
+        return [
+            leaf if axis is None else leaf.unflatten(axis, (size, -1)).movedim(axis, 0).contiguous()
+            for leaf, axis in zip(self.shared[call].leaves, self.axes[call], strict=True)
+        ]
 
     def run_plain(self, args: tuple, kwargs: dict) -> Any:
         self.owner.is_inside = True

@@ -254,9 +254,11 @@ class Normalization(HasMode):
         """The population at ``positions``, which statistics it gives, and its batch size; nothing in training."""
         if self.training:
             return None, (False,) * 4, None
-        uses: Uses = self.mode.uses_population
+        uses: Uses
         if self.fan is not None:
             uses = self.fan.uses_population(self.population.batch_mean.device)
+        else:
+            uses = self.mode.uses_population
         if not self.population.is_frozen:
             self._warn_unfrozen(uses)
             return None, (False,) * 4, None

@@ -3,48 +3,21 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_bln import _compat
-from lightning_bln.callbacks.user_state import Snapshot, UserState
+from lightning_bln.callbacks.run import Copies, RandomState, Run, Silent, copied_row
+from lightning_bln.callbacks.user_state import UserState
 from lightning_bln.fanout import SharedForward
 from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers
+from lightning_bln.per_mode import NotTogether, PerMode
 
 EPOCH_END = "on_validation_epoch_end"
-
-
-class Silent:
-    """Stands in for a logger while other modes run; takes every call and does nothing."""
-
-    def __getattr__(self, name: str) -> Silent:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Silent:
-        return self
-
-    def __getitem__(self, index: Any) -> Silent:
-        return self
-
-
-class Run:
-    """What one mode has gathered so far in this validation."""
-
-    def __init__(self, mode: StatisticsMode, results: Any, state: Snapshot, metrics: list[dict[str, Any]]) -> None:
-        self.mode = mode
-        self.results = results
-        self.state = state
-        self.metrics = metrics
-        self.hook: str | None = None
 
 
 class Evaluation:
@@ -52,6 +25,10 @@ class Evaluation:
 
     A run has its own result collection (what ``self.log`` fills), its own user state, and starts every step from the
     same random state. Whatever a run does, the Trainer is left as it was found.
+
+    Where a module's step allows, all modes go through it together: in the first batch of the first evaluation they do
+    so besides each taking its own turn, and go on together if that comes to the same. Once a step does not allow it,
+    they part with what they have gathered.
     """
 
     def __init__(
@@ -59,7 +36,7 @@ class Evaluation:
     ) -> None:
         self.trainer, self.module, self.shared = trainer, module, shared
         self.is_first = True
-        self.on_step: Callable[[], None] = nothing
+        self.on_step: Callable[[int], None] = nothing
         self.loop = _compat.evaluation_loop(trainer)
         self.connector = _compat.connector(trainer)
         self.layers = mode_layers(module)
@@ -69,22 +46,30 @@ class Evaluation:
         self.base = UserState.copy(self.user.take())
         self.base_results = _compat.results(self.loop)
         self.early = {
-            key: value
-            for key, value in self.base_results.items()
-            if not value.has_reset and not value.meta.fx.startswith("validation_step")
+            key: copied_row(row)
+            for key, row in self.base_results.items()
+            if not row.has_reset and not row.meta.fx.startswith("validation_step")
         }
-        self.early = copied(self.early)
         self.early_metrics = [dict(getattr(self.connector, name)) for name in _compat.CONNECTOR_METRICS]
         self.silent = [Silent() for _ in trainer.loggers]
         self.takes_batch_idx = _compat.takes_batch_idx(module.validation_step)
         self.dataloader_idx = self.base_results.dataloader_idx
-        self.runs = {mode: self.new_run(mode) for mode in modes if mode != self.incumbent}
+        self.others = tuple(mode for mode in modes if mode != self.incumbent)
+        # several ranks could part at different batches, and then call different collectives
+        self.may_go_together = shared is not None and bool(self.others) and trainer.world_size == 1
+        self.joint: Run | None = None
+        self.runs: dict[StatisticsMode, Run] = {}
+        if shared is not None and shared.goes_together and self.may_go_together:
+            self.joint = self.new_run(self.others)
+        else:
+            self.runs = {mode: self.new_run((mode,)) for mode in self.others}
 
-    def new_run(self, mode: StatisticsMode) -> Run:
+    def new_run(self, modes: tuple[StatisticsMode, ...]) -> Run:
         """A run that has seen no batch yet; values logged before the first batch belong to every run."""
-        results = _compat.new_results(self.loop)
-        results.update(copied(self.early))
-        return Run(mode, results, UserState.copy(self.base), [dict(values) for values in self.early_metrics])
+        results = _compat.new_results(self.loop, has_bar=len(modes) == 1)
+        for key, row in self.early.items():
+            results[key] = copied_row(row)
+        return Run(modes, results, UserState.copy(self.base), [dict(values) for values in self.early_metrics])
 
     @contextmanager
     def acting(self, run: Run) -> Iterator[Any]:
@@ -102,7 +87,8 @@ class Evaluation:
                 setattr(connector, name, values)
             if loggers:
                 trainer.loggers = self.silent
-            assign_modes(self.layers, [run.mode] * len(self.layers))
+            if len(run.modes) == 1:
+                assign_modes(self.layers, run.modes * len(self.layers))
             yield run.results
         finally:
             run.state = self.user.take()
@@ -121,26 +107,86 @@ class Evaluation:
     def step(self, batch: Any, batch_idx: int, dataloader_idx: int | None) -> None:
         """Every run's turn at a batch that Lightning is about to give to the incumbent."""
         if dataloader_idx != self.dataloader_idx:
-            self.close_dataloader(self.runs.values(), self.dataloader_idx)
+            self.close_dataloaders()
             self.dataloader_idx = dataloader_idx
         copies = Copies(batch)
         state = RandomState(self.module.device)
 
         def turn(run: Run) -> None:
             self.run_step(run, copies.next(), batch_idx, dataloader_idx)
+
+        if self.joint is None or not self.step_together(self.joint, turn, state):
+            self.step_in_turns(turn, state)
+            if self.is_first and self.may_go_together:
+                self.try_together(turn, state)
+        self.is_first = False
+
+    def step_in_turns(self, turn: Callable[[Run], None], state: RandomState) -> None:
+        """Let one run after the other have its turn, from the same random state."""
+
+        def turn_and_restore(run: Run) -> None:
+            turn(run)
             state.restore()
+            self.on_step(1)
 
         runs = list(self.runs.values())
         if self.shared is None:
             for run in runs:
-                turn(run)
+                turn_and_restore(run)
         else:
             # the incumbent's turn is Lightning's own step, which comes next
-            self.shared.each(runs, turn, recheck=self.is_first, follows=self.incumbent)
-        self.is_first = False
+            self.shared.each(
+                runs, turn_and_restore, recheck=self.is_first, follows=self.incumbent, records=self.is_first
+            )
+
+    def step_together(self, joint: Run, turn: Callable[[Run], None], state: RandomState) -> bool:
+        """Let all runs have one turn; where that cannot be, they part as they were before it."""
+        assert self.shared is not None
+        try:
+            with joint.undoable():
+                self.shared.together(joint.modes, lambda: turn(joint), recheck=self.is_first, follows=self.incumbent)
+                if state.has_moved():
+                    raise NotTogether("a step draws random numbers")
+        except Exception:
+            # whatever it is, the turns one by one come next, and raise what is the user's
+            self.shared.close()
+            self.shared.goes_together = False
+            state.restore()
+            self.part(joint)
+            return False
+        self.on_step(len(joint.modes))
+        return True
+
+    def try_together(self, turn: Callable[[Run], None], state: RandomState) -> None:
+        """Find out, after the first batch in turns, whether all modes can go together from now on."""
+        assert self.shared is not None
+        if self.shared.goes_together is not None or not self.shared.is_active:
+            return
+        joint = self.new_run(tuple(self.runs))
+        try:
+            self.shared.together(joint.modes, lambda: turn(joint))
+            parts = [joint.part(_compat.new_results(self.loop), place) for place in range(len(joint.modes))]
+            is_same = all(part.is_same_as(run) for part, run in zip(parts, self.runs.values(), strict=True))
+            self.shared.goes_together = is_same and not state.has_moved()
+        except Exception:
+            self.shared.goes_together = False
+        state.restore()
+        if self.shared.goes_together:
+            self.joint, self.runs = joint, {}
+
+    def part(self, joint: Run) -> None:
+        """From here on every mode has a run of its own."""
+        self.joint = None
+        self.runs = {mode: self.run_of(mode, joint) for mode in joint.modes}
+
+    def run_of(self, mode: StatisticsMode, joint: Run | None) -> Run:
+        """The run of one mode."""
+        if joint is None or mode not in joint.modes:
+            return self.runs[mode]
+        return joint.part(_compat.new_results(self.loop), joint.modes.index(mode))
 
     def run_step(self, run: Run, batch: Any, batch_idx: int, dataloader_idx: int | None) -> Any:
-        """One validation step of one mode, with the module's own hooks around it."""
+        """One validation step of a run, with the module's own hooks around it."""
         where = [] if dataloader_idx is None else [dataloader_idx]
         module, strategy = self.module, self.trainer.strategy
         with self.acting(run) as results:
@@ -152,8 +198,16 @@ class Evaluation:
             _compat.set_current_hook(module, "on_validation_batch_end")
             module.on_validation_batch_end(output, batch, batch_idx, *where)
             results.batch = results.batch_size = None
-        self.on_step()
         return output
+
+    def close_dataloaders(self) -> None:
+        """:meth:`close_dataloader` for all runs."""
+        if self.joint is not None:
+            try:
+                return self.close_dataloader([self.joint], self.dataloader_idx)
+            except Exception:
+                self.part(self.joint)
+        self.close_dataloader(self.runs.values(), self.dataloader_idx)
 
     def close_dataloader(self, runs: Iterable[Run], dataloader_idx: int | None) -> None:
         """Compute what belongs to a dataloader when it ends, as Lightning does: its metrics may serve the next one."""
@@ -168,21 +222,30 @@ class Evaluation:
 
     def finish(self) -> dict[StatisticsMode, dict[str, float]]:
         """Every mode's metrics at the end of the pass, the incumbent's among them; changes nothing."""
-        self.close_dataloader(self.runs.values(), self.dataloader_idx)
+        self.close_dataloaders()
+        scores: dict[StatisticsMode, dict[str, float]] = {}
+        if self.joint is not None:
+            try:
+                scores = self.epoch_scores(self.joint)
+            except Exception:
+                self.part(self.joint)
         if self.incumbent is not None:
             self.runs[self.incumbent] = self.incumbent_run(self.incumbent)
-        return {mode: self.epoch_scores(run) for mode, run in self.runs.items()}
+        for run in self.runs.values():
+            scores |= self.epoch_scores(run)
+        return scores
 
     def score(self, mode: StatisticsMode, batches: Iterable[tuple[Any, int | None]], monitor: str) -> float:
         """What ``mode`` scores in a pass over ``batches``, each with its dataloader's index; changes nothing."""
-        run, index, state = self.new_run(mode), None, RandomState(self.module.device)
+        run, index, state = self.new_run((mode,)), None, RandomState(self.module.device)
         for batch_idx, (batch, dataloader_idx) in enumerate(batches):
             if batch_idx and dataloader_idx != index:
                 self.close_dataloader([run], index)
             index = dataloader_idx
             self.run_step(run, Copies(batch).next(), batch_idx, dataloader_idx)
+            self.on_step(1)
         self.close_dataloader([run], index)
-        scores = self.epoch_scores(run)
+        scores = self.epoch_scores(run)[mode]
         state.restore()
         return self.agreed([scores.get(monitor, math.nan)])[0]
 
@@ -198,7 +261,7 @@ class Evaluation:
         results = _compat.new_results(self.loop)
         results.update({key: value for key, value in self.base_results.items() if not self.is_foreign(key, value)})
         metrics = [dict(getattr(self.connector, name)) for name in _compat.CONNECTOR_METRICS]
-        run = Run(mode, results, self.user.take(), metrics)
+        run = Run((mode,), results, self.user.take(), metrics)
         run.hook = self.connector._current_fx
         return run
 
@@ -207,11 +270,12 @@ class Evaluation:
         if value.meta.fx.partition(".")[0] == "validation_step":
             return False
         others = [run for run in self.runs.values() if run.mode != self.incumbent]
+        others += [self.joint] if self.joint is not None else []
         is_early = value.meta.fx.partition(".")[0] != EPOCH_END
         return not (is_early and (not others or any(key in run.results for run in others)))
 
-    def epoch_scores(self, run: Run) -> dict[str, float]:
-        """What ``run`` would log at the end of the epoch; its state stays as before the module's hook."""
+    def epoch_scores(self, run: Run) -> dict[StatisticsMode, dict[str, float]]:
+        """What each mode of ``run`` would log at the end of the epoch; its state stays as before the module's hook."""
         kept, kept_metrics, hook = run.state, run.metrics, run.hook
         run.state = UserState.copy(kept)
         run.metrics = [dict(values) for values in kept_metrics]
@@ -222,12 +286,21 @@ class Evaluation:
                 _compat.set_current_hook(self.module, EPOCH_END)
                 self.module.on_validation_epoch_end()
                 scores.update(results.metrics(on_step=False)["callback"])
-                for key in [key for key in results if key.startswith(f"{EPOCH_END}.")]:
-                    del results[key]
+                if len(run.modes) > 1 and state.has_moved():
+                    raise NotTogether("the end of the epoch draws random numbers")
         finally:
+            for key in [key for key in run.results if key.startswith(f"{EPOCH_END}.")]:
+                del run.results[key]
             state.restore()
             run.state, run.metrics, run.hook = kept, kept_metrics, hook
-        return {name: float(value) for name, value in scores.items() if value.numel() == 1}
+        parts = {
+            name: value.parts if isinstance(value, PerMode) else [value] * len(run.modes)
+            for name, value in scores.items()
+            if value.numel() == 1
+        }
+        return {
+            mode: {name: float(values[place]) for name, values in parts.items()} for place, mode in enumerate(run.modes)
+        }
 
     def collect(self, results: Any) -> dict[str, Tensor]:
         scores: dict[str, Tensor] = {}
@@ -253,7 +326,7 @@ class Evaluation:
         assign_modes(self.layers, [mode] * len(self.layers))
         if mode == self.incumbent:
             return
-        run, results = self.runs[mode], self.base_results
+        run, results = self.run_of(mode, self.joint), self.base_results
         foreign = {key: value for key, value in results.items() if self.is_foreign(key, value)}
         lost = self.names(results)
         self.user.put(run.state)
@@ -273,64 +346,4 @@ class Evaluation:
         return {name for metrics in self.per_dataloader(results) for kind in metrics.values() for name in kind}
 
 
-class Copies:
-    """Batches for runs that may change theirs: fresh containers each time, fresh tensors once one was written to."""
-
-    def __init__(self, batch: Any) -> None:
-        self.original = batch
-        self.renew()
-
-    def renew(self) -> None:
-        self.shared = apply_to_collection(self.original, Tensor, torch.clone)
-        self.tensors: list[Tensor] = []
-        apply_to_collection(self.shared, Tensor, self.tensors.append)
-        self.versions = self.current_versions()
-
-    def current_versions(self) -> list[int] | None:
-        # inference tensors count no versions, so there every run gets tensors of its own
-        if any(tensor.is_inference() for tensor in self.tensors):
-            return None
-        return [tensor._version for tensor in self.tensors]
-
-    def next(self) -> Any:
-        if self.versions is None or self.versions != self.current_versions():
-            self.renew()
-        return apply_to_collection(self.shared, Tensor, same)
-
-
-class RandomState:
-    """The random state of everything a step may draw from, to be drawn again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.cpu = torch.get_rng_state()
-        self.accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self.numpy = np.random.get_state()  # noqa: NPY002
-        self.python = random.getstate()
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.accelerator is not None:
-            torch.cuda.set_rng_state(self.accelerator, self.device)
-        np.random.set_state(self.numpy)  # noqa: NPY002
-        random.setstate(self.python)
-
-
-def copied(rows: dict[str, Any]) -> dict[str, Any]:
-    """Logged values of one's own; one that is a metric object stays the user's."""
-    return {key: copied_row(value) if value.is_tensor else value for key, value in rows.items()}
-
-
-def copied_row(row: Any) -> Any:
-    # not a deep copy: a row refers to the strategy by the function that reduces it
-    own = object.__new__(type(row))
-    state = row.__getstate__()
-    own.__setstate__({name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()})
-    return own
-
-
-def nothing() -> None: ...
-
-
-def same(tensor: Tensor) -> Tensor:
-    return tensor
+def nothing(steps: int) -> None: ...

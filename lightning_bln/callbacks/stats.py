@@ -216,7 +216,7 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
             self._bar = self._bar or SweepBar(trainer)
             self._evaluation.on_step = self._bar.advance
             batches = sum(_compat.evaluation_loop(trainer).max_batches)
-            self._bar.start(f"{len(self.candidates)} modes", batches * len(self._evaluation.runs))
+            self._bar.start(f"{len(self.candidates)} modes", batches * len(self._evaluation.others))
             self._guard = Guard(self.tolerance, self.guard == "strict") if self._is_guarded else None
         index = _compat.results(_compat.evaluation_loop(trainer)).dataloader_idx
         if batch_idx == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_bln._compat import lightning_base
 from lightning_bln.modes import mode_layers
+from lightning_bln.per_mode import PerMode
 from lightning_bln.population import populations
 
 Snapshot = list[dict[str, Any]]
@@ -31,6 +33,7 @@ SEQUENCES = (list, tuple, set, frozenset)
 DICTIONARIES = (dict, OrderedDict, Counter)
 MUTABLE = (Tensor, np.ndarray, list, set, dict, deque)
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, *MUTABLE, tuple, frozenset)
+UNCHANGING = frozenset({int, float, bool, str, type(None), FunctionType, MethodType, BuiltinFunctionType})
 LARGEST_BUFFER = 2**20
 
 
@@ -80,15 +83,31 @@ class UserState:
             fields.update(values)
 
     @staticmethod
-    def copy(snapshot: Snapshot) -> Snapshot:
-        """A snapshot of the same values in containers and tensors of its own; what shared an object still does."""
+    def copy(snapshot: Snapshot, part: int | None = None) -> Snapshot:
+        """A snapshot of the same values in containers and tensors of its own; what shared an object still does.
+
+        With ``part`` it holds that part of each :class:`PerMode`; without, each as it is, see
+        :func:`~lightning_bln.per_mode.undoable`.
+        """
         memo: dict[int, tuple[Any, Any]] = {}
-        return [{name: rebuild(value, memo) for name, value in values.items()} for values in snapshot]
+        return [
+            {name: value if type(value) in UNCHANGING else rebuild(value, memo, part) for name, value in values.items()}
+            for values in snapshot
+        ]
 
 
-def rebuild(value: Any, memo: dict[int, tuple[Any, Any]]) -> Any:
+def own(tensor: Tensor, part: int | None = None) -> Tensor:
+    """The values of ``tensor`` in a tensor of one's own; of a :class:`PerMode` its ``part``, or itself."""
+    if isinstance(tensor, PerMode):
+        if part is None:
+            return tensor
+        tensor = tensor.parts[part]
+    return tensor.detach().clone()
+
+
+def rebuild(value: Any, memo: dict[int, tuple[Any, Any]], part: int | None) -> Any:
     """Copy what a step may change in place; anything else is shared."""
-    if isinstance(value, (int, float, str, type(None))):
+    if type(value) in UNCHANGING:
         return value
     known = memo.get(id(value))
     if known is not None:
@@ -96,17 +115,17 @@ def rebuild(value: Any, memo: dict[int, tuple[Any, Any]]) -> Any:
     copied = value
     kind = type(value)
     if isinstance(value, Tensor):
-        copied = value if isinstance(value, nn.Parameter) else value.detach().clone()
+        copied = value if isinstance(value, nn.Parameter) else own(value, part)
     elif isinstance(value, np.ndarray):
         copied = value.copy()
     elif kind in SEQUENCES:
-        copied = kind(rebuild(one, memo) for one in value)
+        copied = kind(rebuild(one, memo, part) for one in value)
     elif kind is deque:
-        copied = deque((rebuild(one, memo) for one in value), value.maxlen)
+        copied = deque((rebuild(one, memo, part) for one in value), value.maxlen)
     elif kind is defaultdict:
-        copied = defaultdict(value.default_factory, {key: rebuild(one, memo) for key, one in value.items()})
+        copied = defaultdict(value.default_factory, {key: rebuild(one, memo, part) for key, one in value.items()})
     elif kind in DICTIONARIES:
-        copied = kind((key, rebuild(one, memo)) for key, one in value.items())
+        copied = kind((key, rebuild(one, memo, part)) for key, one in value.items())
         if kind is Counter:
             copied = Counter(dict(value))
     memo[id(value)] = (copied, value)

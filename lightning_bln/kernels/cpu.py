@@ -179,12 +179,12 @@ def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs:
     return args
 
 
-def call(direction: str, args: RecurrenceArgs, dtype: torch.dtype) -> None:
+def call(direction: str, args: Any, dtype: torch.dtype, *numbers: int) -> None:
     """Run a pass of the library."""
     library = load()
     assert library is not None, "the compiled kernels are not there; check lightning_bln.kernels.available()"
-    if getattr(library, f"bln_{direction}_{DTYPES[dtype]}")(ctypes.byref(args)):
-        raise MemoryError(f"no memory for the buffers of {args.steps} steps of {args.batch} sequences; shorten them")
+    if getattr(library, f"bln_{direction}_{DTYPES[dtype]}")(ctypes.byref(args), *map(ctypes.c_int64, numbers)):
+        raise MemoryError("no memory for the buffers of a recurrence; shorten the sequences, or take fewer at once")
 
 
 def forward(inputs: Inputs, constants: Constants, settings: Settings) -> Outputs:
@@ -332,13 +332,27 @@ def layer_in_modes(
 ) -> LayerResult:
     """:func:`layer` without gradients for each mode, along a first axis of input, states and what is returned."""
     tensors, constants, settings = prepare(cell, inputs, norms, steps, None, None, zoneout, None, False)
-    found = []
-    for k, mode in enumerate(modes):
+    first = tensors._replace(x=tensors.x[0], h=tensors.h[0], c=None if tensors.c is None else tensors.c[0])
+    given = constants[4:]
+    one = allocate(first, constants, settings)
+    output, h, c = (value.new_empty(len(modes), *value.shape) for value in one[:3])
+    # what the modes have in common is set once: all but where they read and write, and what the population gives
+    args = arguments(first, constants._replace(given_ih=None, given_hh=None, given_cell=None), settings, one)
+    args.threads = 1
+    units, columns = first.weight_hh.shape[1], first.weight_hh.shape[0]
+    groups = 1 if settings.joint else columns // units
+    sizes = {"ih": (columns, groups), "hh": (columns, groups), "cell": (units, 1)}
+    places = {"input": tensors.x, "h0": tensors.h, "c0": tensors.c, "output": output, "hn": h, "cn": c}
+    strided = [(name, value.data_ptr(), value[0].nbytes) for name, value in places.items() if value is not None]
+    calls = (RecurrenceArgs * len(modes))(*[args] * len(modes))
+    for k, (own, mode) in enumerate(zip(calls, modes, strict=True)):
         uses = bits_of(mode.uses_population)
-        own = tensors._replace(x=tensors.x[k], h=tensors.h[k], c=None if tensors.c is None else tensors.c[k])
-        found.append(forward(own, constants, settings._replace(uses_ih=uses, uses_hh=uses, uses_cell=uses))[:3])
-    output, *state = (torch.stack(parts) for parts in zip(*found, strict=True))
-    return LayerResult(output, tuple(state[: 2 if cell == "lstm" else 1]), ())
+        for name, start, stride in strided:
+            setattr(own, name, start + k * stride if stride else None)
+        for name, population in zip(NORMS, given, strict=True):
+            set_given(getattr(own, f"norm_{name}"), population, uses, steps, *sizes[name])
+    call("forward_each", calls, output.dtype, len(modes), torch.get_num_threads())
+    return LayerResult(output, (h, c)[: 2 if cell == "lstm" else 1], ())
 
 
 def prepare(

@@ -111,8 +111,7 @@ def set_given(norm: NormArgs, given: Tensor | None, uses: int, steps: int, width
     for bit, (name, size) in enumerate(
         (("batch_mean", width), ("batch_var", width), ("feature_mean", groups), ("feature_var", groups))
     ):
-        if uses >> bit & 1:
-            setattr(norm, name, at)
+        setattr(norm, name, at if uses >> bit & 1 else None)
         at += steps * size * given.element_size()
 
 

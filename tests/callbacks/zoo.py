@@ -93,23 +93,25 @@ class Meter:
 class Counting(nn.Module):
     """A child with state of its own, plain and buffered."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: Any) -> None:
         super().__init__()
-        self.seen: list[float] = []
+        self.number = number
+        self.seen: list[Any] = []
         self.register_buffer("total", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(float(x.mean()))
+        self.seen.append(self.number(x.mean()))
         self.total += x.detach().mean()
         return x
 
 
 class Rich(Simple):
-    """Every way to log and to accumulate at once."""
+    """Every way to log and to accumulate at once; without ``numbers`` all that differs between modes stays a tensor."""
 
-    def __init__(self, noise: float = 0.0) -> None:
+    def __init__(self, noise: float = 0.0, numbers: bool = True) -> None:
         super().__init__()
         self.noise = noise
+        self.number: Any = float if numbers else Tensor.detach
         task: dict[str, Any] = {"task": "multiclass", "num_classes": CLASSES}
         self.val_acc = tm.Accuracy(**task)
         self.val_f1 = tm.F1Score(**task, average="macro")
@@ -121,7 +123,7 @@ class Rich(Simple):
         self.extremes = tm.wrappers.MinMaxMetric(tm.MeanMetric())
         self.running = tm.wrappers.Running(tm.MeanMetric(), window=2)
         self.hidden_metrics = {"mean": tm.MeanMetric()}
-        self.child = Counting()
+        self.child = Counting(self.number)
         self.meter = Meter()
         self.outputs: list[Tensor] = []
         self.sums: dict[str, Any] = {"correct": 0, "nested": {"loss": torch.zeros(())}}
@@ -138,7 +140,7 @@ class Rich(Simple):
         out = self.child(self(x))
         loss = F.cross_entropy(out, y)
         self.log("val_loss", loss, prog_bar=True, on_step=True, on_epoch=True)
-        self.log("val_float", float(loss))
+        self.log("val_float", self.number(loss))
         self.log("val_max", loss, reduce_fx="max")
         self.log("val_min", loss, reduce_fx=torch.min)
         self.log("val_sum", loss, reduce_fx="sum")
@@ -156,11 +158,11 @@ class Rich(Simple):
         self.hidden_metrics["mean"].update(loss)
         self.log_dict({"group/double": loss * 2, "group/hit": (out.argmax(-1) == y).float().mean()})
         self.outputs.append(out.argmax(-1))
-        self.sums["correct"] += int((out.argmax(-1) == y).sum())
+        self.sums["correct"] += self.number((out.argmax(-1) == y).sum())
         self.sums["nested"]["loss"] += loss
         self.total += loss
         self.plain_total += loss
-        self.meter.add(float(loss))
+        self.meter.add(self.number(loss))
         self.last_loss = loss
         return {"loss": loss, "out": out}
 
@@ -169,7 +171,7 @@ class Rich(Simple):
 
     def on_validation_epoch_end(self) -> None:
         self.log("end_predictions", torch.cat(self.outputs).float().mean())
-        self.log("end_correct", float(self.sums["correct"]))
+        self.log("end_correct", 1.0 * self.sums["correct"])
         self.log("end_nested", self.sums["nested"]["loss"])
         self.log("end_total", self.total.clone())
         self.log("end_plain", self.plain_total.clone())

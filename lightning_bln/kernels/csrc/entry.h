@@ -61,6 +61,18 @@ int run(const RecurrenceArgs<T>& args) {
   }
 }
 
+// Forward passes that have nothing to do with each other, each on one thread.
+template <class T>
+int run_each(const RecurrenceArgs<T>* calls, int64_t count, int64_t threads) {
+  std::atomic<int64_t> next{0};
+  std::atomic<int> failed{0};
+  in_parallel(int(std::min(threads, count)), [&](int, int) {
+    for (int64_t k = next++; k < count; k = next++)
+      if (run<T, Forward, ForwardBuffers>(calls[k])) failed = 1;
+  });
+  return failed;
+}
+
 template <class T, template <class> class Pass>
 int run_dense(const DenseArgs<T>& args) {
   try {
@@ -99,6 +111,12 @@ BLN_EXPORT int bln_forward_float(const bln::RecurrenceArgs<float>* args) {
 }
 BLN_EXPORT int bln_forward_double(const bln::RecurrenceArgs<double>* args) {
   return bln::run<double, bln::Forward, bln::ForwardBuffers>(*args);
+}
+BLN_EXPORT int bln_forward_each_float(const bln::RecurrenceArgs<float>* calls, int64_t count, int64_t threads) {
+  return bln::run_each(calls, count, threads);
+}
+BLN_EXPORT int bln_forward_each_double(const bln::RecurrenceArgs<double>* calls, int64_t count, int64_t threads) {
+  return bln::run_each(calls, count, threads);
 }
 BLN_EXPORT int bln_backward_float(const bln::RecurrenceArgs<float>* args) {
   return bln::run<float, bln::Backward, bln::BackwardBuffers>(*args);
