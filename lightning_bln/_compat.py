@@ -23,6 +23,8 @@ tree_flatten, tree_map, tree_unflatten = _pytree.tree_flatten, _pytree.tree_map,
 HAS_CUSTOM_OPS = hasattr(torch.library, "custom_op")
 """torch 2.3 has none: there the compiled kernels are plain autograd functions, at which torch.compile breaks."""
 
+CAN_COMPILE_STEPS = tuple(map(int, torch.__version__.split(".")[:2])) > (2, 7)
+"""Up to torch 2.7, torch.compile fails at the steps of cells with norms, by errors of its own."""
 
 OutOfMemoryError: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 """Of any device; torch 2.3 knows CUDA's alone."""
@@ -160,6 +162,18 @@ def set_current_hook(module: Any, name: str | None) -> None:
     """See :func:`current_hook`."""
     # no parameter, module or buffer, which is what the module's own way of setting would look for first
     module.__dict__["_current_fx_name"] = name
+
+
+def log_as_named(trainer: Any, module: Any, values: dict[str, float]) -> None:
+    """Log under names that may hold a dataloader's index, which ``self.log`` refuses before lightning 2.5.3."""
+    from lightning_utilities.core.imports import RequirementCache
+
+    if RequirementCache(f"{namespace_of(trainer).partition('.')[0]}>=2.5.3"):
+        module.log_dict(values, add_dataloader_idx=False)
+        return
+    for name, value in values.items():
+        number = torch.tensor(value, device=module.device)
+        results(evaluation_loop(trainer)).log(current_hook(module), name, number, add_dataloader_idx=False)
 
 
 CONNECTOR_METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")

@@ -132,8 +132,13 @@ def joint_batch(x: Tensor, shared: bool, takes_part: bool = True) -> JointBatch:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether weights of ``model`` lie in parts on several ranks (FSDP), so that no rank can run it alone."""
-    names = {base.__name__ for module in model.modules() for base in type(module).__mro__}
-    return not names.isdisjoint({"FullyShardedDataParallel", "FSDPModule"})
+    bases = {base for module in model.modules() for base in type(module).__mro__}
+    # torch 2.3 has the second kind as a prototype named FSDP, as anybody may have named a module
+    return any(
+        base.__name__ in ("FullyShardedDataParallel", "FSDPModule")
+        or (base.__name__ == "FSDP" and base.__module__.startswith("torch.distributed."))
+        for base in bases
+    )
 
 
 def in_step(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:

@@ -170,19 +170,16 @@ def complete(
 ) -> Statistics:
     """``given`` with its gaps filled from ``x``, except for those that ``weights`` leave unused."""
     w_feature, w_batch = weights
-    if not is_zero(w_batch) and (given.batch_mean is None or given.batch_var is None):
+    batch_mean, batch_var, feature_mean, feature_var = given
+    if not is_zero(w_batch) and (batch_mean is None or batch_var is None):
         mean, var = batch_statistics(x, over, mask)
-        given = given._replace(
-            batch_mean=mean if given.batch_mean is None else given.batch_mean,
-            batch_var=var if given.batch_var is None else given.batch_var,
-        )
-    if not is_zero(w_feature) and (given.feature_mean is None or given.feature_var is None):
+        batch_mean = mean if batch_mean is None else batch_mean
+        batch_var = var if batch_var is None else batch_var
+    if not is_zero(w_feature) and (feature_mean is None or feature_var is None):
         mean, var = feature_statistics(x)
-        given = given._replace(
-            feature_mean=mean if given.feature_mean is None else given.feature_mean,
-            feature_var=var if given.feature_var is None else given.feature_var,
-        )
-    return given
+        feature_mean = mean if feature_mean is None else feature_mean
+        feature_var = var if feature_var is None else feature_var
+    return Statistics(batch_mean, batch_var, feature_mean, feature_var)
 
 
 def batch_statistics(x: Tensor, over: tuple[int, ...], mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,8 @@ class StatisticsMode(str):
         ('ppcc', (True, True, False, False), True)
     """
 
-    __slots__ = ()
+    uses_population: tuple[bool, bool, bool, bool]
+    """For each of the four statistics, whether the population gives it."""
 
     def __new__(cls, letters: str) -> StatisticsMode:
         if not isinstance(letters, str) or len(letters) != 4 or set(letters) - set("pc"):
@@ -38,13 +39,11 @@ class StatisticsMode(str):
                 f"mode={letters!r}, but a statistics mode is four letters, each p (population) or c (current), "
                 "for batch mean, batch variance, feature mean, feature variance: 'ppcc', say"
             )
-        return super().__new__(cls, letters)
-
-    @property
-    def uses_population(self) -> tuple[bool, bool, bool, bool]:
-        """For each of the four statistics, whether the population gives it."""
-        first, second, third, fourth = (letter == "p" for letter in self)
-        return first, second, third, fourth
+        mode = super().__new__(cls, letters)
+        # an attribute, since torch.compile before torch 2.8 does not read the letters of a string of one's own
+        first, second, third, fourth = (letter == "p" for letter in letters)
+        mode.uses_population = first, second, third, fourth
+        return mode
 
     @property
     def is_batch_independent(self) -> bool:

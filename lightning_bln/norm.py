@@ -82,7 +82,7 @@ def as_row(weight: float | Tensor, positions: int) -> Tensor:
 def unused_as_constants(statistics: Statistics, weights: tuple) -> Statistics:
     """Zero and one in place of the statistics whose mixing weight switches them off."""
     w_feature, w_batch = weights
-    batch, feature = tuple(statistics[:2]), tuple(statistics[2:])
+    batch, feature = tuple(statistics)[:2], tuple(statistics)[2:]
     if is_zero(w_batch):
         batch = torch.zeros_like(batch[0]), torch.ones_like(batch[0])  # type: ignore[arg-type]
     if is_zero(w_feature):

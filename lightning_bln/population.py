@@ -155,7 +155,7 @@ class Population(nn.Module):
         """The batch as moments of one vector of quantities for each position: every number that will be frozen."""
         dtype = self.mean.dtype
         mean, var, feature_mean, feature_var, inverse = (
-            value.to(dtype) for value in (*observed[:4], 1.0 / observed.batch_size.to(dtype))
+            value.to(dtype) for value in (*tuple(observed)[:4], 1.0 / observed.batch_size.to(dtype))
         )
         if self.estimator == "pooled":
             quantities = torch.cat([mean, torch.stack([feature_mean, feature_var, inverse], -1)], -1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from lightning_bln._compat import CAN_COMPILE_STEPS
 from lightning_bln.cells.registry import build
 from lightning_bln.cells.weights import HasCells, Weights
 from lightning_bln.fanned import run_each_mode
@@ -142,6 +143,11 @@ class Recurrent(HasCells):
             factory={"device": device, "dtype": dtype},
         )
         check_choice("backend", backend, BACKENDS)
+        if backend == "compile" and not CAN_COMPILE_STEPS:
+            raise ValueError(
+                f"backend='compile', but torch.compile of torch {torch.__version__} fails at the steps of cells; "
+                "pass backend='auto', or install a newer torch"
+            )
         if num_layers < 1:
             raise ValueError(f"num_layers={num_layers}, but it must be positive; pass at least 1")
         for name, probability in (

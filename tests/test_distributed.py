@@ -17,11 +17,26 @@ sys.path.insert(0, str(Path(__file__).parent))
 import distributed_worker as worker
 
 from lightning_bln import recompute_population
+from lightning_bln.distributed import is_sharded
 from lightning_bln.moments import Moments
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 LIMIT = 300
+
+
+def test_weights_sharded_by_the_second_fsdp_are_seen_in_every_torch() -> None:
+    try:
+        from torch.distributed.fsdp import FSDPModule as Sharded
+    except ImportError:  # before torch 2.6
+        from torch.distributed._composable import fsdp
+
+        Sharded = getattr(fsdp, "FSDPModule", None) or fsdp.FSDP
+    layer = torch.nn.Linear(2, 2)
+    model = torch.nn.Sequential(layer)
+    assert not is_sharded(model)
+    layer.__class__ = type("FSDPLinear", (Sharded, torch.nn.Linear), {})  # as fully_shard does
+    assert is_sharded(model)
 
 
 @pytest.fixture(scope="module", params=[2, 3])

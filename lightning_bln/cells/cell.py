@@ -72,6 +72,7 @@ class Cell:
     has_norm_cell: ClassVar[bool] = False
     has_projection: ClassVar[bool] = False
     State: ClassVar[Any]
+    has_parameters: ClassVar[bool] = False
 
     norm_cell: Callable[[Tensor], Tensor]
 
@@ -80,6 +81,8 @@ class Cell:
         cls.State = namedtuple("State", cls.states)  # type: ignore[misc]
         if "gates" in own and "products" not in own:
             cls.products = (cls.gates,)
+        # torch.compile before torch 2.5 reads a flag of a class, but not whether a dictionary is empty
+        cls.has_parameters = bool(cls.parameters)
         if cls.unbiased and cls.gates[-len(cls.unbiased) :] != cls.unbiased:
             raise TypeError(f"{cls.__name__}: unbiased={cls.unbiased}, but the last gates are not these: {cls.gates}")
 

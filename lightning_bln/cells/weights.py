@@ -150,7 +150,7 @@ class HasCells(nn.Module):
             return getattr(self, name + suffix, None)
 
         cell, bias_ih = self.cell, get("bias_ih")
-        if cell.parameters:
+        if cell.has_parameters:
             cell = copy(cell)
             read = {name: extra.read or (lambda value: value) for name, extra in cell.parameters.items()}
             cell.__dict__.update({name: read[name](get(name)) for name in cell.parameters})

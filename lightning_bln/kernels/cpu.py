@@ -319,7 +319,7 @@ def layer(
     )
     if torch.compiler.is_compiling() and HAS_CUSTOM_OPS:
         found = torch.ops.lightning_bln.recurrence(
-            *tensors, *constants, list(settings[:INTEGERS]), list(settings[INTEGERS:])
+            *tensors, *constants, [*settings][:INTEGERS], [*settings][INTEGERS:]
         )[:6]
     else:
         found = Recurrence.apply(settings, constants, *tensors)
@@ -374,7 +374,7 @@ def prepare(
         cell=CELLS.index(cell),
         steps=steps,
         keep=(2 if recompute or not needs_grad else 1) if needs_grad or observes else 0,
-        joint=int(any(norm is not None and norm.groups == 1 for norm in norms[:2]) and GATES[cell] > 1),
+        joint=int(any(norm is not None and norm.groups == 1 for norm in (norms.ih, norms.hh)) and GATES[cell] > 1),
         on_ih=int(norms.ih is not None),
         on_hh=int(norms.hh is not None),
         on_cell=int(norms.cell is not None),
@@ -385,14 +385,15 @@ def prepare(
         scale_ih=1.0 if norms.ih is None else norms.ih.scale,
         scale_hh=1.0 if norms.hh is None else norms.hh.scale,
         scale_cell=1.0 if norms.cell is None else norms.cell.scale,
-        eps=next((norm.eps for norm in norms if norm is not None), 0.0),
+        eps=max([0.0, *(norm.eps for norm in norms if norm is not None)]),
     )
     dtype = inputs.weight_hh.dtype
+    has_norm = settings.on_ih or settings.on_hh or settings.on_cell
     constants = Constants(
         None if sizes is None else torch.tensor(sizes),
         None if hidden_mask is None else hidden_mask.to(dtype).contiguous(),
         None if zoneout_mask is None else zoneout_mask.to(dtype).contiguous(),
-        None if not any(settings[4:7]) else torch.stack([mixing(norm, steps) for norm in norms]),
+        torch.stack([mixing(norm, steps) for norm in norms]) if has_norm else None,
         *(given(norm, dtype) for norm in norms),
     )
     return Prepared(tensors, constants, settings)

@@ -65,7 +65,7 @@ def dense(
     if torch.empty_like(x).stride() != x.stride():  # rows that overlap or lie apart, as after expand() or a slice
         x = x.contiguous()
     if torch.compiler.is_compiling() and HAS_CUSTOM_OPS:
-        found = torch.ops.lightning_bln.dense(x, weight, bias, mixing, given, list(settings[:2]), list(settings[2:]))
+        found = torch.ops.lightning_bln.dense(x, weight, bias, mixing, given, [*settings][:2], [*settings][2:])
     else:
         found = Dense.apply(settings, x, weight, bias, mixing, given)
     if not settings.keep:

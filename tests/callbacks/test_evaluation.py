@@ -41,6 +41,9 @@ def test_two_loaders(workers: int) -> None:
     assert callback.result is not None
     for name, value in expected[str(callback.result.chosen)].items():
         assert abs(float(trainer.callback_metrics[name]) - value) <= 1e-6
+    for mode, values in expected.items():
+        shown = trainer.callback_metrics[f"bln/val_loss/dataloader_idx_1/{mode}"]
+        assert float(shown) == pytest.approx(values["val_loss/dataloader_idx_1"], abs=1e-6)
 
 
 def test_stochastic_steps_draw_what_a_separate_validation_draws() -> None:
