@@ -125,8 +125,9 @@ def test_the_mode_explains_what_it_does(score, share) -> None:
     assert shares["x"] == pytest.approx(1 - share, abs=0.1)
 
 
-def test_the_median_pruner_ends_a_bad_trial_early(tmp_path) -> None:
-    spec = helpers.small_search(epochs=4, log=str(tmp_path / "log")) | {"sampler": "random"}
+@pytest.mark.parametrize("pruner", ["median", "hyperband"])
+def test_a_pruner_ends_a_bad_trial_early(pruner, tmp_path) -> None:
+    spec = helpers.small_search(epochs=4, log=str(tmp_path / "log")) | {"sampler": "random", "pruner": pruner}
     spec["search"] = {"model.init_args.lr": [1e-2, 1e-9]}
     recipe = Recipe.parse(spec)
     study = tune(recipe, trials=9, output=tmp_path, progress=False)
