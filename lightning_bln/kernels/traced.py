@@ -107,9 +107,9 @@ def traced_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights, 
         return None
     tensors = Tensors(
         tuple(side_by_side(value.to(dtype)) for value in segments.values()),
-        sequences.state,
+        tuple(side_by_side(value) for value in sequences.state),
         None if weights.weight_hh is None else side_by_side(cell.act(weights.weight_hh)),
-        weights.bias_hh,
+        None if weights.bias_hh is None else side_by_side(weights.bias_hh),
         tuple((v.expand(units) if v.ndim == 1 else v).to(dtype).contiguous() for v in constants.values()),
         None if noise.hidden_mask is None else noise.hidden_mask.contiguous(),
     )
@@ -120,6 +120,7 @@ def traced_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights, 
 def fits(sequences: Sequences, weights: HiddenWeights, noise: Noise) -> bool:
     """Whether a recurrence is of a kind that programs are made for."""
     x, state = sequences.x, sequences.state
+    parameters = [value for value in (weights.weight_hh, weights.bias_hh) if value is not None]
     return (
         type(x) is Tensor
         and x.device.type == "cpu"
@@ -130,7 +131,8 @@ def fits(sequences: Sequences, weights: HiddenWeights, noise: Noise) -> bool:
         and weights.norm_cell is None
         and weights.weight_hr is None
         and not noise.zoneout
-        and all(value.dtype == x.dtype and value.shape == (x.shape[1], x.shape[3]) for value in state)
+        and all(value.dtype == x.dtype for value in (*state, *parameters))
+        and all(value.shape == (x.shape[1], x.shape[3]) for value in state)
         and is_built()
     )
 
