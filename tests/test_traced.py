@@ -160,6 +160,14 @@ def test_gradients_have_gradients(kind) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize(("kind", "norm"), [("slstm", None), ("mgu", "bln")])
+def test_gradients_of_gradients_on_torch_operations_are_refused_rather_than_wrong(kind, norm) -> None:
+    layer = Recurrent(kind, 3, 4, norm=norm)
+    output, _ = layer(torch.randn(4, 3, 3))
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        torch.autograd.grad(output.sum(), list(layer.parameters()), create_graph=True)
+
+
 def test_a_graph_kept_gives_the_same_gradient_twice() -> None:
     layer = Recurrent("lem", 3, 4, norm=None)
     loss = layer(torch.randn(5, 2, 3))[0].sum()
