@@ -19,6 +19,7 @@ from lightning_bln.gate_norm import GateNorm
 from lightning_bln.kernels import BACKENDS, HiddenWeights, Noise, Sequences, cpu, run, runs_compiled
 from lightning_bln.kernels.choice import name_of
 from lightning_bln.kernels.gather import gather
+from lightning_bln.kernels.product import linear
 from lightning_bln.modes import FanOut
 
 State = Tensor | tuple[Tensor, ...]
@@ -264,7 +265,8 @@ class Recurrent(HasCells):
         x = x if mask is None else x * mask
         if runs_compiled(self.backend, self.cell, x, weights):
             return self._compiled(x, state, weights, sizes)
-        x = F.linear(x, weights.weight_ih, weights.bias_ih if weights.norm_ih is None else None)
+        product = linear if self.backend == "auto" else F.linear
+        x = product(x, weights.weight_ih, weights.bias_ih if weights.norm_ih is None else None)
         x = x.unflatten(-1, (len(self.cell.gates), -1))
         if weights.norm_ih is not None:
             data = None if sizes is None else is_running(sizes, x)

@@ -62,6 +62,18 @@ class Gates:
         self._parts, self._first = dict(zip(self._names, parts, strict=True)), (first,)
         return first
 
+    def segments(self) -> dict[tuple[str, ...], Tensor]:
+        """All gates as few tensors, each by the names of the gates that stand in it."""
+        if self._value is not None:
+            return {self._names: self._value}
+        parts = dict(self.split())
+        found = {}
+        for first in self._first:
+            names = self._names[: len(self._names) * first.shape[-1] // self._width()]
+            found[names] = first
+            parts = {name: part for name, part in parts.items() if name not in names}
+        return found | {(name,): part for name, part in parts.items()}
+
     def _width(self) -> int:
         """How many features all gates have."""
         if self._value is not None:

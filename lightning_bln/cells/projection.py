@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_bln.cells.cell import Cell
@@ -151,9 +150,12 @@ class DeferredGradient(torch.autograd.Function):
         return value.expand(steps, samples, -1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """One product over all steps and samples."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True, but backend='auto' has no gradients of gradients here; pass backend='reference'"
+            )
         steps, samples, rows = gradient.shape
         nothing = gradient.new_zeros(samples, ctx.columns)
         inputs = [F.pad(h, (0, 0, 0, samples - len(h))) for h in (ctx.seen.get(t, nothing) for t in range(steps))]

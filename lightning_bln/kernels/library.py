@@ -93,6 +93,39 @@ class GatherArgs(ctypes.Structure):
     )  # fmt: skip
 
 
+class Instruction(ctypes.Structure):
+    """``Instruction`` of ``csrc/program.h``."""
+
+    _fields_ = (
+        *((name, _INTEGER) for name in ("operation", "to", "a", "b", "c")),
+        *((name, _NUMBER) for name in ("s", "u")),
+    )
+
+
+class ProgramArgs(ctypes.Structure):
+    """``ProgramArgs`` of ``csrc/program.h``."""
+
+    _fields_ = (
+        *((name, _INTEGER) for name in ("steps", "batch", "units", "threads", "reversed", "instructions", "matrices")),
+        *((name, _POINTER) for name in ("batch_sizes", "code", "places", "matrix")),
+    )
+
+
+class ProductArgs(ctypes.Structure):
+    """``ProductArgs`` of ``csrc/product.h``."""
+
+    _fields_ = (
+        *((name, _INTEGER) for name in ("rows", "columns", "depth", "threads")),
+        ("a", _POINTER), ("a_row", _INTEGER), ("a_column", _INTEGER),
+        ("b", _POINTER), ("b_row", _INTEGER), ("b_column", _INTEGER),
+        ("c", _POINTER), ("c_row", _INTEGER), ("bias", _POINTER),
+    )  # fmt: skip
+
+
+STRUCTURES = (RecurrenceArgs, DenseArgs, GatherArgs, ProgramArgs, Instruction, ProductArgs)
+"""What tells a library that was built from other sources."""
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     """Where a tensor's numbers lie; None for none."""
     return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
@@ -145,7 +178,7 @@ def open_library(variant: str) -> ctypes.CDLL | None:
         warnings.warn(f"{path.name} does not load ({error}); slower kernels are tried", stacklevel=2)
         return None
     library.bln_args_size.restype = _INTEGER
-    if library.bln_args_size() != sum(map(ctypes.sizeof, (RecurrenceArgs, DenseArgs, GatherArgs))):
+    if library.bln_args_size() != sum(map(ctypes.sizeof, STRUCTURES)):
         warnings.warn(f"{path.name} was built from other sources than this package's; install it again", stacklevel=2)
         return None
     share_threads(library)

@@ -10,6 +10,7 @@ from lightning_bln._compat import in_function_transform
 from lightning_bln.cells.cell import Cell, LinearCell
 from lightning_bln.kernels.reference import HiddenWeights, Noise, Result, Sequences, recurrence
 from lightning_bln.kernels.scan import scan_recurrence
+from lightning_bln.kernels.traced import traced_recurrence
 
 
 def run(backend: str, cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result:
@@ -22,4 +23,5 @@ def run(backend: str, cell: Cell, sequences: Sequences, weights: HiddenWeights, 
         from lightning_bln.kernels.compiled import compiled_recurrence
 
         return compiled_recurrence(cell, sequences, weights, noise)
-    return recurrence(cell, sequences, weights, noise, deferred=True)
+    found = traced_recurrence(cell, sequences, weights, noise)
+    return recurrence(cell, sequences, weights, noise, deferred=True) if found is None else found

@@ -4,6 +4,8 @@
 #include "dense.h"
 #include "forward.h"
 #include "gather.h"
+#include "product.h"
+#include "program.h"
 
 #if defined(_WIN32)
 #define BLN_EXPORT extern "C" __declspec(dllexport)
@@ -96,6 +98,30 @@ int run_dense(const DenseArgs<T>& args) {
   }
 }
 
+template <class T>
+int run_product(const ProductArgs& args) {
+  std::atomic<bool> failed{false};
+  in_parallel(int(args.threads), [&](int id, int members) {
+    try {
+      product<T>(args, id, members);
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+  });
+  return failed;
+}
+
+template <class T>
+int run_program(const ProgramArgs& args) {
+  try {
+    const Program<T> program(args);
+    in_parallel(int(args.threads), [&](int id, int members) { program.run(part(int(args.batch), id, members)); });
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
 }  // namespace bln
 
 BLN_EXPORT void bln_set_runtime(void* parallel, void* thread, void* threads) {
@@ -104,7 +130,7 @@ BLN_EXPORT void bln_set_runtime(void* parallel, void* thread, void* threads) {
   bln::runtime.threads = reinterpret_cast<int (*)()>(threads);
 }
 
-BLN_EXPORT int64_t bln_args_size() { return sizeof(bln::RecurrenceArgs<float>) + sizeof(bln::DenseArgs<float>) + sizeof(bln::GatherArgs<float>); }
+BLN_EXPORT int64_t bln_args_size() { return sizeof(bln::RecurrenceArgs<float>) + sizeof(bln::DenseArgs<float>) + sizeof(bln::GatherArgs<float>) + sizeof(bln::ProgramArgs) + sizeof(bln::Instruction) + sizeof(bln::ProductArgs); }
 
 BLN_EXPORT int bln_forward_float(const bln::RecurrenceArgs<float>* args) {
   return bln::run<float, bln::Forward, bln::ForwardBuffers>(*args);
@@ -130,3 +156,7 @@ BLN_EXPORT int bln_dense_forward_double(const bln::DenseArgs<double>* args) { re
 BLN_EXPORT int bln_dense_backward_double(const bln::DenseArgs<double>* args) { return bln::run_dense<double, bln::DenseBackward>(*args); }
 BLN_EXPORT void bln_gather_float(const bln::GatherArgs<float>* args) { bln::gather(*args); }
 BLN_EXPORT void bln_gather_double(const bln::GatherArgs<double>* args) { bln::gather(*args); }
+BLN_EXPORT int bln_program_float(const bln::ProgramArgs* args) { return bln::run_program<float>(*args); }
+BLN_EXPORT int bln_program_double(const bln::ProgramArgs* args) { return bln::run_program<double>(*args); }
+BLN_EXPORT int bln_product_float(const bln::ProductArgs* args) { return bln::run_product<float>(*args); }
+BLN_EXPORT int bln_product_double(const bln::ProductArgs* args) { return bln::run_product<double>(*args); }
