@@ -109,7 +109,7 @@ def new_results(loop: Any, has_bar: bool = True) -> Any:
 
 
 @cache
-def mode_results(base: type) -> type:
+def mode_results(base: Any) -> type:
     """``base``, but a row that already lies where it is asked to go does not rebuild itself at every ``self.log``."""
 
     def set_row(self: Any, key: str, row: Any) -> None:

@@ -55,8 +55,10 @@ class PerMode(Tensor):
         shape, dtype, device = first.shape, first.dtype, first.device
         for part in parts:
             if part.shape != shape or part.dtype != dtype or part.device != device:
-                raise NotTogether(f"a tensor is {first.shape} {dtype} in one mode and {part.shape} {part.dtype} in another")
-        own = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+                raise NotTogether(
+                    f"a tensor is {first.shape} {dtype} in one mode and {part.shape} {part.dtype} in another"
+                )
+        own = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         own.stack, own.separate = None, list(parts)
         return own
 
@@ -65,7 +67,7 @@ class PerMode(Tensor):
     @classmethod
     def of_stack(cls, stack: Tensor) -> PerMode:
         """From a tensor with a first axis of modes, of which the parts are views."""
-        own = Tensor._make_wrapper_subclass(cls, stack.shape[1:], dtype=stack.dtype, device=stack.device)  # type: ignore[attr-defined]
+        own = Tensor._make_wrapper_subclass(cls, stack.shape[1:], dtype=stack.dtype, device=stack.device)
         own.stack, own.separate = stack, None
         return own
 
@@ -88,7 +90,7 @@ class PerMode(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        first = args[0] if args else None
+        first: Any = args[0] if args else None
         is_own = isinstance(first, PerMode)
         if is_own and func in COMMON:
             return func(first.parts[0], *args[1:], **kwargs)
@@ -97,7 +99,7 @@ class PerMode(Tensor):
         if func is Tensor.__hash__:
             return id(first)
         if func is Tensor.__iter__:
-            return iter(first.unbind(0))  # type: ignore[union-attr]
+            return iter(first.unbind(0))
         target = first if is_in_place(func) else kwargs.get("out")
         if isinstance(target, PerMode):
             if PerMode.journal is not None:
@@ -119,7 +121,7 @@ class PerMode(Tensor):
         return join(results, func)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise NotTogether(f"{func} was called past torch's Python functions")
 
 

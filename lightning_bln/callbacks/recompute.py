@@ -28,7 +28,7 @@ def recompute(
     *,
     limit: int | None,
     dataloader: Iterable[Any] | None = None,
-    on_step: Callable[[], None] = nothing,
+    on_step: Callable[[int], None] = nothing,
 ) -> None:
     """Compute the population of ``module`` at its weights as they are, over the Trainer's training data.
 
@@ -37,7 +37,7 @@ def recompute(
         module: The module it trains.
         limit: Use at most this many batches on each rank.
         dataloader: Batches to use in place of the training data.
-        on_step: Called after each batch.
+        on_step: Called with 1 after each batch.
     """
     with undisturbed(trainer, module):
         batches = training_batches(trainer) if dataloader is None else enumerated(dataloader)
@@ -48,7 +48,7 @@ def recompute(
 
         def predict(item: tuple[Any, int]) -> None:
             run_step(trainer, module, *item)
-            on_step()
+            on_step(1)
 
         recompute_population(module, batches, predict=predict, limit=limit)
         reset_population(module)
