@@ -114,6 +114,8 @@ class Backward : Walker<T> {
       cell.recall(t, some);
       cell.begin_sums(some);
       this->in_stripes(some, [&](Range stripe) {
+        this->fetch_ahead(x, D, stripe, some);
+        this->fetch_ahead(v, D, stripe, some);
         if (!a.gates) this->activate_all(x, v, buffers.gates.get(), stripe);
         lstm_output(t, gates, gates_grad, stripe);
       });

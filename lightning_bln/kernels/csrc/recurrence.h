@@ -155,6 +155,13 @@ class Walker {
     for (int b = rows.begin; b < rows.end; b += Norm<T>::stripe) body(Norm<T>::clipped({b, b + Norm<T>::stripe}, rows.end));
   }
 
+  // Ask for the stripe after this one where the data last lay in a far cache.
+  void fetch_ahead(const T* rows, ptrdiff_t ld, Range stripe, Range some) const {
+    for (int b = stripe.end; b < stripe.end + stripe.size() && b < some.end; b++)
+      for (int g = 0; g < G; g++)
+        for (int j = units.begin; j < units.end; j += int(64 / sizeof(T))) __builtin_prefetch(rows + b * ld + g * H + j);
+  }
+
   // The panels of a packed right-hand side that hold this member's columns.
   Range own_panels(const Packed<T>& packed, int repeats) const {
     int begin = 0;
