@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -33,3 +34,17 @@ def test_compiled_steps_are_the_reference(kind, norm, compiler, monkeypatch) -> 
         )
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_chunk_with_a_normalised_state_is_one_graph(monkeypatch) -> None:
+    """One graph where the first states have no gradient, one where they do."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def collect(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr("lightning_bln.kernels.compiled.STEPS", 2)
+    monkeypatch.setattr("lightning_bln.kernels.compiled.COMPILER", collect)
+    Recurrent("lstm", 3, 4, norm="bln", backend="compile")(torch.randn(6, 5, 3))
+    assert len(graphs) == 2
