@@ -38,7 +38,9 @@ def main() -> None:
     parser.add_argument(
         "--short", action="store_true", help="against torch's layers only, not the reference and others"
     )
-    parser.add_argument("--compiled", action="store_true", help="the reference under torch.compile too, where T < 30")
+    parser.add_argument(
+        "--compiled", action="store_true", help="the reference's steps under torch.compile too, where T < 30"
+    )
     parser.add_argument(
         "--processor-time",
         action="store_true",
@@ -52,6 +54,8 @@ def main() -> None:
         kind, size = json.loads(args.memory)
         print(json.dumps(peaks(contenders.training(kind, tuple(size), extras=False) | recomputing(kind, tuple(size)))))
         return
+    if args.gpu and not torch.cuda.is_available():
+        parser.error("--gpu, but torch sees no CUDA device here; leave it out to measure on the CPU")
     started = f"{datetime.datetime.now():%Y-%m-%d %H:%M}; {machine()}"
     table: Table = {}
     try:

@@ -138,9 +138,13 @@ class GateNorm(Normalization):
         population, uses, batch_size = self._source((steps, self.groups))
         weights: tuple = (1.0, 0.0)
         if self.norm != "layer":
-            if batch_size is None:
-                batch_size = self.population.feature_mean.new_tensor(sizes)[:, None, None]
-            weights = mixing_weights(batch_size[:, 0], self.delta, self.norm)
+            if batch_size is not None:
+                weights = mixing_weights(batch_size[:, 0], self.delta, self.norm)
+            elif torch.compiler.is_compiling() or sizes[0] != sizes[-1]:  # sizes fall
+                sized = self.population.feature_mean.new_tensor(sizes)[:, None]
+                weights = mixing_weights(sized, self.delta, self.norm)
+            else:
+                weights = mixing_weights(sizes[0], self.delta, self.norm)
         return SequenceNorm(
             weight=self.weight,
             bias=self.bias,

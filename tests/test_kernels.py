@@ -22,7 +22,7 @@ from lightning_bln import (
     set_mode,
 )
 from lightning_bln._compat import HAS_CUSTOM_OPS
-from lightning_bln.kernels import choice, reference
+from lightning_bln.kernels import choice, cpu, reference
 
 built = pytest.mark.skipif(kernels.available()["cpu"] is None, reason="the compiled kernels are not installed")
 pytestmark = built
@@ -132,6 +132,14 @@ def test_layers_and_directions(kind, lengths) -> None:
 @pytest.mark.parametrize("kind", LAYERS)
 def test_parts_left_out(kind, options) -> None:
     compare(kind, torch.randn(5, 4, 6, dtype=torch.float64), 4, (6, 9), **options)
+
+
+@pytest.mark.parametrize("lengths", [None, RAGGED], ids=["full", "packed"])
+@pytest.mark.parametrize("norm", ["bln", None])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_products_with_the_input_may_be_kept(kind, norm, lengths, monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "NARROW", 0)
+    compare(kind, sequences(lengths, 6, 5, 7, torch.float64), 5, (7, 19), norm=norm)
 
 
 def test_relu() -> None:
@@ -371,10 +379,10 @@ def test_operators_keep_torchs_rules() -> None:
     torch.library.opcheck(operators.recurrence, (*tensors, *weights, *constants, integers, numbers))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_recompute_keeps_little(recompute) -> None:
+@pytest.mark.parametrize(("units", "recompute", "numbers"), [(64, False, 10), (32, False, 6), (64, True, 2)])
+def test_no_more_is_kept_than_documented(units, recompute, numbers) -> None:
     """Numbers kept for each step and sequence, as the module's documentation states."""
-    units, steps, samples = 32, 50, 8
+    steps, samples = 50, 8
     layer = BLNLSTM(units, units, norm="layer", backend="cpu", recompute=recompute)
     kept: dict[int, int] = {}
 
@@ -385,7 +393,7 @@ def test_recompute_keeps_little(recompute) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(torch.randn(steps, samples, units))
     arrays = sum(size for size in kept.values() if size in (steps * samples * units, 4 * steps * samples * units))
-    assert arrays / (steps * samples * units) == (3 if recompute else 11)  # the input's own is one
+    assert arrays / (steps * samples * units) == numbers + 1  # the input's own is one
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -17,8 +17,8 @@ from lightning_bln.kernels.library import is_built, variant
 
 BACKENDS = ("auto", "reference", "compile", "cpu")
 HOW_TO_BUILD = (
-    "install a C++ compiler (g++ or clang) and install lightning-bln again from source: "
-    "pip install --force-reinstall --no-deps --no-binary lightning-bln lightning-bln"
+    "install a C++ compiler (g++ or clang) and, in a clone of lightning-bln, install it again: "
+    "pip install --force-reinstall --no-deps --no-binary lightning-bln ."
 )
 
 

@@ -34,7 +34,7 @@ def compiled_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights
         window = slice(k * STEPS, k * STEPS + len(chunk))
         run = compiled(kind, COMPILER) if len(chunk) == STEPS else run_chunk
         result = run(
-            copy(cell),
+            cell,
             {name: pieces[k] for name, pieces in cut.items()},
             Sequences(chunk, tuple(state), None),
             weights._replace(
@@ -58,7 +58,7 @@ def run_chunk(
 ) -> Result:
     """Some steps of a recurrence, its gates prepared."""
     x = Gates(parts[""], cell.gates) if "" in parts else Gates(None, cell.gates, parts)
-    return unroll(cell, x, sequences, weights, noise)
+    return unroll(copy(cell), x, sequences, weights, noise)  # what is set on an argument would outlive the graph
 
 
 @cache

@@ -87,6 +87,8 @@ class Settings(NamedTuple):
 
 INTEGERS = 10
 NORMS = ("ih", "hh", "cell")
+NARROW = 64
+"""Products with inputs of fewer features are always computed again: that takes less time than reading them."""
 
 
 class Outputs(NamedTuple):
@@ -113,7 +115,7 @@ def sizes_of(inputs: Inputs, settings: Settings) -> tuple[int, int, int, int, in
 
 def allocate(inputs: Inputs, constants: Constants, settings: Settings) -> Outputs:
     """Where the forward pass writes."""
-    rows, samples, _, units, columns = sizes_of(inputs, settings)
+    rows, samples, features, units, columns = sizes_of(inputs, settings)
     gates = columns // units
     new = inputs.weight_hh.new_empty
     keep, lstm = settings.keep > 0, CELLS[settings.cell] == "lstm"
@@ -133,7 +135,7 @@ def allocate(inputs: Inputs, constants: Constants, settings: Settings) -> Output
         moments_ih=moments(settings.on_ih, columns, groups),
         moments_hh=moments(settings.on_hh, columns, groups),
         moments_cell=moments(settings.on_cell, units, 1),
-        input_part=new(rows, columns) if all_kept else new(0),
+        input_part=new(rows, columns) if all_kept and features >= NARROW else new(0),
         hidden_part=new(rows, columns) if all_kept else new(0),
         gates=new(0),
         cells=new(rows, units) if keep and lstm else new(0),
@@ -143,40 +145,60 @@ def allocate(inputs: Inputs, constants: Constants, settings: Settings) -> Output
 def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs: Outputs) -> RecurrenceArgs:
     """The library's structure for the forward pass; the backward pass adds to it."""
     _, samples, features, units, columns = sizes_of(inputs, settings)
-    args = RecurrenceArgs()
-    args.cell, args.steps, args.batch = settings.cell, settings.steps, samples
-    args.inputs, args.units, args.threads = features, units, torch.get_num_threads()
-    args.keep = settings.keep
-    args.batch_sizes = pointer(constants.batch_sizes)
-    args.input, args.weight_ih, args.weight_hh = map(pointer, (inputs.x, inputs.weight_ih, inputs.weight_hh))
-    args.h0, args.c0 = pointer(inputs.h), pointer(inputs.c)
-    args.hidden_mask = pointer(constants.hidden_mask)
-    if constants.zoneout_mask is not None:
-        args.zoneout_mask_h = pointer(constants.zoneout_mask[0])
-        args.zoneout_mask_c = pointer(constants.zoneout_mask[1])
-    else:
-        args.zoneout_h = args.zoneout_c = settings.zoneout
-    args.output, args.hn, args.cn = map(pointer, outputs[:3])
-    args.input_part, args.hidden_part, args.gates, args.cells = map(pointer, outputs[6:])
     groups = 1 if settings.joint else columns // units
-    for index, name in enumerate(NORMS):
-        norm: NormArgs = getattr(args, f"norm_{name}")
-        width, parts = (units, 1) if name == "cell" else (columns, groups)
-        norm.bias = pointer(inputs.bias_norm_cell if name == "cell" else getattr(inputs, f"bias_{name}"))
-        norm.enabled = getattr(settings, f"on_{name}")
-        if not norm.enabled:
-            continue
-        assert constants.mixing is not None
-        norm.joint, norm.scale, norm.eps = settings.joint, getattr(settings, f"scale_{name}"), settings.eps
-        norm.w_feature, norm.w_batch = (pointer(constants.mixing[index, part]) for part in (0, 1))
-        norm.weight = pointer(getattr(inputs, f"weight_norm_{name}"))
-        set_given(
-            norm, getattr(constants, f"given_{name}"), getattr(settings, f"uses_{name}"), settings.steps, width, parts
-        )
-        norm.batch_moments = pointer(outputs[3 + index])
-        if norm.batch_moments:
-            norm.feature_moments = norm.batch_moments + settings.steps * 2 * width * outputs.output.element_size()
+    zoneout, masks = settings.zoneout, constants.zoneout_mask
+    args = RecurrenceArgs(
+        settings.cell, settings.steps, samples, features, units, torch.get_num_threads(), 0, 0, settings.keep,
+        zoneout if masks is None else 0.0, zoneout if masks is None else 0.0,
+        pointer(constants.batch_sizes), pointer(inputs.x), pointer(inputs.weight_ih), pointer(inputs.weight_hh),
+        pointer(inputs.h), pointer(inputs.c), pointer(constants.hidden_mask),
+        None if masks is None else pointer(masks[0]), None if masks is None else pointer(masks[1]),
+        pointer(outputs.output), pointer(outputs.h), pointer(outputs.c), pointer(outputs.input_part),
+        pointer(outputs.hidden_part), pointer(outputs.gates), pointer(outputs.cells),
+    )  # fmt: skip
+    set_norm(
+        args.norm_ih, 0, settings.on_ih, settings.uses_ih, settings.scale_ih, inputs.weight_norm_ih, inputs.bias_ih,
+        constants.given_ih, outputs.moments_ih, columns, groups, constants.mixing, settings,
+    )  # fmt: skip
+    set_norm(
+        args.norm_hh, 1, settings.on_hh, settings.uses_hh, settings.scale_hh, inputs.weight_norm_hh, inputs.bias_hh,
+        constants.given_hh, outputs.moments_hh, columns, groups, constants.mixing, settings,
+    )  # fmt: skip
+    set_norm(
+        args.norm_cell, 2, settings.on_cell, settings.uses_cell, settings.scale_cell, inputs.weight_norm_cell,
+        inputs.bias_norm_cell, constants.given_cell, outputs.moments_cell, units, 1, constants.mixing, settings,
+    )  # fmt: skip
     return args
+
+
+def set_norm(
+    norm: NormArgs,
+    index: int,
+    enabled: int,
+    uses: int,
+    scale: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    given: Tensor | None,
+    moments: Tensor,
+    width: int,
+    groups: int,
+    mixing: Tensor | None,
+    settings: Settings,
+) -> None:
+    """Fill in what the library has to know of one of the three norms."""
+    norm.bias = pointer(bias)
+    if not enabled:
+        return
+    assert mixing is not None
+    w_feature = mixing.data_ptr() + index * 2 * settings.steps * 8
+    norm.enabled, norm.joint, norm.scale, norm.eps = enabled, settings.joint, scale, settings.eps
+    norm.w_feature, norm.w_batch, norm.weight = w_feature, w_feature + settings.steps * 8, pointer(weight)
+    if given is not None:
+        set_given(norm, given, uses, settings.steps, width, groups)
+    at = pointer(moments)
+    if at:
+        norm.batch_moments, norm.feature_moments = at, at + settings.steps * 2 * width * moments.element_size()
 
 
 def call(direction: str, args: Any, dtype: torch.dtype, *numbers: int) -> None:
@@ -209,10 +231,12 @@ def backward(
     result = empty_gradients(inputs, settings, needs_x)
     args.grad_input, args.grad_weight_ih, args.grad_weight_hh = map(pointer, result[:3])
     args.grad_h0, args.grad_c0 = pointer(result.h), pointer(result.c)
-    for name in NORMS:
-        norm: NormArgs = getattr(args, f"norm_{name}")
-        norm.grad_weight = pointer(getattr(result, f"weight_norm_{name}"))
-        norm.grad_bias = pointer(result.bias_norm_cell if name == "cell" else getattr(result, f"bias_{name}"))
+    for norm, weight, bias in (
+        (args.norm_ih, result.weight_norm_ih, result.bias_ih),
+        (args.norm_hh, result.weight_norm_hh, result.bias_hh),
+        (args.norm_cell, result.weight_norm_cell, result.bias_norm_cell),
+    ):
+        norm.grad_weight, norm.grad_bias = pointer(weight), pointer(bias)
     call("backward", args, outputs.output.dtype)
     return result
 
@@ -393,7 +417,7 @@ def prepare(
         None if sizes is None else torch.tensor(sizes),
         None if hidden_mask is None else hidden_mask.to(dtype).contiguous(),
         None if zoneout_mask is None else zoneout_mask.to(dtype).contiguous(),
-        torch.stack([mixing(norm, steps) for norm in norms]) if has_norm else None,
+        mixings(norms, steps) if has_norm else None,
         *(given(norm, dtype) for norm in norms),
     )
     return Prepared(tensors, constants, settings)
@@ -406,19 +430,19 @@ def bits(norm: SequenceNorm | None) -> int:
     return bits_of(norm.uses)
 
 
-def mixing(norm: SequenceNorm | None, steps: int) -> Tensor:
-    """The weights of a norm's two parts at each step, ``(2, T)``."""
-    if norm is None:
-        return constant_mixing(0.0, 0.0, steps)
-    if not isinstance(norm.w_feature, Tensor):
-        return constant_mixing(norm.w_feature, float(norm.w_batch), steps)
-    assert isinstance(norm.w_batch, Tensor)
-    return torch.cat([norm.w_feature.expand(steps, 1), norm.w_batch.expand(steps, 1)], 1).t().double()
+def mixings(norms: LayerNorms, steps: int) -> Tensor:
+    """The weights of each norm's two parts at each step, ``(3, 2, T)``."""
+    weights = [(0.0, 0.0) if norm is None else (norm.w_feature, norm.w_batch) for norm in norms]
+    if not any(isinstance(one, Tensor) for pair in weights for one in pair):
+        return torch.tensor(weights, dtype=torch.float64).unsqueeze(-1).expand(-1, -1, steps).contiguous()
+    return torch.stack([torch.stack([at_steps(one, steps) for one in pair]) for pair in weights])
 
 
-def constant_mixing(w_feature: float, w_batch: float, steps: int) -> Tensor:
-    """The same weights at every step."""
-    return torch.tensor([[w_feature], [w_batch]], dtype=torch.float64).expand(2, steps)
+def at_steps(weight: float | Tensor, steps: int) -> Tensor:
+    """A weight at each step."""
+    if not isinstance(weight, Tensor):
+        return torch.full((steps,), weight, dtype=torch.float64)
+    return weight.expand(steps, 1).squeeze(-1).double()
 
 
 def given(norm: SequenceNorm | None, dtype: torch.dtype) -> Tensor | None:

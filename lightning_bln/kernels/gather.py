@@ -55,17 +55,17 @@ def gather_compiled(
     count = torch.empty(steps, norm.groups, dtype=torch.long)
     mean, m2 = (moments.new_empty(steps, norm.groups, width + 3) for _ in range(2))
     batch_sizes = None if sizes is None else torch.tensor(sizes)
-    args = GatherArgs()
-    args.steps, args.groups, args.width, args.samples = steps, norm.groups, width, samples
-    args.has_batch, args.has_feature = int(not is_zero(norm.w_batch)), int(not is_zero(norm.w_feature))
-    args.batch_sizes, args.batch_moments = pointer(batch_sizes), pointer(moments)
-    args.feature_moments = moments.data_ptr() + steps * 2 * norm.groups * width * moments.element_size()
     old = population.count.contiguous(), population.mean.contiguous(), population.m2.contiguous()
-    args.old_count, args.old_mean, args.old_m2 = map(pointer, old)
-    args.count, args.mean, args.m2 = map(pointer, (count, mean, m2))
+    args = GatherArgs(
+        steps, norm.groups, width, samples, int(not is_zero(norm.w_batch)), int(not is_zero(norm.w_feature)),
+        pointer(batch_sizes), pointer(moments),
+        moments.data_ptr() + steps * 2 * norm.groups * width * moments.element_size(),
+        pointer(old[0]), pointer(old[1]), pointer(old[2]), pointer(count), pointer(mean), pointer(m2),
+    )  # fmt: skip
     library = load()
     assert library is not None
-    getattr(library, f"bln_gather_{'float' if moments.dtype == torch.float32 else 'double'}")(ctypes.byref(args))
+    merge = library.bln_gather_float if moments.dtype == torch.float32 else library.bln_gather_double
+    merge(ctypes.byref(args))
     population._assign(Moments(count, mean, m2))
 
 

@@ -128,7 +128,7 @@ STRUCTURES = (RecurrenceArgs, DenseArgs, GatherArgs, ProgramArgs, Instruction, P
 
 def pointer(tensor: Tensor | None) -> int | None:
     """Where a tensor's numbers lie; None for none."""
-    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+    return None if tensor is None else tensor.data_ptr() or None
 
 
 def bits_of(uses: Sequence[bool | Tensor]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ CASES = [("ugrnn", None, "inductor")]
 CASES += [(kind, norm, "aot_eager") for kind, norm in (("coupledlstm", "bln"), ("cfn", None))]
 
 
-@pytest.mark.skipif(
+compiles_steps = pytest.mark.skipif(
     not CAN_COMPILE_STEPS, reason="torch.compile up to torch 2.7 fails at the steps of cells with norms"
 )
+
+
+@compiles_steps
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize(("kind", "norm", "compiler"), CASES)
 def test_compiled_steps_are_the_reference(kind, norm, compiler, monkeypatch) -> None:
@@ -43,3 +47,18 @@ def test_compiled_steps_are_the_reference(kind, norm, compiler, monkeypatch) -> 
 def test_an_older_torch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"backend='compile', but torch\.compile of torch 2\."):
         Recurrent("ugrnn", 3, 4, backend="compile")
+
+
+@compiles_steps
+def test_a_chunk_with_a_normalised_state_is_one_graph(monkeypatch) -> None:
+    """One graph where the first states have no gradient, one where they do."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def collect(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr("lightning_bln.kernels.compiled.STEPS", 2)
+    monkeypatch.setattr("lightning_bln.kernels.compiled.COMPILER", collect)
+    Recurrent("lstm", 3, 4, norm="bln", backend="compile")(torch.randn(6, 5, 3))
+    assert len(graphs) == 2

@@ -110,18 +110,41 @@ class Backward : Walker<T> {
     hh.recall(t, some);
     const T* v = a.hidden_part ? a.hidden_part + at(t) * D : project_again(t, some, forward_panels);
     const T* gates = a.gates ? a.gates + at(t) * D : buffers.gates.get();
-    if (!a.gates) this->activate_all(x, v, buffers.gates.get(), some);
-    if (a.cell == kLstm)
-      lstm(t, m, gates, gates_grad, some);
-    else if (gru)
-      this->gru(t, v, gates, gates_grad, hidden_gates_grad, some);
-    else
-      rnn(t, gates, gates_grad, some);
-    if (hh.wants_sums()) hh.sums(t, hidden_gates_grad, D, v, D, some);
-    if (ih.wants_sums()) ih.sums(t, gates_grad, D, x, D, some);
+    if (a.cell == kLstm) {
+      cell.recall(t, some);
+      cell.begin_sums(some);
+      this->in_stripes(some, [&](Range stripe) {
+        this->fetch_ahead(x, D, stripe, some);
+        this->fetch_ahead(v, D, stripe, some);
+        if (!a.gates) this->activate_all(x, v, buffers.gates.get(), stripe);
+        lstm_output(t, gates, gates_grad, stripe);
+      });
+      cell.end_sums(t);
+      if (cell.gradient_meets(t)) me.wait();
+      cell.begin_apply(t, m, some);
+    }
+    hh.begin_sums(some);
+    ih.begin_sums(some);
+    this->in_stripes(some, [&](Range stripe) {
+      if (!a.gates && a.cell != kLstm) this->activate_all(x, v, buffers.gates.get(), stripe);
+      if (a.cell == kLstm)
+        lstm_state(t, gates, gates_grad, stripe);
+      else if (gru)
+        this->gru(t, v, gates, gates_grad, hidden_gates_grad, stripe);
+      else
+        rnn(t, gates, gates_grad, stripe);
+      hh.add_sums(hidden_gates_grad, D, v, D, stripe);
+      ih.add_sums(gates_grad, D, x, D, stripe);
+    });
+    hh.end_sums(t);
+    ih.end_sums(t);
     if (hh.gradient_meets(t) || ih.gradient_meets(t)) me.wait();
-    if (hh.a.enabled) hh.template apply<false>(t, m, hidden_gates_grad, D, v, D, hidden_grad, D, some);
-    if (ih.a.enabled) ih.template apply<false>(t, m, gates_grad, D, x, D, input_grad, D, some);
+    hh.begin_apply(t, m, some);
+    ih.begin_apply(t, m, some);
+    this->in_stripes(some, [&](Range stripe) {
+      if (hh.a.enabled) hh.template apply<false>(hidden_gates_grad, D, v, D, hidden_grad, D, stripe);
+      if (ih.a.enabled) ih.template apply<false>(gates_grad, D, x, D, input_grad, D, stripe);
+    });
     if (me.columns > 1) me.wait();
     if (!a.hidden_mask) {
       this->project(plan.backward_hh, own_hh_, hidden_grad, D, some, a.grad_h0, H, true);
@@ -170,16 +193,16 @@ class Backward : Walker<T> {
     }
   }
 
-  void lstm(int t, int m, const T* gates, T* gates_grad, Range some) {
+  // What reaches the cell state through the output, and the gradient of the output gate.
+  void lstm_output(int t, const T* gates, T* gates_grad, Range some) {
     const T *c = a.cells + at(t) * H, *c_before = previous(t, a.cells, a.c0);
     const T* fresh = c;
-    T* fresh_grad = a.grad_c0;
     if (plan.zoneout) {
       fresh = buffers.candidate.get();
-      fresh_grad = buffers.fresh_grad.get();
       for (int b = some.begin; b < some.end; b++) {
         const T *i = gates + size_t(b) * D, *f = i + H, *g = f + H, *old = c_before + size_t(b) * H;
-        T *to = buffers.candidate.get() + size_t(b) * H, *all = a.grad_c0 + size_t(b) * H, *own = fresh_grad + size_t(b) * H;
+        T *to = buffers.candidate.get() + size_t(b) * H, *all = a.grad_c0 + size_t(b) * H;
+        T* own = buffers.fresh_grad.get() + size_t(b) * H;
         with_zoneout(units, mask_row(a.zoneout_mask_c, t, b), T(a.zoneout_c), [=](int j, T kept) {
           to[j] = f[j] * old[j] + i[j] * g[j];
           own[j] = (T(1) - kept) * all[j];
@@ -187,7 +210,6 @@ class Backward : Walker<T> {
         });
       }
     }
-    cell.recall(t, some);
     T* out_grad = buffers.cell_out_grad.get();
     const T *alpha = cell.alpha_of(0), *beta = cell.beta_of(0), *w = cell.weight, *p = cell.p, *q = cell.q;
     for (int b = some.begin; b < some.end; b++) {
@@ -200,10 +222,17 @@ class Backward : Walker<T> {
         to[j] = grad * o[j] * (T(1) - squashed * squashed);
       });
     }
-    if (cell.wants_sums()) cell.sums(t, out_grad, H, fresh, H, some);
-    if (cell.gradient_meets(t)) me.wait();
+    cell.add_sums(out_grad, H, fresh, H, some);
+  }
+
+  // The gradients of the other gates and of the state carried in.
+  void lstm_state(int t, const T* gates, T* gates_grad, Range some) {
+    const T* c_before = previous(t, a.cells, a.c0);
+    const T* fresh = plan.zoneout ? buffers.candidate.get() : a.cells + at(t) * H;
+    T* fresh_grad = plan.zoneout ? buffers.fresh_grad.get() : a.grad_c0;
+    const T* out_grad = buffers.cell_out_grad.get();
     if (cell.a.enabled)
-      cell.template apply<true>(t, m, out_grad, H, fresh, H, fresh_grad, H, some);
+      cell.template apply<true>(out_grad, H, fresh, H, fresh_grad, H, some);
     else
       for (int b = some.begin; b < some.end; b++)
         for (int j = units.begin; j < units.end; j++) fresh_grad[size_t(b) * H + j] += out_grad[size_t(b) * H + j];

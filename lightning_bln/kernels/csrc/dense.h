@@ -98,9 +98,9 @@ class DenseBackward : Dense<T> {
       norm.recall(t, rows);
       norm.sums(t, grad, a.grad_row_stride, x, a.row_stride, rows);
       if (norm.gradient_meets(t)) me.wait();
-      if (a.grad_x)
-        norm.template apply<false>(t, int(a.rows), grad, a.grad_row_stride, x, a.row_stride,
-                                   a.grad_x + t * a.position_stride, a.row_stride, rows);
+      if (!a.grad_x) continue;
+      norm.begin_apply(t, int(a.rows), rows);
+      norm.template apply<false>(grad, a.grad_row_stride, x, a.row_stride, a.grad_x + t * a.position_stride, a.row_stride, rows);
     }
     T* own = plan.totals.get() + size_t(id_) * 2 * features;
     norm.copy_totals(own, own + features);

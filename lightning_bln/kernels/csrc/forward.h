@@ -68,20 +68,25 @@ class Forward : Walker<T> {
     if (ih.meets(t) || hh.meets(t)) me.wait();
     ih.settle(t, m, some);
     hh.settle(t, m, some);
-    this->activate_all(x, v, gates, some);
     T* out = a.output + at(t) * H;
-    if (a.cell == kLstm)
-      lstm(t, m, gates, h, out, some);
-    else
-      simple(t, gates, h, out, some);
+    this->in_stripes(some, [&](Range stripe) {
+      this->activate_all(x, v, gates, stripe);
+      if (a.cell == kLstm)
+        carry(t, gates, stripe);
+      else
+        simple(t, gates, h, out, stripe);
+    });
+    if (a.cell == kLstm) lstm(t, m, gates, h, out, some);
     if (a.hidden_mask) mask_state(out, t, some);
     if (me.columns > 1) me.wait();
   }
 
-  void lstm(int t, int m, const T* gates, const T* h, T* out, Range some) {
-    T* c = a.cells ? a.cells + at(t) * H : buffers.cells.get();
+  T* carried_state(int t) const { return a.cells ? a.cells + at(t) * H : buffers.cells.get(); }
+  T* fresh_state(int t) const { return plan.zoneout ? buffers.candidate.get() : carried_state(t); }
+
+  void carry(int t, const T* gates, Range some) {
+    T *c = carried_state(t), *fresh = fresh_state(t);
     const T* c_before = a.cells ? previous(t, a.cells, a.c0) : t ? c : a.c0;
-    T* fresh = plan.zoneout ? buffers.candidate.get() : c;
     for (int b = some.begin; b < some.end; b++) {
       const T *i = gates + size_t(b) * D, *f = i + H, *g = f + H, *old = c_before + size_t(b) * H;
       T* to = fresh + size_t(b) * H;
@@ -93,6 +98,10 @@ class Forward : Walker<T> {
                      [=](int j, T kept) { carried[j] = kept * old[j] + (T(1) - kept) * to[j]; });
       }
     }
+  }
+
+  void lstm(int t, int m, const T* gates, const T* h, T* out, Range some) {
+    const T* fresh = fresh_state(t);
     cell.measure(t, fresh, H, some);
     if (cell.meets(t)) me.wait();
     cell.settle(t, m, some);

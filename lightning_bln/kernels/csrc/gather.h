@@ -50,6 +50,7 @@ void gather(const GatherArgs<T>& a) {
       for (int64_t k = 0; a.has_feature && k < 2; k++) {
         const T* of_rows = a.feature_moments + ((t * 2 + k) * a.groups + g) * a.samples;
         T sum = 0;
+#pragma omp simd reduction(+ : sum)
         for (int64_t b = 0; b < size; b++) sum += of_rows[b];
         sums[k] = sum / T(size);
       }

@@ -111,11 +111,11 @@ class Norm {
     }
     if (current_feature(t)) {
       const T* saved = a.feature_moments + size_t(t) * 2 * row_size_;
-      for (int g = 0; g < groups_; g++)
-        for (int b = rows.begin; b < rows.end; b++) {
-          const size_t i = size_t(g) * batch_ + b;
-          row_mean_[i] = saved[i], row_inverse_[i] = saved[row_size_ + i];
-        }
+      for (int g = 0; g < groups_; g++) {
+        const size_t first = size_t(g) * batch_ + rows.begin, end = first + rows.size();
+#pragma omp simd
+        for (size_t i = first; i < end; i++) row_mean_[i] = saved[i], row_inverse_[i] = saved[row_size_ + i];
+      }
     }
     coefficients(t, rows);
   }
@@ -124,33 +124,46 @@ class Norm {
 
   bool gradient_meets(int t) const { return a.enabled && meets(t); }
 
-  // This member's part of the sums that the gradient needs; `grad` is that of y, both [batch, gates, units].
+  // This member's part of the sums that the gradient needs; `grad` is that of y, both [batch, gates, units]. Rows may
+  // be taken in stripes, between begin_sums() and end_sums().
   void sums(int t, const T* grad, ptrdiff_t ldg, const T* x, ptrdiff_t ldx, Range rows) {
+    begin_sums(rows);
+    for (int b = rows.begin; b < rows.end; b += stripe) add_sums(grad, ldg, x, ldx, clipped({b, b + stripe}, rows.end));
+    end_sums(t);
+  }
+
+  void begin_sums(Range rows) {
+    if (!a.enabled) return;
+    slot_ ^= 1;
+    T* sum = column_slot(member_.row);
+    for_own([&](int j0, int j1) {
+      for (int j = j0; j < j1; j++) sum[j] = sum[D + j] = c3_[j] = T(0);
+    });
+    T* row_sum = row_slot(member_.column);
+    for (int g = 0; g < groups_; g++)
+      for (int b = rows.begin; b < rows.end; b++) row_sum[size_t(g) * batch_ + b] = row_sum[row_size_ + size_t(g) * batch_ + b] = T(0);
+  }
+
+  void add_sums(const T* grad, ptrdiff_t ldg, const T* x, ptrdiff_t ldx, Range rows) {
     if (!a.enabled) {
       if (a.grad_bias)
-        for_own([&](int j0, int j1) {
-          for (int b = rows.begin; b < rows.end; b++) {
+        for (int b = rows.begin; b < rows.end; b++)
+          for_own([&](int j0, int j1) {
             const T* from = grad + b * ldg;
 #pragma omp simd
             for (int j = j0; j < j1; j++) bias_sum_[j] += from[j];
-          }
-        });
+          });
       return;
     }
-    slot_ ^= 1;
     T* sum = column_slot(member_.row);
     T* dot = sum + D;
     T* row_sum = row_slot(member_.column);
     T* row_dot = row_sum + row_size_;
-    for (int g = 0; g < groups_; g++)
-      for (int b = rows.begin; b < rows.end; b++) row_sum[size_t(g) * batch_ + b] = row_dot[size_t(g) * batch_ + b] = T(0);
-    const T w_batch = T(a.w_batch[t]), w_feature = T(a.w_feature[t]), scale = T(a.scale);
     for (int g = 0; g < gates_; g++) {
       const int j0 = g * units_ + own_.begin, n = own_.size();
       const size_t at = size_t(group(g)) * batch_;
       T *S = sum + j0, *E = dot + j0, *F = c3_ + j0;
       const T *w = weight + j0, *mu = used_mean_ + j0;
-      for (int j = 0; j < n; j++) S[j] = E[j] = F[j] = T(0);
       int b = rows.begin;
       for (; b + 4 <= rows.end; b += 4) {
         const T *y0 = grad + b * ldg + j0, *y1 = y0 + ldg, *y2 = y1 + ldg, *y3 = y2 + ldg;
@@ -188,20 +201,26 @@ class Norm {
         row_sum[at + b] += s0;
         row_dot[at + b] += d0;
       }
-      T *bias = bias_sum_ + j0, *gain = weight_sum_.get() + j0;
-      const T* inverse = inverse_ + j0;
-#pragma omp simd
-      for (int j = 0; j < n; j++) {
-        bias[j] += S[j];
-        E[j] *= inverse[j];
-        gain[j] += scale * (w_batch * E[j] + w_feature * F[j]);
-      }
     }
   }
 
-  // The gradient of x from all members' sums, to `out` (or added to it).
-  template <bool Add>
-  void apply(int t, int running, const T* grad, ptrdiff_t ldg, const T* x, ptrdiff_t ldx, T* out, ptrdiff_t ldo, Range rows) {
+  void end_sums(int t) {
+    if (!a.enabled) return;
+    const T w_batch = T(a.w_batch[t]), w_feature = T(a.w_feature[t]), scale = T(a.scale);
+    T *S = column_slot(member_.row), *E = S + D, *gain = weight_sum_.get();
+    for_own([&](int j0, int j1) {
+#pragma omp simd
+      for (int j = j0; j < j1; j++) {
+        bias_sum_[j] += S[j];
+        E[j] *= inverse_[j];
+        gain[j] += scale * (w_batch * E[j] + w_feature * c3_[j]);
+      }
+    });
+  }
+
+  // The coefficients of x's gradient from all members' sums.
+  void begin_apply(int t, int running, Range rows) {
+    if (!a.enabled) return;
     const T wb = T(a.w_batch[t]), wf = T(a.w_feature[t]);
     const bool through_mean = wb != T(0) && !a.batch_mean, through_var = wb != T(0) && !a.batch_var;
     for_own([&](int j0, int j1) {
@@ -245,6 +264,11 @@ class Norm {
         r3_[i] = row_var ? alpha[i] * row_inverse_[i] * E / count : T(0);
         r2_[i] = (row_mean ? alpha[i] * S / count : T(0)) - (row_var ? r3_[i] * row_mean_[i] : T(0));
       }
+  }
+
+  // The gradient of x, to `out` (or added to it), once its coefficients are there.
+  template <bool Add>
+  void apply(const T* grad, ptrdiff_t ldg, const T* x, ptrdiff_t ldx, T* out, ptrdiff_t ldo, Range rows) const {
     for (int g = 0; g < gates_; g++) {
       const int j0 = g * units_ + own_.begin, n = own_.size();
       const size_t at = size_t(group(g)) * batch_;
@@ -336,30 +360,36 @@ class Norm {
       for (int g = 0; g < groups_; g++)
         for (int b = rows.begin; b < rows.end; b++)
           row_mean[size_t(g) * batch_ + b] = row_spread[size_t(g) * batch_ + b] = T(0);
-    for (int g = 0; g < gates_; g++) {
-      const int j0 = g * units_ + own_.begin;
-      total<Batch, Feature, false>(x + j0, ld, rows, own_.size(), mean + j0, mean + j0, row_mean + size_t(group(g)) * batch_,
-                                   row_mean);
-      if (Batch) {
+    if (Batch)
+      for_own([&](int j0, int j1) {
+        for (int j = j0; j < j1; j++) mean[j] = spread[j] = T(0);
+      });
+    total<Batch, Feature, false>(x, ld, rows, mean, mean, row_mean, row_mean);
+    if (Batch)
+      for_own([&](int j0, int j1) {
         const T inverse = T(1) / many;
-        for (int j = j0; j < j0 + own_.size(); j++) mean[j] *= inverse;
-      }
-    }
+        for (int j = j0; j < j1; j++) mean[j] *= inverse;
+      });
     if (Feature)
       for (int g = 0; g < groups_; g++)
         for (int b = rows.begin; b < rows.end; b++) row_mean[size_t(g) * batch_ + b] /= own_features;
-    for (int g = 0; g < gates_; g++) {
-      const int j0 = g * units_ + own_.begin;
-      const size_t at = size_t(group(g)) * batch_;
-      total<Batch, Feature, true>(x + j0, ld, rows, own_.size(), spread + j0, mean + j0, row_spread + at, row_mean + at);
-    }
+    total<Batch, Feature, true>(x, ld, rows, spread, mean, row_spread, row_mean);
   }
 
-  // Column and row sums of x, or of its squared distances to the means.
+  // Adds column and row sums of x, or of its squared distances to the means, reading memory in its order.
   template <bool Batch, bool Feature, bool Centred>
-  void total(const T* x, ptrdiff_t ld, Range rows, int n, T* column, const T* mean, T* row, const T* row_mean) {
-    if (Batch)
-      for (int j = 0; j < n; j++) column[j] = T(0);
+  void total(const T* x, ptrdiff_t ld, Range rows, T* column, const T* mean, T* row, const T* row_mean) const {
+    for (int b = rows.begin; b < rows.end; b += stripe)
+      for (int g = 0; g < gates_; g++) {
+        const int j0 = g * units_ + own_.begin;
+        const size_t at = size_t(group(g)) * batch_;
+        total_of_gate<Batch, Feature, Centred>(x + j0, ld, clipped({b, b + stripe}, rows.end), own_.size(), column + j0,
+                                               mean + j0, row + at, row_mean + at);
+      }
+  }
+
+  template <bool Batch, bool Feature, bool Centred>
+  static void total_of_gate(const T* x, ptrdiff_t ld, Range rows, int n, T* column, const T* mean, T* row, const T* row_mean) {
     int b = rows.begin;
     for (; b + 4 <= rows.end; b += 4) {
       const T *x0 = x + b * ld, *x1 = x0 + ld, *x2 = x1 + ld, *x3 = x2 + ld;
@@ -437,20 +467,25 @@ class Norm {
   }
 
   void merge_rows(int t, int g, Range rows) {
-    const int times = groups_ == 1 ? gates_ : 1;
+    const size_t first = size_t(g) * batch_ + rows.begin, end = first + rows.size();
     const T inverse = T(1) / T(features());
-    for (int b = rows.begin; b < rows.end; b++) {
-      const size_t i = size_t(g) * batch_ + b;
-      T mean = 0, var = 0;
-      for (int k = 0; k < member_.columns; k++) mean += T(times * unit_part(k).size()) * inverse * row_slot(k)[i];
-      for (int k = 0; k < member_.columns; k++)
-        var += T(times * unit_part(k).size()) * inverse * square(row_slot(k)[i] - mean) + row_slot(k)[row_size_ + i] * inverse;
-      row_mean_[i] = mean, row_inverse_[i] = var;
-      if (a.feature_moments && member_.column == 0) {
-        T* saved = a.feature_moments + size_t(t) * 2 * row_size_;
-        saved[i] = mean, saved[row_size_ + i] = var;
-      }
+    for (size_t i = first; i < end; i++) row_mean_[i] = row_inverse_[i] = T(0);
+    for (int k = 0; k < member_.columns; k++) {
+      const T share = T((groups_ == 1 ? gates_ : 1) * unit_part(k).size()) * inverse;
+      const T* other = row_slot(k);
+#pragma omp simd
+      for (size_t i = first; i < end; i++) row_mean_[i] += share * other[i];
     }
+    for (int k = 0; k < member_.columns; k++) {
+      const T share = T((groups_ == 1 ? gates_ : 1) * unit_part(k).size()) * inverse;
+      const T *other = row_slot(k), *spread = other + row_size_;
+#pragma omp simd
+      for (size_t i = first; i < end; i++) row_inverse_[i] += share * square(other[i] - row_mean_[i]) + spread[i] * inverse;
+    }
+    if (!a.feature_moments || member_.column != 0) return;
+    T* saved = a.feature_moments + size_t(t) * 2 * row_size_;
+#pragma omp simd
+    for (size_t i = first; i < end; i++) saved[i] = row_mean_[i], saved[row_size_ + i] = row_inverse_[i];
   }
 
   // Expects the current variances in the places of the inverse deviations, and turns them into these.
@@ -499,6 +534,7 @@ class Norm {
     return {range.begin < limit ? range.begin : limit, range.end < limit ? range.end : limit};
   }
   static constexpr int grain = 16;
+  static constexpr int stripe = 4;  // rows that several passes take one after the other while they lie in the cache
   static constexpr int block_size = 65536 / sizeof(T);
   Range unit_part(int k) const { return part(units_, k, member_.columns, grain); }
 

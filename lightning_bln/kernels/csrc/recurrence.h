@@ -86,8 +86,8 @@ struct Plan {
     divide(members, ragged);
   }
 
-  // Units are shared out rather than rows, so that each member's weights stay in its cache; rows where a step then needs
-  // no meeting at all, or where there are more members than units to share.
+  // Rows are shared out where there are enough: then nothing but sums over the batch ever goes from one member to the
+  // other. With few rows, units are, and each member reads its own part of the weights. Costs in multiplications.
   void divide(int members, bool ragged) {
     row_teams = 1;
     if (a.row_teams > 0 && members % int(a.row_teams) == 0) {
@@ -98,9 +98,10 @@ struct Plan {
         if (members % rows || (ragged && rows > 1)) continue;
         const int columns = members / rows;
         const int most_rows = (batch + rows - 1) / rows, most_units = ((H + 15) / 16 + columns - 1) / columns * 16;
-        const bool meets = columns > 1 || (rows > 1 && meets_over_rows());
+        if (rows > 1 && most_rows < 4) continue;
         const double weights = double(most_units) * H;
-        const double cost = most_rows * weights + (most_rows < 16 ? 4 * weights : 0) + (meets ? 100000.0 : 0);
+        const double exchanged = columns > 1 ? 100000.0 + 60.0 * most_rows * H : meets_over_rows() ? 50000.0 : 0.0;
+        const double cost = (most_rows < 6 ? 6 : most_rows) * weights + (rows * columns > 1 ? exchanged : 0.0);
         if (best == 0 || cost < best) best = cost, row_teams = rows;
       }
     }
@@ -147,6 +148,19 @@ class Walker {
   Range running(int t) const { return Norm<T>::clipped(rows, plan.sizes[t]); }
   size_t at(int t) const { return size_t(plan.offset[t]); }
   const T* previous(int t, const T* sequence, const T* initial) const { return t ? sequence + at(t - 1) * H : initial; }
+
+  // body(rows) for a few rows at a time, so that passes one after the other find them in the cache.
+  template <class F>
+  static void in_stripes(Range rows, F body) {
+    for (int b = rows.begin; b < rows.end; b += Norm<T>::stripe) body(Norm<T>::clipped({b, b + Norm<T>::stripe}, rows.end));
+  }
+
+  // Ask for the stripe after this one where the data last lay in a far cache.
+  void fetch_ahead(const T* rows, ptrdiff_t ld, Range stripe, Range some) const {
+    for (int b = stripe.end; b < stripe.end + stripe.size() && b < some.end; b++)
+      for (int g = 0; g < G; g++)
+        for (int j = units.begin; j < units.end; j += int(64 / sizeof(T))) __builtin_prefetch(rows + b * ld + g * H + j);
+  }
 
   // The panels of a packed right-hand side that hold this member's columns.
   Range own_panels(const Packed<T>& packed, int repeats) const {
