@@ -159,8 +159,8 @@ def table(folder: Path) -> str:
     """Return a Markdown table of the runs in a folder, a row for each task, norm and scale."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     lines = [
-        "| task | norm | scale | runs | validation | test | chosen |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| task | norm | scale | runs | validation, `ppcc` | test, `ppcc` | test, `cccc` | lowest loss |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     parts = ("validation", "test", "test cccc")
     for name, norm in product(TASKS, NORMS):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,6 +51,25 @@ def test_two_workers_finish_every_trial_though_one_failed_once(tmp_path, monkeyp
     best = yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())
     assert best["model"]["init_args"]["lr"] == pytest.approx(study.best_params["model.init_args.lr"])
     assert "statistics mode" in json.loads((tmp_path / "out" / "importance.json").read_text())
+
+
+def test_on_a_cluster_a_failed_trial_goes_on_from_its_checkpoint(tmp_path) -> None:
+    """The command on a cluster that was there before; a trial that fails in its third epoch is run again from there."""
+    model = {"epochs_log": str(tmp_path / "epochs"), "fail_once": str(tmp_path / "failed"), "fail_epoch": 2}
+    spec = helpers.small_search(epochs=4, **model) | {"search": {"model.init_args.lr": [1e-2]}, "pruner": "none"}
+    (tmp_path / "tune.yaml").write_text(yaml.safe_dump(spec))
+    command = [sys.executable, "-m", "lightning_bln.cli", "tune", "--engine", "ray", "--trials", "1", "--no-progress"]
+    command += ["--config", str(tmp_path / "tune.yaml"), "--output", str(tmp_path / "out")]
+    with helpers.ray_cluster() as (address, allowed):
+        done = subprocess.run(
+            [*command, "--address", address], env=allowed, capture_output=True, text=True, timeout=400, cwd=tmp_path
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    started = [tuple(map(float, line.split())) for line in (tmp_path / "epochs").read_text().splitlines()]
+    # rate, epoch and step, of which there are two an epoch: weights and optimizer go on, not the count of epochs alone
+    assert started == [(1e-2, 0, 0), (1e-2, 1, 2), (1e-2, 2, 4), (1e-2, 2, 4), (1e-2, 3, 6)]
+    with (tmp_path / "out" / "trials.csv").open() as file:
+        assert [one["state"] for one in csv.DictReader(file)] == ["COMPLETE"]
 
 
 def test_two_objectives_are_refused(tmp_path) -> None:

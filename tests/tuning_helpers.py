@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,22 +23,38 @@ from lightning_bln.demo import RowClassifier
 
 
 class Logged(RowClassifier):
-    """Writes a line to a file when its training ends; can wait in between, or fail."""
+    """Writes a line to a file when its training ends, and at each epoch to another; can wait before, or fail once."""
 
-    def __init__(self, log: str | None = None, wait: float = 0.0, fail_once: str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        log: str | None = None,
+        wait: float = 0.0,
+        fail_once: str | None = None,
+        fail_epoch: int = 0,
+        epochs_log: str | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(hidden_size=4, **options)
         self.log_path, self.wait, self.fail_once = log, wait, fail_once
+        self.fail_epoch, self.epochs_log = fail_epoch, epochs_log
 
     def on_train_start(self) -> None:
         time.sleep(self.wait)
-        if self.fail_once is not None and not Path(self.fail_once).exists():
+
+    def on_train_epoch_start(self) -> None:
+        self._write(self.epochs_log, f"{self.lr!r} {self.current_epoch} {self.global_step}")
+        if self.fail_once is not None and self.current_epoch == self.fail_epoch and not Path(self.fail_once).exists():
             Path(self.fail_once).touch()
             raise RuntimeError("fails the first time")
 
     def on_fit_end(self) -> None:
-        if self.log_path is not None:
-            with open(self.log_path, "a") as file:
-                file.write(f"{self.lr!r}\n")
+        self._write(self.log_path, repr(self.lr))
+
+    @staticmethod
+    def _write(path: str | None, line: str) -> None:
+        if path is not None:
+            with open(path, "a") as file:
+                file.write(f"{line}\n")
 
 
 def small_search(epochs: int = 1, **model: Any) -> dict[str, Any]:
@@ -64,6 +83,39 @@ def environment() -> dict[str, str]:
     """The environment of a process that shall find this file and the package."""
     here = Path(__file__).parent
     return {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
+
+
+@contextmanager
+def ray_cluster() -> Iterator[tuple[str, dict[str, str]]]:
+    """A cluster of one machine, as ``ray start --head`` makes it: its address, and an environment that may use it."""
+    probes = [socket.socket() for _ in range(2)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    port, clients = (probe.getsockname()[1] for probe in probes)
+    for probe in probes:
+        probe.close()
+    folder = tempfile.mkdtemp(prefix="bln-ray-")
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=1"]
+    command += [
+        f"--port={port}",
+        f"--ray-client-server-port={clients}",
+    ]
+    command += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}"]
+    allowed = {**environment(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    head = subprocess.Popen(command, env=allowed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert head.stdout is not None
+        said = ""
+        while "Ray runtime started" not in said:
+            line = head.stdout.readline()
+            if not line:
+                raise RuntimeError(f"ray start has failed:\n{said}")
+            said += line
+        yield f"{re.findall('Local node IP: ([0-9.]+)', said)[0]}:{port}", allowed
+    finally:
+        head.terminate()
+        head.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def postgresql_binaries() -> Path | None:
