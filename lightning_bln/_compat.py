@@ -166,14 +166,20 @@ def set_current_hook(module: Any, name: str | None) -> None:
 
 def log_as_named(trainer: Any, module: Any, values: dict[str, float]) -> None:
     """Log under names that may hold a dataloader's index, which ``self.log`` refuses before lightning 2.5.3."""
-    from lightning_utilities.core.imports import RequirementCache
-
-    if RequirementCache(f"{namespace_of(trainer).partition('.')[0]}>=2.5.3"):
+    if logs_indexed_names(namespace_of(trainer)):
         module.log_dict(values, add_dataloader_idx=False)
         return
     for name, value in values.items():
         number = torch.tensor(value, device=module.device)
         results(evaluation_loop(trainer)).log(current_hook(module), name, number, add_dataloader_idx=False)
+
+
+@cache
+def logs_indexed_names(namespace: str) -> bool:
+    """Whether ``self.log`` takes a name with a dataloader's index in it."""
+    from lightning_utilities.core.imports import RequirementCache
+
+    return bool(RequirementCache(f"{namespace.partition('.')[0]}>=2.5.3"))
 
 
 CONNECTOR_METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")

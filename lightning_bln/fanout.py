@@ -16,13 +16,20 @@ from lightning_bln.per_mode import NotTogether, PerMode, holds, join_trees
 BYTES = 2**28
 """What the largest activation may take once it is there for all modes of a chunk."""
 
+CPU_BYTES = 2**23
+"""The same on the CPU, whose larger arrays go back to the system after each use and come again page by page."""
+
+FEWEST = 4
+"""Modes of a chunk on the CPU, if memory allows, however large their activations: fewer share too little."""
+
 MODULE_INTERNALS = frozenset(nn.Module().__dict__)
 
 
 class Undecided:
     """The mode of a layer while all modes go together: it has none, and who asks for it cannot go along."""
 
-    def __getattr__(self, name: str) -> Any:
+    @property
+    def uses_population(self) -> Any:
         raise NotTogether("a layer is called outside of what the modes share")
 
 
@@ -279,7 +286,7 @@ class Site:
         if not torch.equal(random, torch.get_rng_state()) or before != self.state():
             self.owner.give_up(self, "it draws random numbers or changes state of its own")
             return output
-        self.owner.shrink(BYTES // max(1, largest[0]))
+        self.owner.shrink(modes_at_once(largest[0], output))
         if 1 < self.owner.chunk < len(self.owner.modes):
             return output  # the next batch comes in smaller chunks, and is the one to learn from
         for early in (False, True) if not self.was_checked else (self.fans_early,):
@@ -399,6 +406,13 @@ def holders(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def modes_at_once(largest: int, output: Any) -> int:
+    """How many modes of a model with that largest activation, in bytes, a chunk should have."""
+    most = BYTES // max(1, largest)
+    is_on_cpu = all(leaf.device.type == "cpu" for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
+    return min(most, max(FEWEST, CPU_BYTES // max(1, largest))) if is_on_cpu else most
+
+
 def find_axes(plain: Any, fanned: Any, size: int) -> list[int | None] | None:
     """For each tensor, the axis along which ``fanned`` is ``size`` times as long; None where they do not match."""
     (leaves, spec), (many, other) = tree_flatten(plain), tree_flatten(fanned)
@@ -470,12 +484,15 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def measured(module: nn.Module) -> Iterator[list[int]]:
-    """Within the context, the bytes of the largest tensor a module inside returns."""
+    """Within the context, the bytes of the largest tensor that a module inside returns, from the first mode layer on."""
     largest = [0]
+    has_begun = False
 
-    def note(_: nn.Module, __: Any, output: Any) -> None:
+    def note(part: nn.Module, _: Any, output: Any) -> None:
+        nonlocal has_begun
+        has_begun = has_begun or bool(mode_layers(part))
         sizes = [leaf.nbytes for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
-        largest[0] = max(largest[0], *sizes, 0)
+        largest[0] = max(largest[0], *sizes, 0) if has_begun else 0
 
     hooks = [part.register_forward_hook(note) for part in module.modules() if part is not module]
     try:

@@ -37,7 +37,7 @@ class PerMode(Tensor):
     Example:
         >>> loss = PerMode([torch.tensor(1.0), torch.tensor(2.0)])
         >>> (2 * loss + 1).parts
-        [tensor(3.), tensor(5.)]
+        (tensor(3.), tensor(5.))
         >>> bool(loss > 1.5)
         Traceback (most recent call last):
             ...

@@ -384,10 +384,14 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         if trainer.state.fn != "fit":
             return
         shown = result.shown()
-        for mode, values in result.scores.items():
-            named = {f"bln/{name}/{mode}": values[name] for name in shown if name in values}
-            # the name may hold a dataloader's index, which must not be given a second one
-            _compat.log_as_named(trainer, trainer.lightning_module, named)
+        named = {
+            f"bln/{name}/{mode}": values[name]
+            for mode, values in result.scores.items()
+            for name in shown
+            if name in values
+        }
+        # the name may hold a dataloader's index, which must not be given a second one
+        _compat.log_as_named(trainer, trainer.lightning_module, named)
         for mode, pair in result.regrouped.items():
             if math.isfinite(pair.spread):
                 self.log(f"bln/spread/{mode}", pair.spread)
