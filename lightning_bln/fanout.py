@@ -484,7 +484,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def measured(module: nn.Module) -> Iterator[list[int]]:
-    """Within the context, the bytes of the largest tensor that a module inside returns, from the first mode layer on."""
+    """Within the context, the bytes of the largest tensor that a module inside returns from the first mode layer on."""
     largest = [0]
     has_begun = False
 
