@@ -16,13 +16,14 @@ from lightning_bln.cells.weights import HasCells, Weights
 from lightning_bln.fanned import run_each_mode
 from lightning_bln.functional import check_choice
 from lightning_bln.gate_norm import GateNorm
-from lightning_bln.kernels import BACKENDS, HiddenWeights, Noise, Sequences, cpu, run, runs_compiled
+from lightning_bln.kernels import BACKENDS, HiddenWeights, Noise, Sequences, run, runs_compiled
 from lightning_bln.kernels.choice import name_of
+from lightning_bln.kernels.cpu import Inputs
 from lightning_bln.kernels.gather import gather
+from lightning_bln.kernels.layer import LayerNorms, layer_in_modes, run_layer
 from lightning_bln.kernels.product import linear
 from lightning_bln.modes import FanOut
-
-State = Tensor | tuple[Tensor, ...]
+from lightning_bln.sequences import State, flip, is_running, lengths_of, reversal, unwrap
 
 
 class Recurrent(HasCells):
@@ -305,7 +306,7 @@ class Recurrent(HasCells):
         if fan is not None:
             x = x.transpose(0, 1)
         modules = (weights.norm_ih, *(weights.norm_hh or (None,)), weights.norm_cell)
-        norms = cpu.LayerNorms(*(None if norm is None else norm.sequence(steps, running) for norm in modules))
+        norms = LayerNorms(*(None if norm is None else norm.sequence(steps, running) for norm in modules))
         rows = None if sizes is None else is_running(sizes, x.unsqueeze(-2)).flatten().nonzero().squeeze(1)
         flat = x.flatten(-3, -2) if rows is None else x.flatten(0, 1).index_select(0, rows)
         first = tuple(value.to(dtype) for value in state)
@@ -313,7 +314,7 @@ class Recurrent(HasCells):
         if self.zoneout and self.training:
             shape = (2, len(flat), self.hidden_size)
             zoneout_mask = (torch.rand(shape, dtype=dtype) < self.zoneout).to(dtype)
-        inputs = cpu.Inputs(
+        inputs = Inputs(
             flat.to(dtype),
             weights.weight_ih,
             weights.weight_hh,
@@ -327,9 +328,9 @@ class Recurrent(HasCells):
             None if norms.cell is None else norms.cell.bias,
         )
         if fan is not None:
-            result = cpu.layer_in_modes(name, inputs, norms, steps, fan.modes, self.zoneout)
+            result = layer_in_modes(name, inputs, norms, steps, fan.modes, self.zoneout)
             return result.output.unflatten(1, (steps, samples)).transpose(0, 1), result.state
-        result = cpu.layer(
+        result = run_layer(
             name,
             inputs,
             norms,
@@ -396,36 +397,6 @@ class Recurrent(HasCells):
         shown = {"num_layers": 1, "batch_first": False, "dropout": 0.0, "bidirectional": False, "proj_size": 0}
         extra = [f"{name}={getattr(self, name)}" for name, default in shown.items() if getattr(self, name) != default]
         return ", ".join([f"{type(self.cell).__name__}, {super().extra_repr()}", *extra])
-
-
-def unwrap(states: tuple[Tensor, ...]) -> State:
-    """A cell's only state by itself, several as a tuple."""
-    return states[0] if len(states) == 1 else states
-
-
-def lengths_of(batch_sizes: Tensor) -> Tensor:
-    """Length of each sequence, longest first, from the number running at each step."""
-    return (batch_sizes[:, None] > torch.arange(int(batch_sizes[0]))).sum(0)
-
-
-def is_running(sizes: list[int], x: Tensor) -> Tensor:
-    """Whether a sequence still runs: ``(T, B, 1)``."""
-    running = torch.tensor(sizes, device=x.device)[:, None, None]
-    return torch.arange(x.shape[-3], device=x.device)[:, None] < running
-
-
-def reversal(sizes: list[int], x: Tensor) -> Tensor:
-    """Which step stands at each step once every sequence is turned round by its own length: ``(T, B)``."""
-    lengths = lengths_of(torch.tensor(sizes)).to(x.device)
-    steps = torch.arange(len(sizes), device=x.device)[:, None]
-    return torch.where(steps < lengths, lengths - 1 - steps, steps)
-
-
-def flip(x: Tensor, back: Tensor | None) -> Tensor:
-    """``x`` of shape ``(T, ..., B, size)`` turned round in time, each sequence by its own length."""
-    if back is None:
-        return x.flip(0)
-    return x.gather(0, back[..., None].expand_as(x))
 
 
 class BLNLSTM(Recurrent):

@@ -512,7 +512,7 @@ def test_every_variant_that_this_processor_runs(other, monkeypatch) -> None:
     if order.index(other) < order.index(kernels.available()["cpu"]) or kernels.library.find(other) is None:
         pytest.skip(f"no {other} here")
     library = kernels.library.open_library(other)
-    monkeypatch.setattr(kernels.cpu, "load", lambda: library)
+    monkeypatch.setattr(kernels.library, "load", lambda: library)
     for dtype in (torch.float64, torch.float32):
         for kind in LAYERS:
             compare(kind, torch.randn(4, 14, 21, dtype=dtype), 14, (21, 35))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_bln import _compat
-from lightning_bln.callbacks.run import Copies, RandomState, Run, Silent, copied_row
+from lightning_bln.callbacks.run import Copies, RandomState, Run, Silent, copied_row, nothing
 from lightning_bln.callbacks.user_state import UserState
 from lightning_bln.fanout import SharedForward
 from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers
@@ -344,6 +344,3 @@ class Evaluation:
 
     def names(self, results: Any) -> set[str]:
         return {name for metrics in self.per_dataloader(results) for kind in metrics.values() for name in kind}
-
-
-def nothing(steps: int) -> None: ...

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from lightning_bln import _compat
-from lightning_bln.callbacks.evaluation import RandomState, Silent, nothing
+from lightning_bln.callbacks.run import RandomState, Silent, nothing
 from lightning_bln.callbacks.user_state import UserState
 from lightning_bln.distributed import in_step, is_sharded
 from lightning_bln.population import recompute_population, reset_population

@@ -146,6 +146,10 @@ class RandomState:
         )
 
 
+def nothing(steps: int) -> None:
+    """What is called after each batch where nobody watches."""
+
+
 def unchanged(tensor: Tensor) -> Tensor:
     return tensor
 

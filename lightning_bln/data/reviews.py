@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import os
 import sys
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
-from .files import DataError, Remote, data_dir, download, first_existing, reading
+from lightning_bln.data.files import DataError, PathLike, Remote, data_dir, download, first_existing, reading
 
 IMDB = Remote("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz", "md5:7c2ac02c03563afcf9b574c7e56c153a")
 IMDB_CLASSES = ("neg", "pos")
@@ -25,9 +24,7 @@ class LabelledTexts(NamedTuple):
     classes: tuple[str, ...]
 
 
-def read_imdb(
-    directory: str | os.PathLike[str] | None = None, *, fetch: bool = False
-) -> tuple[LabelledTexts, LabelledTexts]:
+def read_imdb(directory: PathLike | None = None, *, fetch: bool = False) -> tuple[LabelledTexts, LabelledTexts]:
     """Read the IMDB reviews (Maas et al. 2011), from ``aclImdb_v1.tar.gz`` or the folder ``aclImdb`` it unpacks to.
 
     Args:
@@ -61,7 +58,7 @@ def read_imdb(
     return splits[0], splits[1]
 
 
-def read_folder(directory: str | os.PathLike[str], pattern: str = "*.txt") -> LabelledTexts:
+def read_folder(directory: PathLike, pattern: str = "*.txt") -> LabelledTexts:
     """Read one folder a class, each text a file; classes and files in order of name.
 
     Raises:
@@ -82,7 +79,7 @@ def read_folder(directory: str | os.PathLike[str], pattern: str = "*.txt") -> La
 
 
 def read_table(
-    path: str | os.PathLike[str],
+    path: PathLike,
     *,
     text: str = "text",
     label: str = "label",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,9 +10,7 @@ from torch import Tensor
 
 from lightning_bln._compat import HAS_CUSTOM_OPS, is_autocast_enabled
 from lightning_bln.functional import Statistics
-from lightning_bln.kernels.library import DenseArgs, is_built, load, pointer, set_given
-
-DTYPES = {torch.float32: "float", torch.float64: "double"}
+from lightning_bln.kernels.library import DTYPES, DenseArgs, call, is_built, pointer, set_given
 
 
 class DenseSettings(NamedTuple):
@@ -103,14 +100,6 @@ def arguments(
     return args
 
 
-def call(direction: str, args: DenseArgs, dtype: torch.dtype) -> None:
-    """Run a pass of the library."""
-    library = load()
-    assert library is not None, "the compiled kernels are not there; check lightning_bln.kernels.available()"
-    if getattr(library, f"bln_dense_{direction}_{DTYPES[dtype]}")(ctypes.byref(args)):
-        raise MemoryError(f"no memory for the buffers of {args.rows} rows; pass fewer at a time")
-
-
 def allocate(x: Tensor, settings: DenseSettings) -> tuple[Tensor, Tensor]:
     """Where the forward pass writes."""
     rows, positions, features = x.shape
@@ -129,7 +118,7 @@ def forward(
     output, moments = allocate(x, settings)
     args = arguments(x, weight, bias, mixing, given, settings, moments)
     args.output = pointer(output)
-    call("forward", args, x.dtype)
+    call("dense_forward", args, x.dtype)
     return output, moments
 
 
@@ -151,7 +140,7 @@ def dense_in_modes(
     for part, one, bits in zip(parts, output, uses, strict=True):
         args = arguments(part, weight, bias, mixing, given, settings._replace(uses=bits), moments)
         args.output = pointer(one)
-        call("forward", args, x.dtype)
+        call("dense_forward", args, x.dtype)
     return output
 
 
@@ -183,7 +172,7 @@ def backward(
     args = arguments(x, weight, bias, mixing, given, settings, moments)
     args.grad, args.grad_row_stride, args.grad_position_stride = pointer(grad), grad.stride(0), grad.stride(1)
     args.grad_x, args.norm.grad_weight, args.norm.grad_bias = map(pointer, found)
-    call("backward", args, x.dtype)
+    call("dense_backward", args, x.dtype)
     return found
 
 

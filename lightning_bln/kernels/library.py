@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch import Tensor
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 #: Suffix of the library for each of torch's names of a processor's abilities, best first.
 VARIANTS = {"AVX512": "avx512", "AVX2": "avx2", "DEFAULT": "baseline"}
+
+DTYPES = {torch.float32: "float", torch.float64: "double"}
 
 _POINTER = ctypes.c_void_p
 _INTEGER = ctypes.c_int64
@@ -165,6 +168,18 @@ def load() -> ctypes.CDLL | None:
         if library is not None:
             return library
     return None
+
+
+def call(name: str, args: Any, dtype: torch.dtype, *numbers: int) -> None:
+    """Call an entry point of the library for one dtype; without a gradient, and with nothing checked.
+
+    Raises:
+        MemoryError: There is none for its buffers.
+    """
+    library = load()
+    assert library is not None, "the compiled kernels are not there; check lightning_bln.kernels.available()"
+    if getattr(library, f"bln_{name}_{DTYPES[dtype]}")(ctypes.byref(args), *map(_INTEGER, numbers)):
+        raise MemoryError(f"no memory for the buffers of {name}; shorten the sequences, or pass fewer rows at a time")
 
 
 def open_library(variant: str) -> ctypes.CDLL | None:

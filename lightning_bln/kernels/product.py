@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -10,9 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_bln._compat import in_function_transform, is_autocast_enabled
-from lightning_bln.kernels.library import ProductArgs, is_built, load, pointer
+from lightning_bln.kernels.library import DTYPES, ProductArgs, call, is_built, pointer
 
-DTYPES = {torch.float32: "float", torch.float64: "double"}
 WORK_OF_A_THREAD = 2**21
 """Multiplications below which another thread is not worth its start."""
 
@@ -37,10 +35,7 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     args.b, args.b_row, args.b_column = pointer(b), *b.stride()
     args.c, args.c_row = pointer(result), columns
     args.bias = pointer(None if bias is None else bias.contiguous())
-    library = load()
-    assert library is not None
-    if getattr(library, f"bln_product_{DTYPES[a.dtype]}")(ctypes.byref(args)):
-        raise MemoryError(f"no memory for a product of {depth} times {columns} numbers")
+    call("product", args, a.dtype)
     return result
 
 

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates
-from lightning_bln.kernels.library import ProgramArgs, is_built, load, pointer
+from lightning_bln.kernels.library import DTYPES, ProgramArgs, call, is_built, pointer
 from lightning_bln.kernels.product import multiply
 from lightning_bln.kernels.program import Code, Place, Program, compile_step
 from lightning_bln.kernels.reference import HiddenWeights, Noise, Result, Sequences, identity, unroll
 from lightning_bln.kernels.trace import trace
 
-DTYPES = {torch.float32: "float", torch.float64: "double"}
 ROWS_OF_A_THREAD = 8
 
 
@@ -328,10 +327,7 @@ def execute(
     args.batch_sizes = pointer(batch_sizes)
     args.code = ctypes.addressof(code.instructions)
     args.places, args.matrix = places.buffer_info()[0], numbers.buffer_info()[0]
-    library = load()
-    assert library is not None
-    if getattr(library, f"bln_program_{DTYPES[like.dtype]}")(ctypes.byref(args)):
-        raise MemoryError(f"no memory for the weights of {units} units")
+    call("program", args, like.dtype)
 
 
 def gradients_of_products(

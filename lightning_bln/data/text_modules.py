@@ -1,58 +1,21 @@
-"""Lightning data modules over the readers."""
+"""Lightning data modules over texts."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_bln.data.batching import LengthBuckets, pad_batch, pad_to_length, seeded_split
-from lightning_bln.data.files import DataError, read_text
-from lightning_bln.data.images import Images, read_cifar10, read_mnist
+from lightning_bln.data.data_module import DataModule
+from lightning_bln.data.files import DataError, PathLike, read_text
 from lightning_bln.data.language import TokenWindows, read_penn_treebank, read_tiny_shakespeare, words_by_line
 from lightning_bln.data.reviews import LabelledTexts, read_folder, read_imdb, read_table
 from lightning_bln.data.text import PAD, UNKNOWN, TextPipeline, Tokenizer, Vocabulary, build_vocabulary, get_tokenizer
-
-PathLike = str | os.PathLike[str]
-
-
-class _DataModule(LightningDataModule):
-    """Loaders over ``self.parts``, which ``setup`` fills: a data set for each of train, validation and test."""
-
-    def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}, but a batch holds at least 1 sample")
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.parts: dict[str, Dataset[Any]] = {}
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader("train")
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader("validation")
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test")
-
-    def _loader(self, part: str) -> DataLoader[Any]:
-        generator = torch.Generator().manual_seed(self.seed)
-        return self._make_loader(part, batch_size=self.batch_size, shuffle=part == "train", generator=generator)
-
-    def _make_loader(self, part: str, **options: Any) -> DataLoader[Any]:
-        if part not in self.parts:
-            raise DataError(f"{type(self).__name__}: no {part} data; call setup() first, or give it a {part} file")
-        workers = self.num_workers
-        return DataLoader(self.parts[part], num_workers=workers, persistent_workers=workers > 0, **options)
 
 
 class _Texts(Dataset[tuple[Tensor, int]]):
@@ -66,7 +29,7 @@ class _Texts(Dataset[tuple[Tensor, int]]):
         return self.tokens[index], self.labels[index]
 
 
-class TextData(_DataModule):
+class TextData(DataModule):
     """Labelled texts from a folder a class, CSV, TSV or JSON lines.
 
     Batches are ``(tokens [batch, longest], lengths [batch], labels [batch])``, samples of like length together; with
@@ -246,131 +209,7 @@ class IMDBData(TextData):
         return read_imdb(self.data_dir)
 
 
-class _ImageData(_DataModule):
-    """Images and labels, with a seeded validation part taken off the training set."""
-
-    def __init__(
-        self,
-        data_dir: PathLike | None,
-        download: bool,
-        batch_size: int,
-        validation: int | float,
-        num_workers: int,
-        seed: int,
-    ) -> None:
-        super().__init__(batch_size, num_workers, seed)
-        self.data_dir, self.download, self.validation = data_dir, download, validation
-
-    def read(self, fetch: bool = False) -> tuple[Images, Images]:
-        """Return training and test images."""
-        raise NotImplementedError
-
-    def transform(self, train: Images, test: Images) -> tuple[Tensor, Tensor]:
-        """Return the network's input for training and test images."""
-        raise NotImplementedError
-
-    def prepare_data(self) -> None:
-        if self.download:
-            self.read(fetch=True)
-
-    def setup(self, stage: str | None = None) -> None:
-        if self.parts:
-            return
-        train, test = self.read()
-        inputs, test_inputs = self.transform(train, test)
-        count = len(train.labels)
-        taken = round(self.validation * count) if isinstance(self.validation, float) else self.validation
-        kept, held_out = seeded_split(count, [count - taken, taken], self.seed)
-        self.parts["train"] = TensorDataset(inputs[kept], train.labels[kept])
-        self.parts["validation"] = TensorDataset(inputs[held_out], train.labels[held_out])
-        self.parts["test"] = TensorDataset(test_inputs, test.labels)
-
-
-class CIFAR10Data(_ImageData):
-    """CIFAR-10 from its binary or Python batches, every pixel and channel standardised by the training set.
-
-    Batches are ``(images [batch, 3, 32, 32], labels [batch])``, as :class:`~lightning_bln.models.PaperCIFAR10` takes.
-
-    Args:
-        data_dir: the folder that holds ``cifar-10-batches-bin`` or ``cifar-10-batches-py``.
-        download: fetch the binary files if neither is there.
-        batch_size: samples a batch.
-        validation: samples taken off the training data, a count or a fraction.
-        num_workers: loader processes.
-        seed: of the split and of the order.
-    """
-
-    def __init__(
-        self,
-        data_dir: PathLike | None = None,
-        *,
-        download: bool = False,
-        batch_size: int = 25,
-        validation: int | float = 0.1,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(data_dir, download, batch_size, validation, num_workers, seed)
-
-    def read(self, fetch: bool = False) -> tuple[Images, Images]:
-        return read_cifar10(self.data_dir, fetch=fetch)
-
-    def transform(self, train: Images, test: Images) -> tuple[Tensor, Tensor]:
-        return standardise(train.pixels, test.pixels)
-
-
-class MNISTData(_ImageData):
-    """MNIST from its idx files, as images or as sequences.
-
-    Batches are ``(images, labels)`` with images ``[batch, 1, 28, 28]``, for ``"rows"`` ``[batch, 28, 28]``, a row a
-    step, or for ``"pixels"`` ``[batch, 784, 1]``, a pixel a step; values lie in [0, 1].
-
-    Args:
-        data_dir: the folder that holds the four files, or a folder ``mnist`` that does.
-        sequence: ``"rows"``, ``"pixels"`` or ``None`` for images.
-        permutation: seed of one fixed permutation of all pixels (permuted MNIST); ``None`` for none.
-        download: fetch files that are missing.
-        batch_size: samples a batch.
-        validation: samples taken off the training data, a count or a fraction.
-        num_workers: loader processes.
-        seed: of the split and of the order.
-    """
-
-    def __init__(
-        self,
-        data_dir: PathLike | None = None,
-        *,
-        sequence: Literal["rows", "pixels"] | None = None,
-        permutation: int | None = None,
-        download: bool = False,
-        batch_size: int = 64,
-        validation: int | float = 5_000,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        if sequence not in (None, "rows", "pixels"):
-            raise ValueError(f"sequence={sequence!r}; use 'rows', 'pixels' or None")
-        super().__init__(data_dir, download, batch_size, validation, num_workers, seed)
-        self.sequence, self.permutation = sequence, permutation
-
-    def read(self, fetch: bool = False) -> tuple[Images, Images]:
-        return read_mnist(self.data_dir, fetch=fetch)
-
-    def transform(self, train: Images, test: Images) -> tuple[Tensor, Tensor]:
-        first, second = (self._arranged(images.pixels) for images in (train, test))
-        return first, second
-
-    def _arranged(self, pixels: Tensor) -> Tensor:
-        flat = pixels.flatten(1).float() / 255.0
-        if self.permutation is not None:
-            generator = torch.Generator().manual_seed(self.permutation)
-            flat = flat[:, torch.randperm(flat.shape[1], generator=generator)]
-        if self.sequence == "pixels":
-            return flat.unsqueeze(-1)
-        return flat.view(-1, *pixels.shape[2 if self.sequence == "rows" else 1 :])
-
-
-class LanguageData(_DataModule):
+class LanguageData(DataModule):
     """Text for a language model, in batches that go on where the last ones stopped.
 
     Batches are ``(inputs [batch, window], targets [batch, window])``; row ``r`` of a batch continues row ``r`` of the
@@ -439,15 +278,3 @@ class LanguageData(_DataModule):
 
     def _loader(self, part: str) -> DataLoader[Any]:
         return self._make_loader(part, batch_size=None, shuffle=False)
-
-
-def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Give every feature mean 0 and variance 1 over the training samples; the test samples are moved alike.
-
-    Example:
-        >>> standardise(torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0]]))
-        (tensor([[-1.],
-                [ 1.]]), tensor([[3.]]))
-    """
-    mean, std = train.float().mean(0), train.float().std(0, unbiased=False).clamp_min(1e-6)
-    return (train.float() - mean) / std, (test.float() - mean) / std
