@@ -222,13 +222,24 @@ def test_zoneout_in_evaluation_is_its_expectation(kind) -> None:
     assert_close(evaluate(layer, x, hx), evaluate(oracle, x, hx), 1e-10)
 
 
+@pytest.mark.parametrize("lengths", [None, RAGGED], ids=["of one length", "ragged"])
+@pytest.mark.parametrize("teams", [(1, 2), (1, 3), (2, 1), (3, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("norm", ["bln", "layer", "batch", None])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_any_sharing_of_rows_and_units(kind, norm, teams, lengths, monkeypatch) -> None:
+    oracle, layer = pair(kind, 3, 37, norm=norm)
+    x, hx = sequences(lengths, 6, 5, 3, torch.float64), states_of(oracle, 5)
+    expected = evaluate(oracle, x, hx)
+    monkeypatch.setattr(cpu, "TEAMS", teams)
+    assert_close(evaluate(layer, x, hx), expected, 1e-10)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("norm", ["bln", "layer", None])
-@pytest.mark.parametrize("shape", [(4, 6, 37), (3, 40, 5)], ids=["units shared", "rows shared"])
-def test_any_number_of_threads(shape, norm, threads) -> None:
+@pytest.mark.parametrize("shape", [(4, 1, 200), (3, 40, 90), (3, 2, 5)], ids=["units shared", "rows shared", "alone"])
+def test_any_number_of_threads(shape, threads) -> None:
     steps, samples, units = shape
     before = torch.get_num_threads()
-    oracle, layer = pair("lstm", 3, units, norm=norm)
+    oracle, layer = pair("lstm", 3, units)
     x, hx = torch.randn(steps, samples, 3, dtype=torch.float64), states_of(oracle, samples)
     expected = evaluate(oracle, x, hx)
     try:
@@ -238,16 +249,12 @@ def test_any_number_of_threads(shape, norm, threads) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_runs_are_identical(threads) -> None:
-    before = torch.get_num_threads()
+@pytest.mark.parametrize("teams", [(1, 1), (1, 2), (2, 1)])
+def test_runs_are_identical(teams, monkeypatch) -> None:
     layer = BLNLSTM(9, 40, backend="cpu")
     x, hx = torch.randn(12, 20, 9), states_of(layer, 20)
-    try:
-        torch.set_num_threads(threads)
-        runs = [evaluate(layer, x, hx) for _ in range(5)]
-    finally:
-        torch.set_num_threads(before)
+    monkeypatch.setattr(cpu, "TEAMS", teams)
+    runs = [evaluate(layer, x, hx) for _ in range(5)]
     for run in runs[1:]:
         for name, value in runs[0].items():
             assert "population" in name or torch.equal(value, run[name]), name
@@ -394,6 +401,20 @@ def test_no_more_is_kept_than_documented(units, recompute, numbers) -> None:
         layer(torch.randn(steps, samples, units))
     arrays = sum(size for size in kept.values() if size in (steps * samples * units, 4 * steps * samples * units))
     assert arrays / (steps * samples * units) == numbers + 1  # the input's own is one
+
+
+@pytest.mark.parametrize("norm", ["bln", "layer", "batch"])
+@pytest.mark.parametrize(
+    ("where", "distance"), [((0, slice(None)), 1e3), ((slice(None), 0), 1e3), ((0, 0), 1e5), ((5, 5), 1e5)], ids=str
+)
+def test_moments_of_numbers_far_from_zero_and_from_each_other(where, distance, norm) -> None:
+    x = 1000 + torch.randn(64, 200)
+    x[where] += distance  # the first row and the first column are where distances are taken from
+    layer = Normalization(200, norm=norm, scale=False)
+    y = layer(x)
+    assert "Dense" in str(graph_of(y))
+    exact = batch_layer_norm(x.double(), norm=norm, scale=False)
+    assert (y - exact).abs().max() <= 2e-4 * exact.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

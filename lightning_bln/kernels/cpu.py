@@ -78,6 +78,9 @@ class Settings(NamedTuple):
         return cls(*integers, *numbers)
 
 
+TEAMS = (0, 0)
+"""How many threads share a step's rows, and its units; zeros leave it to the kernels, which tests do not."""
+
 INTEGERS = 10
 NARROW = 64
 """Products with inputs of fewer features are always computed again: that takes less time than reading them."""
@@ -95,7 +98,6 @@ class Outputs(NamedTuple):
     moments_cell: Tensor
     input_part: Tensor
     hidden_part: Tensor
-    gates: Tensor
     cells: Tensor
 
 
@@ -129,7 +131,6 @@ def allocate(inputs: Inputs, constants: Constants, settings: Settings) -> Output
         moments_cell=moments(settings.on_cell, units, 1),
         input_part=new(rows, columns) if all_kept and features >= NARROW else new(0),
         hidden_part=new(rows, columns) if all_kept else new(0),
-        gates=new(0),
         cells=new(rows, units) if keep and lstm else new(0),
     )
 
@@ -140,13 +141,13 @@ def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs:
     groups = 1 if settings.joint else columns // units
     zoneout, masks = settings.zoneout, constants.zoneout_mask
     args = RecurrenceArgs(
-        settings.cell, settings.steps, samples, features, units, torch.get_num_threads(), 0, 0, settings.keep,
+        settings.cell, settings.steps, samples, features, units, torch.get_num_threads(), *TEAMS, 0, settings.keep,
         zoneout if masks is None else 0.0, zoneout if masks is None else 0.0,
         pointer(constants.batch_sizes), pointer(inputs.x), pointer(inputs.weight_ih), pointer(inputs.weight_hh),
         pointer(inputs.h), pointer(inputs.c), pointer(constants.hidden_mask),
         None if masks is None else pointer(masks[0]), None if masks is None else pointer(masks[1]),
         pointer(outputs.output), pointer(outputs.h), pointer(outputs.c), pointer(outputs.input_part),
-        pointer(outputs.hidden_part), pointer(outputs.gates), pointer(outputs.cells),
+        pointer(outputs.hidden_part), pointer(outputs.cells),
     )  # fmt: skip
     set_norm(
         args.norm_ih, 0, settings.on_ih, settings.uses_ih, settings.scale_ih, inputs.weight_norm_ih, inputs.bias_ih,

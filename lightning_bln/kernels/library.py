@@ -49,7 +49,8 @@ class RecurrenceArgs(ctypes.Structure):
         *(
             (name, _INTEGER)
             for name in (
-                "cell", "steps", "batch", "inputs", "units", "threads", "row_teams", "chunk_rows", "keep",
+                "cell", "steps", "batch", "inputs", "units", "threads", "row_teams", "column_teams",
+                "chunk_rows", "keep",
             )
         ),
         *((name, _NUMBER) for name in ("zoneout_h", "zoneout_c")),
@@ -57,8 +58,8 @@ class RecurrenceArgs(ctypes.Structure):
             (name, _POINTER)
             for name in (
                 "batch_sizes", "input", "weight_ih", "weight_hh", "h0", "c0", "hidden_mask", "zoneout_mask_h",
-                "zoneout_mask_c", "output", "hn", "cn", "input_part", "hidden_part", "gates", "cells", "grad_output",
-                "grad_hn", "grad_cn", "grad_input", "grad_weight_ih", "grad_weight_hh", "grad_h0", "grad_c0",
+                "zoneout_mask_c", "output", "hn", "cn", "input_part", "hidden_part", "cells", "grad_output", "grad_hn",
+                "grad_cn", "grad_input", "grad_weight_ih", "grad_weight_hh", "grad_h0", "grad_c0",
             )
         ),
         *((name, NormArgs) for name in ("norm_ih", "norm_hh", "norm_cell")),

@@ -7,7 +7,7 @@ namespace bln {
 template <class T>
 struct BackwardBuffers {
   bool separate;  // whether what flows into weight_hh h differs from what flows into weight_ih x
-  Buffer<T> input_part, hidden_part, gates, candidate, fresh_grad, cell_out_grad, gates_grad, hidden_gates_grad;
+  Buffer<T> input_part, hidden_part, candidate, fresh_grad, cell_out_grad, gates, hidden_gates_grad;
   Buffer<T> input_grad, hidden_grad, unmasked;
 
   explicit BackwardBuffers(Plan<T>& plan) {
@@ -30,12 +30,11 @@ struct BackwardBuffers {
       plan.forward_hh.plan(plan.H, gate_columns);
       hidden_part.allocate(step);
     }
-    if (!a.gates) gates.allocate(step);
     if (a.cell == kLstm) {
       cell_out_grad.allocate(state);
       if (plan.zoneout) candidate.allocate(state), fresh_grad.allocate(state);
     }
-    gates_grad.allocate(step);
+    gates.allocate(step);
     if (a.cell == kGru) hidden_gates_grad.allocate(step);
     if (a.weight_ih || !a.grad_input) input_grad.allocate(chunk);
     if (separate) hidden_grad.allocate(chunk);
@@ -104,46 +103,45 @@ class Backward : Walker<T> {
     const Range some = running(t);
     const int m = plan.sizes[t];
     const bool gru = a.cell == kGru;
-    T* gates_grad = !ih.a.enabled ? input_grad : hh.a.enabled || gru ? buffers.gates_grad.get() : hidden_grad;
-    T* hidden_gates_grad = !gru ? gates_grad : hh.a.enabled ? buffers.hidden_gates_grad.get() : hidden_grad;
+    T* gates = !ih.a.enabled ? input_grad : hh.a.enabled || gru ? buffers.gates.get() : hidden_grad;
+    T* hidden_gates_grad = !gru ? gates : hh.a.enabled ? buffers.hidden_gates_grad.get() : hidden_grad;
     ih.recall(t, some);
     hh.recall(t, some);
     const T* v = a.hidden_part ? a.hidden_part + at(t) * D : project_again(t, some, forward_panels);
-    const T* gates = a.gates ? a.gates + at(t) * D : buffers.gates.get();
     if (a.cell == kLstm) {
       cell.recall(t, some);
-      cell.begin_sums(some);
+      cell.begin_sums(t, some);
       this->in_stripes(some, [&](Range stripe) {
         this->fetch_ahead(x, D, stripe, some);
         this->fetch_ahead(v, D, stripe, some);
-        if (!a.gates) this->activate_all(x, v, buffers.gates.get(), stripe);
-        lstm_output(t, gates, gates_grad, stripe);
+        this->activate_all(x, v, gates, stripe);
+        lstm_output(t, gates, stripe);
       });
-      cell.end_sums(t);
       if (cell.gradient_meets(t)) me.wait();
-      cell.begin_apply(t, m, some);
+      cell.fetch(t);
+      cell.end_sums(t, m, some);
     }
-    hh.begin_sums(some);
-    ih.begin_sums(some);
+    hh.begin_sums(t, some);
+    ih.begin_sums(t, some);
     this->in_stripes(some, [&](Range stripe) {
-      if (!a.gates && a.cell != kLstm) this->activate_all(x, v, buffers.gates.get(), stripe);
+      if (a.cell != kLstm) this->activate_all(x, v, gates, stripe);
       if (a.cell == kLstm)
-        lstm_state(t, gates, gates_grad, stripe);
+        lstm_state(t, gates, stripe);
       else if (gru)
-        this->gru(t, v, gates, gates_grad, hidden_gates_grad, stripe);
+        this->gru(t, v, gates, hidden_gates_grad, stripe);
       else
-        rnn(t, gates, gates_grad, stripe);
+        rnn(t, gates, stripe);
       hh.add_sums(hidden_gates_grad, D, v, D, stripe);
-      ih.add_sums(gates_grad, D, x, D, stripe);
+      ih.add_sums(gates, D, x, D, stripe);
     });
-    hh.end_sums(t);
-    ih.end_sums(t);
     if (hh.gradient_meets(t) || ih.gradient_meets(t)) me.wait();
-    hh.begin_apply(t, m, some);
-    ih.begin_apply(t, m, some);
+    hh.fetch(t);
+    ih.fetch(t);
+    hh.end_sums(t, m, some);
+    ih.end_sums(t, m, some);
     this->in_stripes(some, [&](Range stripe) {
       if (hh.a.enabled) hh.template apply<false>(hidden_gates_grad, D, v, D, hidden_grad, D, stripe);
-      if (ih.a.enabled) ih.template apply<false>(gates_grad, D, x, D, input_grad, D, stripe);
+      if (ih.a.enabled) ih.template apply<false>(gates, D, x, D, input_grad, D, stripe);
     });
     if (me.columns > 1) me.wait();
     if (!a.hidden_mask) {
@@ -193,8 +191,9 @@ class Backward : Walker<T> {
     }
   }
 
-  // What reaches the cell state through the output, and the gradient of the output gate.
-  void lstm_output(int t, const T* gates, T* gates_grad, Range some) {
+  // What reaches the cell state through the output; the output gate turns into its gradient, as gates do in all that
+  // follows.
+  void lstm_output(int t, T* gates, Range some) {
     const T *c = a.cells + at(t) * H, *c_before = previous(t, a.cells, a.c0);
     const T* fresh = c;
     if (plan.zoneout) {
@@ -213,20 +212,21 @@ class Backward : Walker<T> {
     T* out_grad = buffers.cell_out_grad.get();
     const T *alpha = cell.alpha_of(0), *beta = cell.beta_of(0), *w = cell.weight, *p = cell.p, *q = cell.q;
     for (int b = some.begin; b < some.end; b++) {
-      const T *o = gates + size_t(b) * D + 3 * H, *from = fresh + size_t(b) * H;
-      T *o_grad = gates_grad + size_t(b) * D + 3 * H, *to = out_grad + size_t(b) * H;
+      const T* from = fresh + size_t(b) * H;
+      T *o = gates + size_t(b) * D + 3 * H, *to = out_grad + size_t(b) * H;
       const T al = alpha[b], be = beta[b];
       hidden_gradient(t, b, [=](int j, T grad) {
         const T squashed = hyperbolic_tangent(from[j] * (w[j] * al + p[j]) + (q[j] - w[j] * be));
-        o_grad[j] = grad * squashed * o[j] * (T(1) - o[j]);
-        to[j] = grad * o[j] * (T(1) - squashed * squashed);
+        const T gate = o[j];
+        o[j] = grad * squashed * gate * (T(1) - gate);
+        to[j] = grad * gate * (T(1) - squashed * squashed);
       });
     }
     cell.add_sums(out_grad, H, fresh, H, some);
   }
 
   // The gradients of the other gates and of the state carried in.
-  void lstm_state(int t, const T* gates, T* gates_grad, Range some) {
+  void lstm_state(int t, T* gates, Range some) {
     const T* c_before = previous(t, a.cells, a.c0);
     const T* fresh = plan.zoneout ? buffers.candidate.get() : a.cells + at(t) * H;
     T* fresh_grad = plan.zoneout ? buffers.fresh_grad.get() : a.grad_c0;
@@ -237,53 +237,52 @@ class Backward : Walker<T> {
       for (int b = some.begin; b < some.end; b++)
         for (int j = units.begin; j < units.end; j++) fresh_grad[size_t(b) * H + j] += out_grad[size_t(b) * H + j];
     for (int b = some.begin; b < some.end; b++) {
-      const T *i = gates + size_t(b) * D, *f = i + H, *g = f + H, *old = c_before + size_t(b) * H;
-      const T* grad = fresh_grad + size_t(b) * H;
-      T *i_grad = gates_grad + size_t(b) * D, *f_grad = i_grad + H, *g_grad = f_grad + H, *carried = a.grad_c0 + size_t(b) * H;
+      const T *old = c_before + size_t(b) * H, *grad = fresh_grad + size_t(b) * H;
+      T *i = gates + size_t(b) * D, *f = i + H, *g = f + H, *carried = a.grad_c0 + size_t(b) * H;
       const T keep = plan.zoneout ? T(1) : T(0);
 #pragma omp simd
       for (int j = units.begin; j < units.end; j++) {
-        const T z = grad[j];
-        i_grad[j] = z * g[j] * i[j] * (T(1) - i[j]);
-        f_grad[j] = z * old[j] * f[j] * (T(1) - f[j]);
-        g_grad[j] = z * i[j] * (T(1) - g[j] * g[j]);
-        carried[j] = keep * carried[j] + z * f[j];
+        const T z = grad[j], in = i[j], forget = f[j], fresh_cell = g[j];
+        i[j] = z * fresh_cell * in * (T(1) - in);
+        f[j] = z * old[j] * forget * (T(1) - forget);
+        g[j] = z * in * (T(1) - fresh_cell * fresh_cell);
+        carried[j] = keep * carried[j] + z * forget;
       }
     }
   }
 
-  void gru(int t, const T* v, const T* gates, T* gates_grad, T* hidden_gates_grad, Range some) {
+  void gru(int t, const T* v, T* gates, T* hidden_gates_grad, Range some) {
     const T* h = previous(t, a.output, a.h0);
     const int n_gate = 2 * H;
     const T *w = hh.weight + n_gate, *p = hh.p + n_gate, *q = hh.q + n_gate, *alpha = hh.alpha_of(2), *beta = hh.beta_of(2);
     for (int b = some.begin; b < some.end; b++) {
-      const T *r = gates + size_t(b) * D, *z = r + H, *n = z + H, *old = h + size_t(b) * H;
+      const T* old = h + size_t(b) * H;
       const T* hidden = v + size_t(b) * D + n_gate;
-      T *r_grad = gates_grad + size_t(b) * D, *z_grad = r_grad + H, *n_grad = z_grad + H;
+      T *r = gates + size_t(b) * D, *z = r + H, *n = z + H;
       T *r_too = hidden_gates_grad + size_t(b) * D, *z_too = r_too + H, *n_too = z_too + H;
       T* carried = a.grad_h0 + size_t(b) * H;
       const T al = alpha[b], be = beta[b];
       hidden_gradient(t, b, [=](int j, T grad) {
-        const T dn = grad * (T(1) - z[j]) * (T(1) - n[j] * n[j]);
-        const T dz = grad * (old[j] - n[j]) * z[j] * (T(1) - z[j]);
-        const T dr = dn * (hidden[j] * (w[j] * al + p[j]) + (q[j] - w[j] * be)) * r[j] * (T(1) - r[j]);
-        r_grad[j] = r_too[j] = dr;
-        z_grad[j] = z_too[j] = dz;
-        n_grad[j] = dn;
-        n_too[j] = dn * r[j];
-        carried[j] += grad * z[j];
+        const T reset = r[j], update = z[j], fresh = n[j];
+        const T dn = grad * (T(1) - update) * (T(1) - fresh * fresh);
+        const T dz = grad * (old[j] - fresh) * update * (T(1) - update);
+        const T dr = dn * (hidden[j] * (w[j] * al + p[j]) + (q[j] - w[j] * be)) * reset * (T(1) - reset);
+        r[j] = r_too[j] = dr;
+        z[j] = z_too[j] = dz;
+        n[j] = dn;
+        n_too[j] = dn * reset;
+        carried[j] += grad * update;
       });
     }
   }
 
-  void rnn(int t, const T* gates, T* gates_grad, Range some) {
+  void rnn(int t, T* gates, Range some) {
     for (int b = some.begin; b < some.end; b++) {
-      const T* h = gates + size_t(b) * D;
-      T* to = gates_grad + size_t(b) * D;
+      T* h = gates + size_t(b) * D;
       if (a.cell == kRnnTanh)
-        hidden_gradient(t, b, [=](int j, T grad) { to[j] = grad * (T(1) - h[j] * h[j]); });
+        hidden_gradient(t, b, [=](int j, T grad) { h[j] = grad * (T(1) - h[j] * h[j]); });
       else
-        hidden_gradient(t, b, [=](int j, T grad) { to[j] = h[j] > T(0) ? grad : T(0); });
+        hidden_gradient(t, b, [=](int j, T grad) { h[j] = h[j] > T(0) ? grad : T(0); });
     }
   }
 

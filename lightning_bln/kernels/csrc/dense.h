@@ -98,13 +98,13 @@ class DenseBackward : Dense<T> {
       norm.recall(t, rows);
       norm.sums(t, grad, a.grad_row_stride, x, a.row_stride, rows);
       if (norm.gradient_meets(t)) me.wait();
-      if (!a.grad_x) continue;
-      norm.begin_apply(t, int(a.rows), rows);
-      norm.template apply<false>(grad, a.grad_row_stride, x, a.row_stride, a.grad_x + t * a.position_stride, a.row_stride, rows);
+      norm.end_sums(t, int(a.rows), rows);
+      if (a.grad_x)
+        norm.template apply<false>(grad, a.grad_row_stride, x, a.row_stride, a.grad_x + t * a.position_stride, a.row_stride, rows);
     }
     T* own = plan.totals.get() + size_t(id_) * 2 * features;
     norm.copy_totals(own, own + features);
-    if (plan.members > 1) plan.barrier.wait();
+    if (plan.members > 1) plan.barrier.wait(id_);
     if (id_ != 0) return;
     for (int j = 0; j < features; j++) {
       T bias = 0, gain = 0;

@@ -41,19 +41,19 @@ void in_parallel(int threads, F body) {
 template <class T, template <class> class Pass, template <class> class Buffers>
 int run(const RecurrenceArgs<T>& args) {
   try {
-    const int threads = int(args.threads < 1 ? 1 : args.threads);
-    Plan<T> plan(args, threads);
+    const Teams teams = divide(args);
+    Plan<T> plan(args, teams);
     Buffers<T> buffers(plan);
     std::atomic<int> granted{0};
-    in_parallel(threads, [&](int id, int members) {
-      if (members != threads) {
+    in_parallel(teams.size(), [&](int id, int members) {
+      if (members != teams.size()) {
         if (id == 0) granted = members;
         return;
       }
       Pass<T>(plan, buffers, id).run();
     });
     if (granted) {
-      Plan<T> alone(args, 1);
+      Plan<T> alone(args, {1, 1});
       Buffers<T> own(alone);
       Pass<T>(alone, own, 0).run();
     }

@@ -18,7 +18,7 @@ struct ForwardBuffers {
     const size_t step = size_t(plan.batch) * plan.D, state = size_t(plan.batch) * plan.H;
     if (a.weight_ih && !a.input_part) input_chunk.allocate(size_t(plan.longest_chunk) * plan.D);
     if (!a.hidden_part) hidden.allocate(step);
-    if (!a.gates) gates.allocate(step);
+    gates.allocate(size_t(plan.row_teams) * Norm<T>::stripe * plan.D);
     if (a.cell == kLstm && !a.cells) cells.allocate(state);
     if (a.cell == kLstm && plan.zoneout) candidate.allocate(state);
     if (a.hidden_mask) masked.allocate(2 * state);
@@ -60,23 +60,25 @@ class Forward : Walker<T> {
     const Range some = running(t);
     const int m = plan.sizes[t];
     T* v = a.hidden_part ? a.hidden_part + at(t) * D : buffers.hidden.get();
-    T* gates = a.gates ? a.gates + at(t) * D : buffers.gates.get();
     const T* h = previous(t, a.output, a.h0);
     this->project(plan.forward_hh, panels, a.hidden_mask ? masked(t + 1) : h, H, some, v, D, false);
     ih.measure(t, x, D, some);
     hh.measure(t, v, D, some);
     if (ih.meets(t) || hh.meets(t)) me.wait();
+    ih.fetch(t);
+    hh.fetch(t);
     ih.settle(t, m, some);
     hh.settle(t, m, some);
     T* out = a.output + at(t) * H;
     this->in_stripes(some, [&](Range stripe) {
-      this->activate_all(x, v, gates, stripe);
+      T* gates = buffers.gates.get() + (ptrdiff_t(me.row) * Norm<T>::stripe - stripe.begin) * D;
+      this->activate_all(x, v, gates, stripe, out, H);
       if (a.cell == kLstm)
         carry(t, gates, stripe);
       else
         simple(t, gates, h, out, stripe);
     });
-    if (a.cell == kLstm) lstm(t, m, gates, h, out, some);
+    if (a.cell == kLstm) lstm(t, m, h, out, some);
     if (a.hidden_mask) mask_state(out, t, some);
     if (me.columns > 1) me.wait();
   }
@@ -100,19 +102,21 @@ class Forward : Walker<T> {
     }
   }
 
-  void lstm(int t, int m, const T* gates, const T* h, T* out, Range some) {
+  // The output, whose rows hold the output gate so far.
+  void lstm(int t, int m, const T* h, T* out, Range some) {
     const T* fresh = fresh_state(t);
     cell.measure(t, fresh, H, some);
     if (cell.meets(t)) me.wait();
+    cell.fetch(t);
     cell.settle(t, m, some);
     const T *alpha = cell.alpha_of(0), *beta = cell.beta_of(0), *w = cell.weight, *p = cell.p, *q = cell.q;
     for (int b = some.begin; b < some.end; b++) {
-      const T *o = gates + size_t(b) * D + 3 * H, *from = fresh + size_t(b) * H;
+      const T* from = fresh + size_t(b) * H;
       T* to = out + size_t(b) * H;
       const T al = alpha[b], be = beta[b];
 #pragma omp simd
       for (int j = units.begin; j < units.end; j++)
-        to[j] = o[j] * hyperbolic_tangent(from[j] * (w[j] * al + p[j]) + (q[j] - w[j] * be));
+        to[j] *= hyperbolic_tangent(from[j] * (w[j] * al + p[j]) + (q[j] - w[j] * be));
       keep_hidden(t, b, h, to);
     }
   }

@@ -120,6 +120,10 @@ void multiply(const T* a, ptrdiff_t row, ptrdiff_t column, int rows, const T* b,
   const int tiles = (rows + tile_rows - 1) / tile_rows;
   for (int i = 0; i < tiles; i++) {
     const Range mine = part(rows, i, tiles);
+    // What the next tile writes is asked for while this one computes: it may lie in memory.
+    if (!add && i + 1 < tiles)
+      for (int r = mine.end; r < mine.end + mine.size() && r < rows; r++)
+        for (int j = 0; j < width; j += int(64 / sizeof(T))) __builtin_prefetch(c + r * ldc + j, 1);
     any_tile<T, tile_rows>(mine.size(), a + mine.begin * row, row, column, b, depth, c + mine.begin * ldc, ldc, width, add);
   }
 }

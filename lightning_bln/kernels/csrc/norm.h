@@ -5,6 +5,9 @@
 
 #include "team.h"
 
+// For the bodies of loops that would not vectorise around a call.
+#define BLN_INLINED __attribute__((always_inline))
+
 namespace bln {
 
 // Pointers may be null where said. G' is 1 for joint statistics, else the number of gates; D = gates * units.
@@ -39,9 +42,9 @@ class Norm {
   Norm(const NormArgs<T>& args, Shared& shared, const Member& member, int gates, int units, int batch, Range own_units)
       : a(args), shared_(shared), member_(member), gates_(gates), units_(units), batch_(batch), own_(own_units),
         groups_(args.joint ? 1 : gates), D(gates * units), row_size_(size_t(groups_) * batch),
-        columns_(size_t(D) * 11), rows_(row_size_ * 7) {
+        columns_(size_t(D) * 12), rows_(row_size_ * 7) {
     T* at = columns_.get();
-    for (T** to : {&weight, &p, &q, &mean_, &used_mean_, &inverse_, &c1_, &c2_, &c3_, &bias_sum_, &bias_}) *to = at, at += D;
+    for (T** to : {&weight, &p, &q, &mean_, &var_, &used_mean_, &inverse_, &c1_, &c2_, &c3_, &bias_sum_, &bias_}) *to = at, at += D;
     at = rows_.get();
     for (T** to : {&alpha, &beta, &row_mean_, &row_used_, &row_inverse_, &r2_, &r3_}) *to = at, at += row_size_;
     weight_sum_.allocate(D);
@@ -51,7 +54,7 @@ class Norm {
       q[j] = bias_[j] = a.bias ? a.bias[j] : T(0);
       mean_[j] = bias_sum_[j] = weight_sum_[j] = T(0);
     }
-    for (size_t i = 0; i < row_size_; i++) alpha[i] = beta[i] = T(0);
+    for (size_t i = 0; i < row_size_; i++) alpha[i] = beta[i] = row_mean_[i] = T(0);
   }
 
   static void allocate(Shared& shared, const NormArgs<T>& args, int gates, int units, int batch, int rows, int columns) {
@@ -84,40 +87,47 @@ class Norm {
       measure<false, true>(x, ld, rows);
   }
 
+  // Ask for the other members' sums, all lines at once: they come from far away, and only then are worked on.
+  void fetch(int t) const {
+    if (!a.enabled || !current_batch(t)) return;
+    for (int k = 0; k < member_.rows; k++) {
+      if (k == member_.row) continue;
+      const T* other = column_slot(k);
+      for (int g = 0; g < gates_; g++)
+        for (int j = g * units_ + own_.begin; j < g * units_ + own_.end; j += int(64 / sizeof(T)))
+          __builtin_prefetch(other + j), __builtin_prefetch(other + D + j);
+    }
+  }
+
   // The step's coefficients from all members' moments; `running` sequences take part.
   void settle(int t, int running, Range rows) {
     if (!a.enabled) return;
-    if (current_batch(t)) {
-      for_own([&](int j0, int j1) { merge_columns(t, running, j0, j1); });
-    }
+    for_own([&](int j0, int j1) { merge_columns(t, running, j0, j1); });
     if (current_feature(t)) {
       for (int g = 0; g < groups_; g++) merge_rows(t, g, rows);
     }
-    coefficients(t, rows);
+    row_coefficients(t, rows);
   }
 
   // The step's coefficients from the moments that the forward pass saved.
   void recall(int t, Range rows) {
     if (!a.enabled) return;
-    if (current_batch(t)) {
-      const T* saved = a.batch_moments + size_t(t) * 2 * D;
-      for_own([&](int j0, int j1) {
-#pragma omp simd
-        for (int j = j0; j < j1; j++) {
-          mean_[j] = saved[j];
-          inverse_[j] = saved[D + j];
-        }
-      });
-    }
+    const T *saved = a.batch_moments + size_t(t) * 2 * D, *saved_var = saved + D;
+    for_own([&](int j0, int j1) {
+      if (current_batch(t))
+        column_coefficients(t, j0, j1, [=](int j, T& mean, T& var) BLN_INLINED { mean = saved[j], var = saved_var[j]; });
+      else
+        given_columns(t, j0, j1);
+    });
     if (current_feature(t)) {
-      const T* saved = a.feature_moments + size_t(t) * 2 * row_size_;
+      const T* saved_rows = a.feature_moments + size_t(t) * 2 * row_size_;
       for (int g = 0; g < groups_; g++) {
         const size_t first = size_t(g) * batch_ + rows.begin, end = first + rows.size();
 #pragma omp simd
-        for (size_t i = first; i < end; i++) row_mean_[i] = saved[i], row_inverse_[i] = saved[row_size_ + i];
+        for (size_t i = first; i < end; i++) row_mean_[i] = saved_rows[i], row_inverse_[i] = saved_rows[row_size_ + i];
       }
     }
-    coefficients(t, rows);
+    row_coefficients(t, rows);
   }
 
   bool wants_sums() const { return a.enabled || a.grad_bias; }
@@ -125,16 +135,16 @@ class Norm {
   bool gradient_meets(int t) const { return a.enabled && meets(t); }
 
   // This member's part of the sums that the gradient needs; `grad` is that of y, both [batch, gates, units]. Rows may
-  // be taken in stripes, between begin_sums() and end_sums().
+  // be taken in stripes, after begin_sums().
   void sums(int t, const T* grad, ptrdiff_t ldg, const T* x, ptrdiff_t ldx, Range rows) {
-    begin_sums(rows);
+    begin_sums(t, rows);
     for (int b = rows.begin; b < rows.end; b += stripe) add_sums(grad, ldg, x, ldx, clipped({b, b + stripe}, rows.end));
-    end_sums(t);
   }
 
-  void begin_sums(Range rows) {
+  void begin_sums(int t, Range rows) {
     if (!a.enabled) return;
     slot_ ^= 1;
+    has_batch_ = a.w_batch[t] != 0, has_feature_ = a.w_feature[t] != 0;
     T* sum = column_slot(member_.row);
     for_own([&](int j0, int j1) {
       for (int j = j0; j < j1; j++) sum[j] = sum[D + j] = c3_[j] = T(0);
@@ -155,115 +165,61 @@ class Norm {
           });
       return;
     }
-    T* sum = column_slot(member_.row);
-    T* dot = sum + D;
-    T* row_sum = row_slot(member_.column);
-    T* row_dot = row_sum + row_size_;
-    for (int g = 0; g < gates_; g++) {
-      const int j0 = g * units_ + own_.begin, n = own_.size();
-      const size_t at = size_t(group(g)) * batch_;
-      T *S = sum + j0, *E = dot + j0, *F = c3_ + j0;
-      const T *w = weight + j0, *mu = used_mean_ + j0;
-      int b = rows.begin;
-      for (; b + 4 <= rows.end; b += 4) {
-        const T *y0 = grad + b * ldg + j0, *y1 = y0 + ldg, *y2 = y1 + ldg, *y3 = y2 + ldg;
-        const T *x0 = x + b * ldx + j0, *x1 = x0 + ldx, *x2 = x1 + ldx, *x3 = x2 + ldx;
-        const T *m = row_used_ + at + b, *r = row_inverse_ + at + b;
-        const T m0 = m[0], m1 = m[1], m2 = m[2], m3 = m[3], r0 = r[0], r1 = r[1], r2 = r[2], r3 = r[3];
-        T s0 = 0, s1 = 0, s2 = 0, s3 = 0, d0 = 0, d1 = 0, d2 = 0, d3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3, d0, d1, d2, d3)
-        for (int j = 0; j < n; j++) {
-          const T f0 = y0[j] * ((x0[j] - m0) * r0), f1 = y1[j] * ((x1[j] - m1) * r1);
-          const T f2 = y2[j] * ((x2[j] - m2) * r2), f3 = y3[j] * ((x3[j] - m3) * r3);
-          S[j] += (y0[j] + y1[j]) + (y2[j] + y3[j]);
-          E[j] += (y0[j] * (x0[j] - mu[j]) + y1[j] * (x1[j] - mu[j])) + (y2[j] * (x2[j] - mu[j]) + y3[j] * (x3[j] - mu[j]));
-          F[j] += (f0 + f1) + (f2 + f3);
-          s0 += y0[j] * w[j], s1 += y1[j] * w[j], s2 += y2[j] * w[j], s3 += y3[j] * w[j];
-          d0 += f0 * w[j], d1 += f1 * w[j], d2 += f2 * w[j], d3 += f3 * w[j];
-        }
-        T *to = row_sum + at + b, *to_dot = row_dot + at + b;
-        to[0] += s0, to[1] += s1, to[2] += s2, to[3] += s3;
-        to_dot[0] += d0, to_dot[1] += d1, to_dot[2] += d2, to_dot[3] += d3;
-      }
-      for (; b < rows.end; b++) {
-        const T *y0 = grad + b * ldg + j0, *x0 = x + b * ldx + j0;
-        const T m0 = row_used_[at + b], r0 = row_inverse_[at + b];
-        T s0 = 0, d0 = 0;
-#pragma omp simd reduction(+ : s0, d0)
-        for (int j = 0; j < n; j++) {
-          const T f0 = y0[j] * ((x0[j] - m0) * r0);
-          S[j] += y0[j];
-          E[j] += y0[j] * (x0[j] - mu[j]);
-          F[j] += f0;
-          s0 += y0[j] * w[j];
-          d0 += f0 * w[j];
-        }
-        row_sum[at + b] += s0;
-        row_dot[at + b] += d0;
-      }
-    }
+    if (has_batch_ && has_feature_)
+      accumulate<true, true>(grad, ldg, x, ldx, rows);
+    else if (has_batch_)
+      accumulate<true, false>(grad, ldg, x, ldx, rows);
+    else
+      accumulate<false, true>(grad, ldg, x, ldx, rows);
   }
 
-  void end_sums(int t) {
-    if (!a.enabled) return;
-    const T w_batch = T(a.w_batch[t]), w_feature = T(a.w_feature[t]), scale = T(a.scale);
-    T *S = column_slot(member_.row), *E = S + D, *gain = weight_sum_.get();
-    for_own([&](int j0, int j1) {
-#pragma omp simd
-      for (int j = j0; j < j1; j++) {
-        bias_sum_[j] += S[j];
-        E[j] *= inverse_[j];
-        gain[j] += scale * (w_batch * E[j] + w_feature * c3_[j]);
-      }
-    });
-  }
-
-  // The coefficients of x's gradient from all members' sums.
-  void begin_apply(int t, int running, Range rows) {
+  // Takes in this member's sums, and sets the coefficients of x's gradient from all members'.
+  void end_sums(int t, int running, Range rows) {
     if (!a.enabled) return;
     const T wb = T(a.w_batch[t]), wf = T(a.w_feature[t]);
-    const bool through_mean = wb != T(0) && !a.batch_mean, through_var = wb != T(0) && !a.batch_var;
+    const T *own = column_slot(member_.row), *other = column_slot(member_.row ^ 1), *own_dot = own + D, *other_dot = other + D;
     for_own([&](int j0, int j1) {
-      const T mean_share = through_mean ? T(1) / T(running) : T(0), var_share = through_var ? T(1) / T(running) : T(0);
-      T *S = column_slot(member_.row), *E = S + D;
-      if (!through_mean && !through_var) {  // nobody has waited for the other members' sums, and nothing needs them
+      // nobody has waited for the other members' sums where nothing needs them
+      if (wb == T(0) || (a.batch_mean && a.batch_var))
+        column_gradients(t, j0, j1, T(0), T(0), [](int, T& sum, T& dot) BLN_INLINED { sum = dot = T(0); });
+      else {
+        const T share = T(1) / T(running), mean_share = a.batch_mean ? T(0) : share, var_share = a.batch_var ? T(0) : share;
+        if (member_.rows == 1)
+          column_gradients(t, j0, j1, mean_share, var_share, [=](int j, T& sum, T& dot) BLN_INLINED { sum = own[j], dot = own_dot[j]; });
+        else if (member_.rows == 2)
+          column_gradients(t, j0, j1, mean_share, var_share,
+                           [=](int j, T& sum, T& dot) BLN_INLINED { sum = own[j] + other[j], dot = own_dot[j] + other_dot[j]; });
+        else {
+          T *sums = c1_, *dots = c2_;
+          for (int j = j0; j < j1; j++) sums[j] = dots[j] = T(0);
+          for (int k = 0; k < member_.rows; k++) {
+            const T* some = column_slot(k);
 #pragma omp simd
-        for (int j = j0; j < j1; j++) {
-          c1_[j] = weight[j] * wb * inverse_[j];
-          c2_[j] = c3_[j] = T(0);
-        }
-        return;
-      }
-      if (member_.rows > 1) {
-        S = c2_, E = c3_;
-        for (int j = j0; j < j1; j++) S[j] = E[j] = T(0);
-        for (int k = 0; k < member_.rows; k++) {
-          const T* other = column_slot(k);
-#pragma omp simd
-          for (int j = j0; j < j1; j++) {
-            S[j] += other[j];
-            E[j] += other[D + j];
+            for (int j = j0; j < j1; j++) sums[j] += some[j], dots[j] += some[D + j];
           }
+          column_gradients(t, j0, j1, mean_share, var_share, [=](int j, T& sum, T& dot) BLN_INLINED { sum = sums[j], dot = dots[j]; });
         }
-      }
-#pragma omp simd
-      for (int j = j0; j < j1; j++) {
-        const T slope = weight[j] * wb * inverse_[j], sum = S[j], dot = E[j];
-        c1_[j] = slope;
-        c3_[j] = slope * inverse_[j] * dot * var_share;
-        c2_[j] = slope * (sum * mean_share - inverse_[j] * dot * var_share * mean_[j]);
       }
     });
     const bool row_mean = wf != T(0) && !a.feature_mean, row_var = wf != T(0) && !a.feature_var;
     const T count = T(features());
-    for (int g = 0; g < groups_; g++)
-      for (int b = rows.begin; b < rows.end; b++) {
-        const size_t i = size_t(g) * batch_ + b;
-        T S = 0, E = 0;
-        for (int k = 0; k < member_.columns && (row_mean || row_var); k++) S += row_slot(k)[i], E += row_slot(k)[row_size_ + i];
-        r3_[i] = row_var ? alpha[i] * row_inverse_[i] * E / count : T(0);
-        r2_[i] = (row_mean ? alpha[i] * S / count : T(0)) - (row_var ? r3_[i] * row_mean_[i] : T(0));
+    const T mean_share = row_mean ? T(1) / count : T(0), var_share = row_var ? T(1) / count : T(0);
+    for (int g = 0; g < groups_; g++) {
+      const size_t first = size_t(g) * batch_ + rows.begin, end = first + rows.size();
+      T *sum = r2_, *dot = r3_;
+      for (size_t i = first; i < end; i++) sum[i] = dot[i] = T(0);
+      for (int k = 0; k < member_.columns && (row_mean || row_var); k++) {
+        const T *some = row_slot(k), *some_dot = some + row_size_;
+#pragma omp simd
+        for (size_t i = first; i < end; i++) sum[i] += some[i], dot[i] += some_dot[i];
       }
+#pragma omp simd
+      for (size_t i = first; i < end; i++) {
+        const T curve = alpha[i] * row_inverse_[i] * dot[i] * var_share;
+        r2_[i] = alpha[i] * sum[i] * mean_share - curve * row_mean_[i];
+        r3_[i] = curve;
+      }
+    }
   }
 
   // The gradient of x, to `out` (or added to it), once its coefficients are there.
@@ -325,144 +281,193 @@ class Norm {
     for (int g = 0; g < gates_; g++) body(g * units_ + own_.begin, g * units_ + own_.end);
   }
 
+  // One pass: sums of distances, and of their squares, to numbers of x itself, which lie within sqrt(n) deviations of the
+  // mean, so that little cancels: the first row for columns, the first number of a row for rows.
   template <bool Batch, bool Feature>
   void measure(const T* x, ptrdiff_t ld, Range rows) {
-    T* mean = column_slot(member_.row);
-    T* spread = mean + D;
-    // Blocks that stay in the cache between their two passes.
-    const int most = block_size / (gates_ * own_.size() > 0 ? gates_ * own_.size() : 1), step = most < 32 ? 32 : most;
-    for (int begin = rows.begin; begin == rows.begin || begin < rows.end; begin += step) {
-      const Range block{begin, rows.end - begin < step ? rows.end : begin + step};
-      if (begin == rows.begin) {
-        measure_block<Batch, Feature>(x, ld, block, mean, spread);
-        continue;
-      }
-      measure_block<Batch, Feature>(x, ld, block, c1_, c2_);
-      if (!Batch) continue;
-      const T before = T(begin - rows.begin), share = T(block.size()) / (before + T(block.size()));
-      for_own([&](int j0, int j1) {
-        for (int j = j0; j < j1; j++) {
-          const T distance = c1_[j] - mean[j];
-          mean[j] += distance * share;
-          spread[j] += c2_[j] + distance * distance * before * share;
-        }
-      });
-    }
-  }
-
-  template <bool Batch, bool Feature>
-  void measure_block(const T* x, ptrdiff_t ld, Range rows, T* mean, T* spread) {
-    T* row_mean = row_slot(member_.column);
-    T* row_spread = row_mean + row_size_;
-    const T many = T(rows.size() > 0 ? rows.size() : 1);
-    const T own_features = T((groups_ == 1 ? gates_ : 1) * own_.size() > 0 ? (groups_ == 1 ? gates_ : 1) * own_.size() : 1);
-    if (Feature)
-      for (int g = 0; g < groups_; g++)
-        for (int b = rows.begin; b < rows.end; b++)
-          row_mean[size_t(g) * batch_ + b] = row_spread[size_t(g) * batch_ + b] = T(0);
+    T *mean = column_slot(member_.row), *spread = mean + D;
+    T *row_mean = row_slot(member_.column), *row_spread = row_mean + row_size_;
     if (Batch)
       for_own([&](int j0, int j1) {
         for (int j = j0; j < j1; j++) mean[j] = spread[j] = T(0);
       });
-    total<Batch, Feature, false>(x, ld, rows, mean, mean, row_mean, row_mean);
-    if (Batch)
-      for_own([&](int j0, int j1) {
-        const T inverse = T(1) / many;
-        for (int j = j0; j < j1; j++) mean[j] *= inverse;
-      });
     if (Feature)
       for (int g = 0; g < groups_; g++)
-        for (int b = rows.begin; b < rows.end; b++) row_mean[size_t(g) * batch_ + b] /= own_features;
-    total<Batch, Feature, true>(x, ld, rows, spread, mean, row_spread, row_mean);
-  }
-
-  // Adds column and row sums of x, or of its squared distances to the means, reading memory in its order.
-  template <bool Batch, bool Feature, bool Centred>
-  void total(const T* x, ptrdiff_t ld, Range rows, T* column, const T* mean, T* row, const T* row_mean) const {
+        for (int b = rows.begin; b < rows.end; b++) row_mean[size_t(g) * batch_ + b] = row_spread[size_t(g) * batch_ + b] = T(0);
+    if (rows.size() == 0 || own_.size() == 0) return;
+    const T *anchor = x + rows.begin * ld, *first = x + own_.begin;
     for (int b = rows.begin; b < rows.end; b += stripe)
       for (int g = 0; g < gates_; g++) {
         const int j0 = g * units_ + own_.begin;
         const size_t at = size_t(group(g)) * batch_;
-        total_of_gate<Batch, Feature, Centred>(x + j0, ld, clipped({b, b + stripe}, rows.end), own_.size(), column + j0,
-                                               mean + j0, row + at, row_mean + at);
+        total<Batch, Feature>(x + j0, ld, clipped({b, b + stripe}, rows.end), own_.size(), anchor + j0, mean + j0, spread + j0,
+                              first + group(g) * units_, row_mean + at, row_spread + at);
+      }
+    if (Batch)
+      for_own([&](int j0, int j1) {
+        const T share = T(1) / T(rows.size());
+#pragma omp simd
+        for (int j = j0; j < j1; j++) {
+          const T distance = mean[j] * share, rest = spread[j] - mean[j] * distance;
+          mean[j] = anchor[j] + distance;
+          spread[j] = rest > T(0) ? rest : T(0);
+        }
+      });
+    if (Feature)
+      for (int g = 0; g < groups_; g++) {
+        const T share = T(1) / T((groups_ == 1 ? gates_ : 1) * own_.size());
+        const size_t at = size_t(g) * batch_;
+        for (int b = rows.begin; b < rows.end; b++) {
+          const T distance = row_mean[at + b] * share, rest = row_spread[at + b] - row_mean[at + b] * distance;
+          row_mean[at + b] = first[b * ld + g * units_] + distance;
+          row_spread[at + b] = rest > T(0) ? rest : T(0);
+        }
       }
   }
 
-  template <bool Batch, bool Feature, bool Centred>
-  static void total_of_gate(const T* x, ptrdiff_t ld, Range rows, int n, T* column, const T* mean, T* row, const T* row_mean) {
+  // Adds the distances, and their squares, of some rows of a gate's columns.
+  template <bool Batch, bool Feature>
+  static void total(const T* x, ptrdiff_t ld, Range rows, int n, const T* anchor, T* column, T* squares, const T* first, T* row,
+                    T* row_squares) {
     int b = rows.begin;
     for (; b + 4 <= rows.end; b += 4) {
       const T *x0 = x + b * ld, *x1 = x0 + ld, *x2 = x1 + ld, *x3 = x2 + ld;
-      T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-      const T m0 = Centred && Feature ? row_mean[b] : T(0), m1 = Centred && Feature ? row_mean[b + 1] : T(0);
-      const T m2 = Centred && Feature ? row_mean[b + 2] : T(0), m3 = Centred && Feature ? row_mean[b + 3] : T(0);
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
+      const T m0 = first[b * ld], m1 = first[(b + 1) * ld], m2 = first[(b + 2) * ld], m3 = first[(b + 3) * ld];
+      T s0 = 0, s1 = 0, s2 = 0, s3 = 0, q0 = 0, q1 = 0, q2 = 0, q3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3, q0, q1, q2, q3)
       for (int j = 0; j < n; j++) {
         if (Batch) {
-          const T m = Centred ? mean[j] : T(0);
-          column[j] += Centred ? (square(x0[j] - m) + square(x1[j] - m)) + (square(x2[j] - m) + square(x3[j] - m))
-                               : (x0[j] + x1[j]) + (x2[j] + x3[j]);
+          const T m = anchor[j], d0 = x0[j] - m, d1 = x1[j] - m, d2 = x2[j] - m, d3 = x3[j] - m;
+          column[j] += (d0 + d1) + (d2 + d3);
+          squares[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
         }
         if (Feature) {
-          s0 += Centred ? square(x0[j] - m0) : x0[j];
-          s1 += Centred ? square(x1[j] - m1) : x1[j];
-          s2 += Centred ? square(x2[j] - m2) : x2[j];
-          s3 += Centred ? square(x3[j] - m3) : x3[j];
+          const T d0 = x0[j] - m0, d1 = x1[j] - m1, d2 = x2[j] - m2, d3 = x3[j] - m3;
+          s0 += d0, s1 += d1, s2 += d2, s3 += d3;
+          q0 += d0 * d0, q1 += d1 * d1, q2 += d2 * d2, q3 += d3 * d3;
         }
       }
-      if (Feature) row[b] += s0, row[b + 1] += s1, row[b + 2] += s2, row[b + 3] += s3;
+      if (!Feature) continue;
+      row[b] += s0, row[b + 1] += s1, row[b + 2] += s2, row[b + 3] += s3;
+      row_squares[b] += q0, row_squares[b + 1] += q1, row_squares[b + 2] += q2, row_squares[b + 3] += q3;
     }
     for (; b < rows.end; b++) {
       const T* x0 = x + b * ld;
-      T s0 = 0;
-      const T m0 = Centred && Feature ? row_mean[b] : T(0);
-#pragma omp simd reduction(+ : s0)
+      const T m0 = first[b * ld];
+      T s0 = 0, q0 = 0;
+#pragma omp simd reduction(+ : s0, q0)
       for (int j = 0; j < n; j++) {
-        if (Batch) column[j] += Centred ? square(x0[j] - mean[j]) : x0[j];
-        if (Feature) s0 += Centred ? square(x0[j] - m0) : x0[j];
+        if (Batch) {
+          const T distance = x0[j] - anchor[j];
+          column[j] += distance;
+          squares[j] += distance * distance;
+        }
+        if (Feature) {
+          const T distance = x0[j] - m0;
+          s0 += distance;
+          q0 += distance * distance;
+        }
       }
-      if (Feature) row[b] += s0;
+      if (Feature) row[b] += s0, row_squares[b] += q0;
+    }
+  }
+
+  // Of the gradient's rows: their column sums S, dots with the batch's distances E and the features' F, and row sums.
+  template <bool Batch, bool Feature>
+  void accumulate(const T* grad, ptrdiff_t ldg, const T* x, ptrdiff_t ldx, Range rows) {
+    T* sum = column_slot(member_.row);
+    T* dot = sum + D;
+    T* row_sum = row_slot(member_.column);
+    T* row_dot = row_sum + row_size_;
+    for (int g = 0; g < gates_; g++) {
+      const int j0 = g * units_ + own_.begin, n = own_.size();
+      const size_t at = size_t(group(g)) * batch_;
+      T *S = sum + j0, *E = dot + j0, *F = c3_ + j0;
+      const T *w = weight + j0, *mu = used_mean_ + j0;
+      int b = rows.begin;
+      for (; b + 4 <= rows.end; b += 4) {
+        const T *y0 = grad + b * ldg + j0, *y1 = y0 + ldg, *y2 = y1 + ldg, *y3 = y2 + ldg;
+        const T *x0 = x + b * ldx + j0, *x1 = x0 + ldx, *x2 = x1 + ldx, *x3 = x2 + ldx;
+        const T *m = row_used_ + at + b, *r = row_inverse_ + at + b;
+        const T m0 = m[0], m1 = m[1], m2 = m[2], m3 = m[3], r0 = r[0], r1 = r[1], r2 = r[2], r3 = r[3];
+        T s0 = 0, s1 = 0, s2 = 0, s3 = 0, d0 = 0, d1 = 0, d2 = 0, d3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3, d0, d1, d2, d3)
+        for (int j = 0; j < n; j++) {
+          S[j] += (y0[j] + y1[j]) + (y2[j] + y3[j]);
+          if (Batch)
+            E[j] += (y0[j] * (x0[j] - mu[j]) + y1[j] * (x1[j] - mu[j])) + (y2[j] * (x2[j] - mu[j]) + y3[j] * (x3[j] - mu[j]));
+          if (!Feature) continue;
+          const T f0 = y0[j] * ((x0[j] - m0) * r0), f1 = y1[j] * ((x1[j] - m1) * r1);
+          const T f2 = y2[j] * ((x2[j] - m2) * r2), f3 = y3[j] * ((x3[j] - m3) * r3);
+          F[j] += (f0 + f1) + (f2 + f3);
+          s0 += y0[j] * w[j], s1 += y1[j] * w[j], s2 += y2[j] * w[j], s3 += y3[j] * w[j];
+          d0 += f0 * w[j], d1 += f1 * w[j], d2 += f2 * w[j], d3 += f3 * w[j];
+        }
+        if (!Feature) continue;
+        T *to = row_sum + at + b, *to_dot = row_dot + at + b;
+        to[0] += s0, to[1] += s1, to[2] += s2, to[3] += s3;
+        to_dot[0] += d0, to_dot[1] += d1, to_dot[2] += d2, to_dot[3] += d3;
+      }
+      for (; b < rows.end; b++) {
+        const T *y0 = grad + b * ldg + j0, *x0 = x + b * ldx + j0;
+        const T m0 = row_used_[at + b], r0 = row_inverse_[at + b];
+        T s0 = 0, d0 = 0;
+#pragma omp simd reduction(+ : s0, d0)
+        for (int j = 0; j < n; j++) {
+          S[j] += y0[j];
+          if (Batch) E[j] += y0[j] * (x0[j] - mu[j]);
+          if (!Feature) continue;
+          const T f0 = y0[j] * ((x0[j] - m0) * r0);
+          F[j] += f0;
+          s0 += y0[j] * w[j];
+          d0 += f0 * w[j];
+        }
+        if (Feature) row_sum[at + b] += s0, row_dot[at + b] += d0;
+      }
     }
   }
 
   static T square(T x) { return x * x; }
 
-  // Chan's merge of the rows' members, for the columns [j0, j1).
+  // The coefficients of the columns [j0, j1) from Chan's merge of the members' moments.
   void merge_columns(int t, int running, int j0, int j1) {
+    if (!current_batch(t)) return given_columns(t, j0, j1);
     const T inverse = T(1) / T(running);
-    if (member_.rows == 1) {
-      const T* own = column_slot(0);
-#pragma omp simd
-      for (int j = j0; j < j1; j++) {
-        mean_[j] = own[j];
-        inverse_[j] = own[D + j] * inverse;
-      }
+    const T *own = column_slot(0), *other = column_slot(1), *own_spread = own + D, *other_spread = other + D;
+    if (member_.rows == 1)
+      column_coefficients(t, j0, j1, [=](int j, T& mean, T& var) BLN_INLINED { mean = own[j], var = own_spread[j] * inverse; });
+    else if (member_.rows == 2) {
+      const T share = T(clipped(part(batch_, 1, 2), running).size()) * inverse, between = share * (T(1) - share);
+      column_coefficients(t, j0, j1, [=](int j, T& mean, T& var) BLN_INLINED {
+        const T distance = other[j] - own[j];
+        mean = own[j] + share * distance;
+        var = (own_spread[j] + other_spread[j]) * inverse + between * square(distance);
+      });
     } else {
-      for (int j = j0; j < j1; j++) mean_[j] = inverse_[j] = T(0);
+      T *mean = mean_, *var = inverse_;
+      for (int j = j0; j < j1; j++) mean[j] = var[j] = T(0);
       for (int k = 0; k < member_.rows; k++) {
         const T share = T(clipped(part(batch_, k, member_.rows), running).size()) * inverse;
-        const T* other = column_slot(k);
+        const T* some = column_slot(k);
         if (share > T(0)) {
 #pragma omp simd
-          for (int j = j0; j < j1; j++) mean_[j] += share * other[j];
+          for (int j = j0; j < j1; j++) mean[j] += share * some[j];
         }
       }
       for (int k = 0; k < member_.rows; k++) {
         const T share = T(clipped(part(batch_, k, member_.rows), running).size()) * inverse;
-        const T* other = column_slot(k);
+        const T* some = column_slot(k);
         if (share > T(0)) {
 #pragma omp simd
-          for (int j = j0; j < j1; j++) inverse_[j] += share * square(other[j] - mean_[j]) + other[D + j] * inverse;
+          for (int j = j0; j < j1; j++) var[j] += share * square(some[j] - mean[j]) + some[D + j] * inverse;
         }
       }
+      column_coefficients(t, j0, j1, [=](int j, T& to_mean, T& to_var) BLN_INLINED { to_mean = mean[j], to_var = var[j]; });
     }
     if (a.batch_moments && member_.row == 0) {
       T* saved = a.batch_moments + size_t(t) * 2 * D;
 #pragma omp simd
-      for (int j = j0; j < j1; j++) {
-        saved[j] = mean_[j];
-        saved[D + j] = inverse_[j];
-      }
+      for (int j = j0; j < j1; j++) saved[j] = mean_[j], saved[D + j] = var_[j];
     }
   }
 
@@ -488,26 +493,57 @@ class Norm {
     for (size_t i = first; i < end; i++) saved[i] = row_mean_[i], saved[row_size_ + i] = row_inverse_[i];
   }
 
-  // Expects the current variances in the places of the inverse deviations, and turns them into these.
-  void coefficients(int t, Range rows) {
-    const T wb = T(a.w_batch[t]), wf = T(a.w_feature[t]), eps = T(a.eps);
-    const size_t at = a.fixed ? 0 : size_t(t);
-    const T *mean = a.batch_mean ? a.batch_mean + at * D : mean_, *var = a.batch_var ? a.batch_var + at * D : inverse_;
-    for_own([&](int j0, int j1) {
-      if (wb == T(0)) {
-        for (int j = j0; j < j1; j++) used_mean_[j] = mean_[j] = inverse_[j] = p[j] = T(0), q[j] = bias_[j];
-        return;
-      }
+  // Coefficients of columns of which nothing current is used.
+  void given_columns(int t, int j0, int j1) {
+    if (a.w_batch[t] != 0) return column_coefficients(t, j0, j1, [](int, T& mean, T& var) BLN_INLINED { mean = var = T(0); });
+    for (int j = j0; j < j1; j++) used_mean_[j] = mean_[j] = inverse_[j] = p[j] = T(0), q[j] = bias_[j];
+  }
+
+  // moments(j, mean, var) gives those of the current batch.
+  template <class F>
+  void column_coefficients(int t, int j0, int j1, F moments) {
+    const T wb = T(a.w_batch[t]), eps = T(a.eps);
+    const size_t at = (a.fixed ? 0 : size_t(t)) * D;
+    const bool has_mean = a.batch_mean, has_var = a.batch_var;
+    // never null: a masked load from there is suppressed, at the price of hundreds of instructions
+    const T *given_mean = has_mean ? a.batch_mean + at : bias_, *given_var = has_var ? a.batch_var + at : bias_;
 #pragma omp simd
-      for (int j = j0; j < j1; j++) {
-        const T inverse = T(1) / std::sqrt(var[j] + eps);
-        const T m = mean[j];
-        used_mean_[j] = m;
-        inverse_[j] = inverse;
-        p[j] = weight[j] * wb * inverse;
-        q[j] = bias_[j] - weight[j] * wb * inverse * m;
-      }
-    });
+    for (int j = j0; j < j1; j++) {
+      T mean, var;
+      moments(j, mean, var);
+      const T used = has_mean ? given_mean[j] : mean;
+      const T inverse = T(1) / std::sqrt((has_var ? given_var[j] : var) + eps), slope = weight[j] * wb * inverse;
+      mean_[j] = mean;
+      var_[j] = var;
+      used_mean_[j] = used;
+      inverse_[j] = inverse;
+      p[j] = slope;
+      q[j] = bias_[j] - slope * used;
+    }
+  }
+
+  // totals(j, sum, dot) gives the sums over all members.
+  template <class F>
+  void column_gradients(int t, int j0, int j1, T mean_share, T var_share, F totals) {
+    const T wb = T(a.w_batch[t]), wf = T(a.w_feature[t]), scale = T(a.scale);
+    const T *own = column_slot(member_.row), *own_dot = own + D;
+    T* gain = weight_sum_.get();
+#pragma omp simd
+    for (int j = j0; j < j1; j++) {
+      T sum, dot;
+      totals(j, sum, dot);
+      const T inverse = inverse_[j], slope = weight[j] * wb * inverse, curve = slope * inverse * inverse * dot * var_share;
+      bias_sum_[j] += own[j];
+      gain[j] += scale * (wb * inverse * own_dot[j] + wf * c3_[j]);
+      c1_[j] = slope;
+      c2_[j] = slope * sum * mean_share - curve * mean_[j];
+      c3_[j] = curve;
+    }
+  }
+
+  void row_coefficients(int t, Range rows) {
+    const T wf = T(a.w_feature[t]), eps = T(a.eps);
+    const size_t at = a.fixed ? 0 : size_t(t);
     for (int g = 0; g < groups_; g++) {
       const size_t first = size_t(g) * batch_ + rows.begin, end = first + rows.size();
       if (wf == T(0)) {
@@ -535,7 +571,6 @@ class Norm {
   }
   static constexpr int grain = 16;
   static constexpr int stripe = 4;  // rows that several passes take one after the other while they lie in the cache
-  static constexpr int block_size = 65536 / sizeof(T);
   Range unit_part(int k) const { return part(units_, k, member_.columns, grain); }
 
  private:
@@ -545,8 +580,9 @@ class Norm {
   Range own_;
   int groups_, D, slot_ = 0;
   size_t row_size_;
+  bool has_batch_ = false, has_feature_ = false;  // parts that the step's gradient has
   Buffer<T> columns_, rows_, weight_sum_;
-  T *mean_, *used_mean_, *inverse_, *c1_, *c2_, *c3_, *bias_sum_, *bias_;
+  T *mean_, *var_, *used_mean_, *inverse_, *c1_, *c2_, *c3_, *bias_sum_, *bias_;
   T *row_mean_, *row_used_, *row_inverse_, *r2_, *r3_;
 };
 

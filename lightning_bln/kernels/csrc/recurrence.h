@@ -8,14 +8,14 @@ namespace bln {
 enum Cell : int64_t { kLstm, kGru, kRnnTanh, kRnnRelu };
 
 // All sequence arrays are packed: the rows of step t, batch_sizes[t] of them, follow those of step t - 1. G gates, H
-// units, D = G * H. Null where said; what is kept for the gradient may be null in inference, and `gates`, `hidden_part`
-// and `input_part` are computed anew in the gradient where they are null.
+// units, D = G * H. Null where said; what is kept for the gradient may be null in inference, and `hidden_part` and
+// `input_part` are computed anew in the gradient where they are null, as the gates always are.
 template <class T>
 struct RecurrenceArgs {
   int64_t cell, steps, batch, inputs, units, threads;
-  int64_t row_teams;   // 0: chosen here
-  int64_t chunk_rows;  // rows whose products with the input weights are taken together; 0: chosen here
-  int64_t keep;        // forward: a gradient will follow
+  int64_t row_teams, column_teams;  // how many threads, as a grid that shares rows and units; 0: chosen here
+  int64_t chunk_rows;               // rows whose products with the input weights are taken together; 0: chosen here
+  int64_t keep;                     // forward: a gradient will follow
   double zoneout_h, zoneout_c;
   const int64_t* batch_sizes;  // [steps], or null if all sequences run to the end
   const T* input;              // [N, inputs], or [N, D] already projected if weight_ih is null
@@ -31,7 +31,6 @@ struct RecurrenceArgs {
   T* cn;                       // [batch, H], LSTM
   T* input_part;               // [N, D] or null: weight_ih x
   T* hidden_part;              // [N, D] or null: weight_hh h
-  T* gates;                    // [N, D] or null
   T* cells;                    // [N, H] or null, LSTM: the carried state
   const T* grad_output;        // [N, H] or null
   const T* grad_hn;            // [batch, H] or null
@@ -45,6 +44,42 @@ struct RecurrenceArgs {
 };
 
 inline int gates_of(int64_t cell) { return cell == kLstm ? 4 : cell == kGru ? 3 : 1; }
+
+// Whether members that share rows have to meet at every step, for moments of the batch.
+template <class T>
+bool meets_over_rows(const RecurrenceArgs<T>& a) {
+  for (const NormArgs<T>* norm : {&a.norm_ih, &a.norm_hh, &a.norm_cell})
+    if (norm->enabled && norm->w_batch[0] != 0 && !(norm->batch_mean && norm->batch_var)) return true;
+  return false;
+}
+
+// A grid of threads, no larger than is worth what its members have to tell one another at every step.
+struct Teams {
+  int rows, columns;
+  int size() const { return rows * columns; }
+};
+
+// Rows are shared out where there are enough: then nothing but sums over the batch ever goes from one member to the
+// other. With few rows, units are, and each member reads its own part of the weights. Costs of a step in multiplications
+// of one gate, as measured on two cores.
+template <class T>
+Teams divide(const RecurrenceArgs<T>& a) {
+  if (a.row_teams > 0) return {int(a.row_teams), int(a.column_teams)};
+  const bool ragged = a.batch_sizes && a.batch_sizes[a.steps - 1] != a.batch;
+  const bool meets = meets_over_rows(a);
+  const int batch = int(a.batch), H = int(a.units);
+  Teams best{1, 1};
+  double least = 0;
+  for (int rows = 1; rows <= a.threads; rows++)
+    for (int columns = 1; rows * columns <= a.threads; columns++) {
+      const int most_rows = (batch + rows - 1) / rows, most_units = ((H + 15) / 16 + columns - 1) / columns * 16;
+      if (rows > 1 && (ragged || most_rows < 4)) continue;
+      const double meeting = columns > 1 ? 30000.0 + 20.0 * most_rows * H : meets && rows > 1 ? 5000.0 : 0.0;
+      const double cost = double(most_rows < 6 ? 6 : most_rows) * most_units * H + meeting * std::log2(rows * columns);
+      if (least == 0 || cost < least) least = cost, best = {rows, columns};
+    }
+  return best;
+}
 
 // What all members share: packed weights, buffers of a step or of a chunk of steps, and the order of both.
 template <class T>
@@ -61,18 +96,17 @@ struct Plan {
   typename Norm<T>::Shared shared_ih, shared_hh, shared_cell;
   Barrier barrier;
 
-  Plan(const RecurrenceArgs<T>& args, int members)
+  Plan(const RecurrenceArgs<T>& args, Teams teams)
       : a(args), G(gates_of(args.cell)), H(int(args.units)), D(G * H), I(int(args.inputs)), steps(int(args.steps)),
-        batch(int(args.batch)), zoneout(args.zoneout_h != 0 || args.zoneout_c != 0 || args.zoneout_mask_h || args.zoneout_mask_c),
-        barrier(members) {
+        batch(int(args.batch)), row_teams(teams.rows), column_teams(teams.columns),
+        zoneout(args.zoneout_h != 0 || args.zoneout_c != 0 || args.zoneout_mask_h || args.zoneout_mask_c),
+        barrier(teams.size()) {
     sizes.resize(steps);
     offset.resize(steps + 1);
     offset[0] = 0;
-    bool ragged = false;
     for (int t = 0; t < steps; t++) {
       sizes[t] = a.batch_sizes ? int(a.batch_sizes[t]) : batch;
       offset[t + 1] = offset[t] + sizes[t];
-      ragged = ragged || sizes[t] != batch;
     }
     const int wanted = a.chunk_rows ? int(a.chunk_rows) : 192;
     for (int t = 0; t < steps;) {
@@ -83,35 +117,6 @@ struct Plan {
       longest_chunk = rows > longest_chunk ? rows : longest_chunk;
       t = chunk.end;
     }
-    divide(members, ragged);
-  }
-
-  // Rows are shared out where there are enough: then nothing but sums over the batch ever goes from one member to the
-  // other. With few rows, units are, and each member reads its own part of the weights. Costs in multiplications.
-  void divide(int members, bool ragged) {
-    row_teams = 1;
-    if (a.row_teams > 0 && members % int(a.row_teams) == 0) {
-      row_teams = int(a.row_teams);
-    } else if (members > 1) {
-      double best = 0;
-      for (int rows = 1; rows <= members; rows++) {
-        if (members % rows || (ragged && rows > 1)) continue;
-        const int columns = members / rows;
-        const int most_rows = (batch + rows - 1) / rows, most_units = ((H + 15) / 16 + columns - 1) / columns * 16;
-        if (rows > 1 && most_rows < 4) continue;
-        const double weights = double(most_units) * H;
-        const double exchanged = columns > 1 ? 100000.0 + 60.0 * most_rows * H : meets_over_rows() ? 50000.0 : 0.0;
-        const double cost = (most_rows < 6 ? 6 : most_rows) * weights + (rows * columns > 1 ? exchanged : 0.0);
-        if (best == 0 || cost < best) best = cost, row_teams = rows;
-      }
-    }
-    column_teams = members / row_teams;
-  }
-
-  bool meets_over_rows() const {
-    for (const NormArgs<T>* norm : {&a.norm_ih, &a.norm_hh, &a.norm_cell})
-      if (norm->enabled && norm->w_batch[0] != 0 && !(norm->batch_mean && norm->batch_var)) return true;
-    return false;
   }
 
   // A member's hidden units as ranges of gate columns: one range where it owns all of them.
@@ -205,15 +210,15 @@ class Walker {
     }
   }
 
-  // One gate's activation on the sum of both normalised parts.
+  // One gate's activation on the sum of both normalised parts, to rows `ldo` apart.
   template <class F>
-  void activate(int g, const T* x, const T* v, T* out, Range some, F activation) const {
+  void activate(int g, const T* x, const T* v, T* out, ptrdiff_t ldo, Range some, F activation) const {
     const int j0 = g * H + units.begin, n = units.size();
     const T *wx = ih.weight + j0, *px = ih.p + j0, *qx = ih.q + j0, *wv = hh.weight + j0, *pv = hh.p + j0, *qv = hh.q + j0;
     const T *ax = ih.alpha_of(g), *bx = ih.beta_of(g), *av = hh.alpha_of(g), *bv = hh.beta_of(g);
     for (int b = some.begin; b < some.end; b++) {
       const T *from_x = x + size_t(b) * D + j0, *from_v = v + size_t(b) * D + j0;
-      T* to = out + size_t(b) * D + j0;
+      T* to = out + b * ldo + units.begin;
       const T a0 = ax[b], b0 = bx[b], a1 = av[b], b1 = bv[b];
 #pragma omp simd
       for (int j = 0; j < n; j++)
@@ -239,21 +244,27 @@ class Walker {
     }
   }
 
-  void activate_all(const T* x, const T* v, T* gates, Range some) const {
+  void activate_all(const T* x, const T* v, T* gates, Range some) const { activate_all(x, v, gates, some, gates + 3 * H, D); }
+
+  // The output gate of an LSTM may have a place of its own.
+  void activate_all(const T* x, const T* v, T* gates, Range some, T* output_gate, ptrdiff_t ldo) const {
+    const auto squash = [](T z) { return sigmoid(z); };
+    const auto bend = [](T z) { return hyperbolic_tangent(z); };
     switch (a.cell) {
       case kLstm:
-        for (int g : {0, 1, 3}) activate(g, x, v, gates, some, [](T z) { return sigmoid(z); });
-        activate(2, x, v, gates, some, [](T z) { return hyperbolic_tangent(z); });
+        for (int g : {0, 1}) activate(g, x, v, gates + g * H, D, some, squash);
+        activate(2, x, v, gates + 2 * H, D, some, bend);
+        activate(3, x, v, output_gate, ldo, some, squash);
         break;
       case kGru:
-        for (int g : {0, 1}) activate(g, x, v, gates, some, [](T z) { return sigmoid(z); });
+        for (int g : {0, 1}) activate(g, x, v, gates + g * H, D, some, squash);
         activate_new(x, v, gates, some);
         break;
       case kRnnTanh:
-        activate(0, x, v, gates, some, [](T z) { return hyperbolic_tangent(z); });
+        activate(0, x, v, gates, D, some, bend);
         break;
       default:
-        activate(0, x, v, gates, some, [](T z) { return z < T(0) ? T(0) : z; });
+        activate(0, x, v, gates, D, some, [](T z) { return z < T(0) ? T(0) : z; });
     }
   }
 

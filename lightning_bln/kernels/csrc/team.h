@@ -9,6 +9,7 @@
 #include <malloc.h>
 #endif
 #include <thread>
+#include <vector>
 
 namespace bln {
 
@@ -61,30 +62,38 @@ class Buffer {
   T* data_ = nullptr;
 };
 
-// Spins, since the threads meet after microseconds, then yields, since another program may hold the core.
+// In the k-th of log2(size) rounds each member tells the one 2^k places on that it is there, and waits to be told: no
+// line is written by two. Spins, since the threads meet after microseconds, then yields, since another program may hold
+// the core.
 class Barrier {
  public:
-  explicit Barrier(int size) : size_(size) {}
-  void wait() {
-    const unsigned round = round_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
-      if (spins > 4000) std::this_thread::yield();
+  explicit Barrier(int size) : size_(size) {
+    while (1 << rounds_ < size) rounds_++;
+    flags_ = std::vector<Flag>(size_t(size) * rounds_);
+    visits_ = std::vector<Flag>(size);
+  }
+  void wait(int id) {
+    const unsigned visit = visits_[id].count.load(std::memory_order_relaxed) + 1;
+    visits_[id].count.store(visit, std::memory_order_relaxed);
+    for (int k = 0; k < rounds_; k++) {
+      flags_[size_t((id + (1 << k)) % size_) * rounds_ + k].count.store(visit, std::memory_order_release);
+      const auto& own = flags_[size_t(id) * rounds_ + k].count;
+      for (int spins = 0; int(own.load(std::memory_order_acquire) - visit) < 0; spins++) {
+        if (spins > 4000) std::this_thread::yield();
 #if defined(__x86_64__) || defined(__i386__)
-      else
-        __builtin_ia32_pause();
+        else
+          __builtin_ia32_pause();
 #endif
+      }
     }
   }
 
  private:
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<unsigned> round_{0};
-  int size_;
+  struct alignas(64) Flag {
+    std::atomic<unsigned> count{0};
+  };
+  int size_, rounds_ = 0;
+  std::vector<Flag> flags_, visits_;
 };
 
 // One thread of a grid of rows x columns: it owns a range of the batch and a range of the hidden units.
@@ -92,7 +101,7 @@ struct Member {
   int id, size, row, rows, column, columns;
   Barrier* barrier;
   void wait() const {
-    if (size > 1) barrier->wait();
+    if (size > 1) barrier->wait(id);
   }
 };
 
