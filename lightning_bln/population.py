@@ -179,11 +179,11 @@ class Population(nn.Module):
         return Moments(self.count, self.mean, self.m2) if self.is_gathering else None
 
     def _assign(self, moments: Moments) -> None:
-        self.count, self.mean, self.m2 = (lasting(part) for part in moments)
+        # past nn.Module's look for a parameter of that name, which takes longer than to gather a short sequence
+        self._buffers.update({name: lasting(part) for name, part in zip(Moments._fields, moments, strict=True)})
 
     def _assign_frozen(self, values: list[Tensor]) -> None:
-        for name, value in zip(FROZEN, values, strict=True):
-            setattr(self, name, lasting(value.clone()))
+        self._buffers.update({name: lasting(value.clone()) for name, value in zip(FROZEN, values, strict=True)})
 
     def _follow(self, values: list[Tensor], momentum: float) -> None:
         """Move the frozen population towards ``values``; positions it has not seen yet take theirs."""
