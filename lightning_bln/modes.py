@@ -34,6 +34,8 @@ class StatisticsMode(str):
     """For each of the four statistics, whether the population gives it."""
 
     def __new__(cls, letters: str) -> StatisticsMode:
+        if type(letters) is cls:
+            return letters
         if not isinstance(letters, str) or len(letters) != 4 or set(letters) - set("pc"):
             raise ValueError(
                 f"mode={letters!r}, but a statistics mode is four letters, each p (population) or c (current), "
@@ -90,6 +92,7 @@ class FanOut:
     def __init__(self, modes: Iterable[str]) -> None:
         self.modes = tuple(StatisticsMode(mode) for mode in modes)
         self.is_fanned = False
+        self.uses: dict[torch.device, tuple[bool | Tensor, ...]] = {}
 
     def enter(self, x: Tensor, batch_dim: int) -> Tensor:
         """``x`` with an axis of modes before its batch axis, along which it is expanded unless a layer has been met."""
@@ -102,8 +105,12 @@ class FanOut:
 
     def uses_population(self, device: torch.device) -> tuple[bool | Tensor, ...]:
         """For each statistic, whether the population gives it: one answer, or one for each mode where they differ."""
-        columns = zip(*(mode.uses_population for mode in self.modes), strict=True)
-        return tuple(column[0] if len(set(column)) == 1 else torch.tensor(column, device=device) for column in columns)
+        if device not in self.uses:
+            columns = zip(*(mode.uses_population for mode in self.modes), strict=True)
+            self.uses[device] = tuple(
+                column[0] if len(set(column)) == 1 else torch.tensor(column, device=device) for column in columns
+            )
+        return self.uses[device]
 
 
 @contextmanager

@@ -96,6 +96,8 @@ class PerMode(Tensor):
             return func(first.parts[0], *args[1:], **kwargs)
         if func in POINTWISE and (result := at_once(func, args, kwargs)) is not None:
             return first if is_own and result is first.stack else cls.of_stack(result)
+        if is_own and func in ALONG and (result := along_dimensions(func, first, args[1:], kwargs)) is not None:
+            return cls.of_stack(result)
         if func is Tensor.__hash__:
             return id(first)
         if func is Tensor.__iter__:
@@ -158,6 +160,29 @@ def at_once(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
     if len(types) != 1 or not kwargs.keys().isdisjoint(TENSORS):
         return None  # a number of its own gives way to others' types, one in a stack does not
     return func(*(one.stacked(ndim) if isinstance(one, PerMode) else one for one in args), **kwargs)
+
+
+ALONG = {Tensor.sum, Tensor.argmax, Tensor.argmin, Tensor.squeeze}
+"""What runs along dimensions and rounds nothing, as long as the sums are of integers."""
+
+
+def along_dimensions(func: Any, own: PerMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """One of :data:`ALONG` for all modes' parts in one call; None where that is no equal."""
+    if kwargs.keys() - {"dim", "keepdim"} or (func is Tensor.squeeze and own.stack is None):
+        return None
+    stack = own.stacked(0)
+    ndim = stack.ndim - 1
+    dim, *keepdim = args or (kwargs.get("dim"),)
+    asked = range(ndim) if dim is None else (dim,) if isinstance(dim, int) else dim
+    if not ndim or any(not isinstance(one, int) or not -ndim <= one < ndim for one in asked):
+        return None
+    dims = tuple(one % ndim + 1 for one in asked)
+    if func is Tensor.squeeze:
+        return stack.squeeze(dims)
+    options = {"keepdim": keepdim[0] if keepdim else kwargs.get("keepdim", False)}
+    if func is Tensor.sum:
+        return None if stack.is_floating_point() or stack.is_complex() or not dims else stack.sum(dims, **options)
+    return None if dim is None else func(stack, *dims, **options)
 
 
 TENSORS = {"input", "other", "self", "out"}

@@ -20,7 +20,7 @@ from lightning_bln.kernels import BACKENDS, HiddenWeights, Noise, Sequences, run
 from lightning_bln.kernels.choice import name_of
 from lightning_bln.kernels.cpu import Inputs
 from lightning_bln.kernels.gather import gather
-from lightning_bln.kernels.layer import LayerNorms, layer_in_modes, run_layer
+from lightning_bln.kernels.layer import LayerNorms, contiguous_in_modes, layer_in_modes, run_layer
 from lightning_bln.kernels.product import linear
 from lightning_bln.modes import FanOut
 from lightning_bln.sequences import State, flip, is_running, lengths_of, reversal, unwrap
@@ -217,12 +217,12 @@ class Recurrent(HasCells):
             compiled = torch.is_grad_enabled() and runs_compiled(self.backend, self.cell, x, self._weights("_l0"))
             if packed is not None or compiled:
                 return run_each_mode(self, input, hx, fan, 0 if self.batch_first else 1)
-            x = fan.enter(x, 1).flatten(1, 2)
+            x = fan.enter(x, 1)
         state = self._first_state(x, hx, batched)
         if packed is not None and packed.sorted_indices is not None and hx is not None:
             state = [tuple(s.index_select(-2, packed.sorted_indices) for s in cell) for cell in state]
         if fan is not None:
-            x, state = self._group(x, state, len(fan.modes))
+            state = [tuple(s.unflatten(0, (len(fan.modes), -1)) for s in cell) for cell in state]
         outputs, last = self._layers(x, state, sizes)
         if fan is not None:
             outputs, last = outputs.flatten(1, 2), [tuple(s.flatten(0, 1) for s in cell) for cell in last]
@@ -304,7 +304,7 @@ class Recurrent(HasCells):
         running = [samples] * steps if sizes is None else sizes
         fan = self._fan() if x.ndim == 4 else None
         if fan is not None:
-            x = x.transpose(0, 1)
+            x = contiguous_in_modes(x.transpose(0, 1))
         modules = (weights.norm_ih, *(weights.norm_hh or (None,)), weights.norm_cell)
         norms = LayerNorms(*(None if norm is None else norm.sequence(steps, running) for norm in modules))
         rows = None if sizes is None else is_running(sizes, x.unsqueeze(-2)).flatten().nonzero().squeeze(1)
@@ -367,7 +367,8 @@ class Recurrent(HasCells):
     def _first_state(self, x: Tensor, hx: State | None, batched: bool) -> list[tuple[Tensor, ...]]:
         """First states of each layer and direction, from ``hx`` or zero."""
         names, cells = self.cell.states, self.num_layers * self.num_directions
-        shapes = [(cells, x.shape[1], self.state_size(name)) for name in names]
+        samples = x.shape[1:-1].numel()  # of all modes together
+        shapes = [(cells, samples, self.state_size(name)) for name in names]
         if hx is None:
             return [tuple(x.new_zeros(shape[1:]) for shape in shapes) for _ in range(cells)]
         given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
@@ -382,16 +383,8 @@ class Recurrent(HasCells):
             if state.shape != shape:
                 raise ValueError(f"hx: {name} has shape {tuple(state.shape)}, but {shape} is needed; reshape it")
         if fan is not None:
-            given = tuple(s if s.shape[1] == x.shape[1] else s.repeat(1, len(fan.modes), 1) for s in given)
+            given = tuple(s if s.shape[1] == samples else s.repeat(1, len(fan.modes), 1) for s in given)
         return list(zip(*(s.unbind(0) for s in given), strict=True))
-
-    @staticmethod
-    def _group(x: Tensor, state: list[tuple[Tensor, ...]], modes: int) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """Split the batch axis into modes and samples."""
-        return (
-            x.unflatten(1, (modes, -1)),
-            [tuple(s.unflatten(0, (modes, -1)) for s in cell) for cell in state],
-        )
 
     def extra_repr(self) -> str:
         shown = {"num_layers": 1, "batch_first": False, "dropout": 0.0, "bidirectional": False, "proj_size": 0}

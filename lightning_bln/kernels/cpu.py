@@ -24,7 +24,8 @@ class Inputs(NamedTuple):
 
     x: Tensor
     """``(N, input_size)``: the rows of each step after those of the step before."""
-    weight_ih: Tensor
+    weight_ih: Tensor | None
+    """None where ``x`` holds its product already, and ``G * H`` columns."""
     weight_hh: Tensor
     bias_ih: Tensor | None
     bias_hh: Tensor | None

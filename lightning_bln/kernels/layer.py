@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_bln._compat import HAS_CUSTOM_OPS
 from lightning_bln.gate_norm import SequenceNorm
 from lightning_bln.kernels.cpu import INTEGERS, Constants, Inputs, Recurrence, Settings, allocate, arguments
-from lightning_bln.kernels.library import CELLS, RecurrenceArgs, bits_of, call, set_given
+from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, bits_of, call
+from lightning_bln.kernels.product import multiply
 from lightning_bln.modes import StatisticsMode
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
@@ -89,28 +91,36 @@ def layer_in_modes(
     cell: str, inputs: Inputs, norms: LayerNorms, steps: int, modes: Sequence[StatisticsMode], zoneout: float
 ) -> LayerResult:
     """:func:`run_layer` without gradients for each mode, along a first axis of input, states and what is returned."""
-    tensors, constants, settings = prepare(cell, inputs, norms, steps, None, None, zoneout, None, False)
-    first = tensors._replace(x=tensors.x[0], h=tensors.h[0], c=None if tensors.c is None else tensors.c[0])
-    given = constants[4:]
-    one = allocate(first, constants, settings)
+    if inputs.x.stride(0) == 0:  # all modes read the same input, and share its product
+        assert inputs.weight_ih is not None
+        x = multiply(inputs.x[0], inputs.weight_ih.t()).expand(len(modes), -1, -1)
+        inputs = inputs._replace(x=x, weight_ih=None)
+    each = {"input": inputs.x, "h0": inputs.h, "c0": inputs.c}
+    places = {name: value if value is None else contiguous_in_modes(value) for name, value in each.items()}
+    first = inputs._replace(x=inputs.x[0], h=inputs.h[0], c=None if inputs.c is None else inputs.c[0])
+    tensors, constants, settings = prepare(cell, first, norms, steps, None, None, zoneout, None, False)
+    one = allocate(tensors, constants, settings)
     output, h, c = (value.new_empty(len(modes), *value.shape) for value in one[:3])
     # what the modes have in common is set once: all but where they read and write, and what the population gives
-    args = arguments(first, constants._replace(given_ih=None, given_hh=None, given_cell=None), settings, one)
+    args = arguments(tensors, constants, settings._replace(uses_ih=0b1111, uses_hh=0b1111, uses_cell=0b1111), one)
     args.threads = 1
-    units, columns = first.weight_hh.shape[1], first.weight_hh.shape[0]
-    groups = 1 if settings.joint else columns // units
-    sizes = {"ih": (columns, groups), "hh": (columns, groups), "cell": (units, 1)}
-    places = {"input": tensors.x, "h0": tensors.h, "c0": tensors.c, "output": output, "hn": h, "cn": c}
-    strided = [(name, value.data_ptr(), value[0].nbytes) for name, value in places.items() if value is not None]
     calls = (RecurrenceArgs * len(modes))(*[args] * len(modes))
-    for k, (own, mode) in enumerate(zip(calls, modes, strict=True)):
-        uses = bits_of(mode.uses_population)
-        for name, start, stride in strided:
-            setattr(own, name, start + k * stride if stride else None)
-        for name, population in zip(NORMS, given, strict=True):
-            set_given(getattr(own, f"norm_{name}"), population, uses, steps, *sizes[name])
+    fields = np.frombuffer(calls, np.int64).reshape(len(modes), -1)  # type: ignore[call-overload]
+    for name, value in (places | {"output": output, "hn": h, "cn": c}).items():
+        if value is not None and value.numel():
+            stride = value.stride(0) * value.element_size()
+            fields[:, getattr(RecurrenceArgs, name).offset // 8] = value.data_ptr() + stride * np.arange(len(modes))
+    is_given = np.array([mode.uses_population for mode in modes])
+    for name in NORMS:
+        offset = getattr(RecurrenceArgs, f"norm_{name}").offset + NormArgs.batch_mean.offset
+        fields[:, offset // 8 : offset // 8 + 4] *= is_given  # a pointer for each statistic, none where not given
     call("forward_each", calls, output.dtype, len(modes), torch.get_num_threads())
     return LayerResult(output, (h, c)[: 2 if cell == "lstm" else 1], ())
+
+
+def contiguous_in_modes(value: Tensor) -> Tensor:
+    """``value`` with each mode's part contiguous, the same memory for all where they are one array."""
+    return value[0].contiguous().expand_as(value) if value.stride(0) == 0 else value.contiguous()
 
 
 def prepare(
