@@ -167,7 +167,8 @@ def set_current_hook(module: Any, name: str | None) -> None:
 def log_as_named(trainer: Any, module: Any, values: dict[str, float]) -> None:
     """Log many numbers as ``self.log`` does in a callback's hook at the end of an epoch, at a tenth of its cost.
 
-    Names may hold a dataloader's index, which ``self.log`` refuses before lightning 2.5.3.
+    Names may hold a dataloader's index, which ``self.log`` refuses before lightning 2.5.3. A ``self.log`` has to come
+    first in the hook: it turns the page for a new epoch.
     """
     collection, hook = results(evaluation_loop(trainer)), current_hook(module)
     for name, value in values.items():

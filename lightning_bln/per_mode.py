@@ -79,6 +79,31 @@ class PerMode(Tensor):
             self.separate = self.stack.unbind(0)
         return self.separate
 
+    @property
+    def like(self) -> Tensor:
+        """The stack, or one of the parts where there is none: of the type that all parts have."""
+        return self.separate[0] if self.stack is None else self.stack  # type: ignore[index]
+
+    # What Python asks for most often, and is equal for all parts, without the way through torch's dispatch.
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.like.shape if self.stack is None else self.stack.shape[1:]
+
+    @property
+    def ndim(self) -> int:  # type: ignore[override]
+        return self.like.ndim - (self.stack is not None)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.like.dtype
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.like.device
+
+    def is_floating_point(self) -> bool:
+        return self.like.is_floating_point()
+
     def stacked(self, ndim: int) -> Tensor:
         """The parts along a first axis, with axes between so that they broadcast as tensors of ``ndim`` do."""
         stack = torch.stack(self.parts) if self.stack is None else self.stack  # type: ignore[arg-type]
@@ -97,6 +122,8 @@ class PerMode(Tensor):
         if func in POINTWISE and (result := at_once(func, args, kwargs)) is not None:
             return first if is_own and result is first.stack else cls.of_stack(result)
         if is_own and func in ALONG and (result := along_dimensions(func, first, args[1:], kwargs)) is not None:
+            return cls.of_stack(result)
+        if is_own and func in RESHAPING and (result := reshaped(func, first, args[1:], kwargs)) is not None:
             return cls.of_stack(result)
         if func is Tensor.__hash__:
             return id(first)
@@ -120,6 +147,8 @@ class PerMode(Tensor):
             results = [func(*row, **kwargs) for row in rows]
         if is_own and all(result is part for result, part in zip(results, first.parts, strict=True)):
             return first
+        if func in LOSSES and isinstance(results[0], Tensor):
+            return cls.of_stack(torch.stack(results))
         return join(results, func)
 
     @classmethod
@@ -150,11 +179,7 @@ def at_once(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
         return None  # what shares memory with the parts cannot come from a copy of them
     ndim, types = 0, set()
     for one in args[1:] if func is torch.where else args:
-        if isinstance(one, PerMode):
-            like = one.separate[0] if one.stack is None else one.stack  # type: ignore[index]
-            ndim = max(ndim, like.ndim - (one.stack is not None))
-            types.add(like.dtype)
-        elif isinstance(one, Tensor):
+        if isinstance(one, Tensor):
             ndim = max(ndim, one.ndim)
             types.add(one.dtype)
     if len(types) != 1 or not kwargs.keys().isdisjoint(TENSORS):
@@ -168,12 +193,14 @@ ALONG = {Tensor.sum, Tensor.argmax, Tensor.argmin, Tensor.squeeze}
 
 def along_dimensions(func: Any, own: PerMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """One of :data:`ALONG` for all modes' parts in one call; None where that is no equal."""
-    if kwargs.keys() - {"dim", "keepdim"} or (func is Tensor.squeeze and own.stack is None):
+    if kwargs.keys() - {"dim", "keepdim"} or (func is Tensor.squeeze and (own.stack is None or len(args) > 1)):
         return None
     stack = own.stacked(0)
     ndim = stack.ndim - 1
     dim, *keepdim = args or (kwargs.get("dim"),)
     asked = range(ndim) if dim is None else (dim,) if isinstance(dim, int) else dim
+    if not ndim and func is Tensor.squeeze:
+        return stack.view_as(stack)
     if not ndim or any(not isinstance(one, int) or not -ndim <= one < ndim for one in asked):
         return None
     dims = tuple(one % ndim + 1 for one in asked)
@@ -184,6 +211,30 @@ def along_dimensions(func: Any, own: PerMode, args: tuple[Any, ...], kwargs: dic
         return None if stack.is_floating_point() or stack.is_complex() or not dims else stack.sum(dims, **options)
     return None if dim is None else func(stack, *dims, **options)
 
+
+RESHAPING = {Tensor.reshape, Tensor.view, Tensor.flatten, torch.reshape, torch.flatten}
+"""What gives the same numbers in another shape, and shares memory with a contiguous tensor."""
+
+
+def reshaped(func: Any, own: PerMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """One of :data:`RESHAPING` for all modes' parts in one call; None where that is no equal."""
+    if own.stack is None or kwargs or not own.stack.is_contiguous() or not own.ndim:
+        return None
+    shape = tuple(args[0]) if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
+    if not all(isinstance(one, int) for one in shape):
+        return None
+    if func in (Tensor.flatten, torch.flatten):
+        first, last = (shape + (0, -1)[len(shape) :])[:2]
+        return own.stack.flatten(first % own.ndim + 1, last % own.ndim + 1)
+    return own.stack.reshape(len(own.stack), *shape) if shape else None
+
+
+LOSSES = {
+    getattr(torch.nn.functional, name)
+    for name in dir(torch.nn.functional)
+    if name.endswith(("loss", "cross_entropy", "cross_entropy_with_logits"))
+}
+"""What gives numbers of its own, that share no memory with anything."""
 
 TENSORS = {"input", "other", "self", "out"}
 """Arguments by name that may be tensors."""

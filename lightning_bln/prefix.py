@@ -24,6 +24,10 @@ class Call(NamedTuple):
     output: Any
     versions: list[int]
 
+    def serves(self, module: nn.Module, inputs: tuple[tuple, dict]) -> bool:
+        """Whether ``module`` would give for ``inputs`` what it gave here, and nobody has written into that."""
+        return self.module is module and self.versions == versions(self.output) and same_tree(self.inputs, inputs)
+
 
 class Prefix:
     """Lets several forwards of a model on the same input share what stands before the first layer with a mode.
@@ -56,9 +60,8 @@ class Prefix:
             return plain(*args, **kwargs)
         place = next(number)
         call = self.calls.get(place)
-        if call is not None and call.module is module and call.versions == versions(call.output):
-            if same_tree(call.inputs, (args, kwargs)):
-                return call.output
+        if call is not None and call.serves(module, (args, kwargs)):
+            return call.output
         # inference tensors do not tell whether they have been written into
         with torch.inference_mode(False), torch.no_grad():
             output = plain(*args, **kwargs)

@@ -62,6 +62,31 @@ def assert_same_for_each(function: Callable[..., Any], *values: list[Tensor]) ->
         lambda x: (x.sum() > 0) * 2.5 + (x > 0).sum(),
         lambda x: x.sum(0) + torch.ones(CLASSES, dtype=torch.float64),
         lambda x: (x > 0).sum() / torch.tensor([2, 3]),
+        lambda x: (x > 0).sum(0),
+        lambda x: (x > 0).sum((0, -1), keepdim=True),
+        lambda x: (x > 0).sum(-1, True),
+        lambda x: x.sum((0, 1)),
+        lambda x: x.argmax(0, True),
+        lambda x: x.argmin(dim=-1),
+        lambda x: x.argmax(),
+        lambda x: x[:, :1].squeeze(),
+        lambda x: x[:1].squeeze(0).squeeze(-1),
+        lambda x: x[None, :, None].squeeze((0, 2)),
+        lambda x: x[None, :, None].squeeze(0, 2),
+        lambda x: x.sum().squeeze(),
+        lambda x: x.reshape(-1),
+        lambda x: x.reshape((2, -1, CLASSES)),
+        lambda x: x.T.reshape(3, -1),
+        lambda x: torch.reshape(x, (CLASSES, -1)),
+        lambda x: x.view(-1, 2),
+        lambda x: x.double().view(torch.int64),
+        lambda x: x.flatten(),
+        lambda x: x[None].flatten(1),
+        lambda x: x[None].flatten(-3, -2),
+        lambda x: torch.flatten(x, start_dim=0),
+        lambda x: x.sum().flatten(),
+        lambda x: F.mse_loss(x, torch.ones(SAMPLES, CLASSES), reduction="none"),
+        lambda x: F.binary_cross_entropy_with_logits(x, x.sigmoid()),
     ],
 )
 def test_functions(function: Callable[[Tensor], Tensor]) -> None:
@@ -124,6 +149,33 @@ def test_views_share_memory_as_tensors_do() -> None:
     y = x + 0
     y.to(torch.float32).mul_(2)
     assert_parts(y, [torch.tensor([10.0, 0.0]), torch.tensor([10.0, 2.0])])
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.reshape(-1),
+        lambda x: x.flatten(),
+        lambda x: x.view(6, 1).squeeze(),
+        lambda x: x.sum().squeeze(),
+        lambda x: x.T.reshape(-1),
+    ],
+)
+def test_shapes_share_memory_where_a_tensors_do(view: Callable[[Tensor], Tensor]) -> None:
+    parts = [torch.zeros(2, 3), torch.ones(2, 3)]
+    for x in (PerMode([part.clone() for part in parts]), PerMode.of_stack(torch.stack(parts))):
+        view(x).add_(1)
+        own = [part.clone() for part in parts]
+        for part in own:
+            view(part).add_(1)
+        assert_parts(x, own)
+
+
+def test_what_parts_have_in_common_is_seen_without_them() -> None:
+    for x in (PerMode([torch.zeros(2, 3)] * 2), PerMode.of_stack(torch.zeros(2, 2, 3))):
+        assert x.shape == x.size() == (2, 3)
+        assert (x.ndim, x.dim(), x.numel(), len(x)) == (2, 2, 6, 2)
+        assert (x.dtype, x.device, x.is_floating_point()) == (torch.float32, torch.device("cpu"), True)
 
 
 def test_what_was_written_is_taken_back() -> None:
