@@ -169,7 +169,7 @@ def test_modes_share_one_forward_after_the_check_where_they_can(name: str) -> No
 
 
 def test_chunks_bound_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_bln.fanout.BYTES", 5 * 8 * 5 * 4)
+    monkeypatch.setattr("lightning_bln.shared.BYTES", 5 * 8 * 5 * 4)
     model, batches, _ = prepared("perceptron")
     shared = SharedForward(model.eval())
     counts = forwards(model, shared, batches)
