@@ -161,7 +161,11 @@ class GateNorm(Normalization):
     def gather(self, summary: Statistics, sizes: Sequence[int]) -> None:
         """Take in the statistics of all steps of a training sequence, ``sizes[t]`` samples at step ``t``."""
         assert summary.feature_mean is not None
-        seen = torch.tensor(sizes, device=summary.feature_mean.device)[:, None].expand(-1, self.groups)
+        device, places = summary.feature_mean.device, (len(sizes), self.groups)
+        if sizes[0] == sizes[-1]:  # without a copy from the host, which no CUDA graph takes
+            seen = torch.full(places, sizes[0], device=device)
+        else:
+            seen = torch.tensor(sizes, device=device)[:, None].expand(places)
         self.population.gather(Observed(*summary, seen=seen, batch_size=seen))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -179,11 +179,22 @@ class Population(nn.Module):
         return Moments(self.count, self.mean, self.m2) if self.is_gathering else None
 
     def _assign(self, moments: Moments) -> None:
-        # past nn.Module's look for a parameter of that name, which takes longer than to gather a short sequence
-        self._buffers.update({name: lasting(part) for name, part in zip(Moments._fields, moments, strict=True)})
+        self._replace(dict(zip(Moments._fields, moments, strict=True)))
 
     def _assign_frozen(self, values: list[Tensor]) -> None:
-        self._buffers.update({name: lasting(value.clone()) for name, value in zip(FROZEN, values, strict=True)})
+        self._replace({name: value.clone() for name, value in zip(FROZEN, values, strict=True)})
+
+    def _replace(self, values: dict[str, Tensor]) -> None:
+        """New buffers, since those before may be kept by someone, to go back to.
+
+        While a CUDA graph is captured they are written into: a replay runs the graph and none of this.
+        """
+        if is_capturing() and all(value.shape == self._buffers[name].shape for name, value in values.items()):  # type: ignore[union-attr]
+            for name, value in values.items():
+                self._buffers[name].copy_(value.detach())  # type: ignore[union-attr]
+            return
+        # past nn.Module's look for a parameter of that name, which takes longer than to gather a short sequence
+        self._buffers.update({name: lasting(value) for name, value in values.items()})
 
     def _follow(self, values: list[Tensor], momentum: float) -> None:
         """Move the frozen population towards ``values``; positions it has not seen yet take theirs."""
@@ -216,6 +227,11 @@ class Population(nn.Module):
     def extra_repr(self) -> str:
         state = "frozen" if self.is_frozen else "empty"
         return f"{self.num_features}, estimator={self.estimator!r}, positions={self.positions}, {state}"
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return not torch.compiler.is_compiling() and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def lasting(value: Tensor) -> Tensor:
