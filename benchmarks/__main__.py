@@ -16,6 +16,7 @@ import torch
 from benchmarks import contenders
 from benchmarks.measure import cuda_events, geometric_mean, machine, medians, peaks, processor_time, wall_clock
 from lightning_bln import BLNLSTM
+from lightning_bln._compat import CAN_COMPILE_STEPS
 
 RESULTS = Path(__file__).parent / "results"
 BARS = [
@@ -39,20 +40,17 @@ def main() -> None:
         "--short", action="store_true", help="against torch's layers only, not the reference and others"
     )
     parser.add_argument(
-        "--compiled", action="store_true", help="the reference's steps under torch.compile too, where T < 30"
-    )
-    parser.add_argument(
         "--processor-time",
         action="store_true",
         help="not wall time: with one thread, where others are busy too",
     )
     parser.add_argument("--gpu", action="store_true", help="on the GPU, timed by CUDA events")
-    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--own-process", help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    if args.memory:
-        kind, size = json.loads(args.memory)
-        print(json.dumps(peaks(contenders.training(kind, tuple(size), extras=False) | recomputing(kind, tuple(size)))))
+    if args.own_process:
+        what, kind, size = json.loads(args.own_process)
+        print(json.dumps(OWN_PROCESS[what](kind, tuple(size))))
         return
     if args.gpu and not torch.cuda.is_available():
         parser.error("--gpu, but torch sees no CUDA device here; leave it out to measure on the CPU")
@@ -85,13 +83,14 @@ def measure(args: argparse.Namespace, table: Table) -> None:
         note(table, "array train", shape, medians(contenders.arrays(shape), 5 * args.rounds, clock=clock))
     for kind in args.kinds:
         for size in sizes:
-            jobs = contenders.training(kind, size, extras=kind != "rnn" and not args.short)
-            if args.compiled and kind == "lstm" and size[0] < 30:
-                jobs |= contenders.compiled_reference(kind, size)
+            in_full = kind != "rnn" and not args.short
+            jobs = contenders.training(kind, size, extras=in_full)
             note(table, f"{kind} train", size, medians(jobs, args.rounds, clock=clock))
             note(table, f"{kind} infer", size, medians(contenders.inference(kind, size), args.rounds, clock=clock))
             if kind == "lstm":
-                note(table, "lstm memory", size, memory(kind, size))
+                note(table, "lstm memory", size, in_own_process("memory", kind, size))
+            if in_full and CAN_COMPILE_STEPS:
+                note(table, f"{kind} train, compiled reference", size, in_own_process("compiled", kind, size))
 
 
 def measure_gpu(args: argparse.Namespace, table: Table) -> None:
@@ -106,15 +105,31 @@ def measure_gpu(args: argparse.Namespace, table: Table) -> None:
                 note(table, f"{kind} infer {label}", size, medians(jobs, args.rounds, 1e9, cuda_events))
 
 
-def recomputing(kind: str, size: contenders.Size) -> dict[str, contenders.Job]:
-    layer = BLNLSTM(size[2], size[3], recompute=True)
-    return {"ours bln, recompute": contenders.train(layer, torch.randn(size[:3]))} if kind == "lstm" else {}
-
-
 def memory(kind: str, size: contenders.Size) -> dict[str, float]:
-    """Peaks in a process of its own, whose large blocks go back to the system as they are freed."""
-    command = [sys.executable, "-m", "benchmarks", "--memory", json.dumps([kind, size])]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0"}
+    """Peak memory of a training step."""
+    layer = BLNLSTM(size[2], size[3], recompute=True)
+    recomputing = {"ours bln, recompute": contenders.train(layer, torch.randn(size[:3]))}
+    return peaks(contenders.training(kind, size, extras=False) | recomputing)
+
+
+def compiled(kind: str, size: contenders.Size) -> dict[str, float]:
+    """Training steps of torch's layer and of the compiled reference."""
+    steps, samples, inputs, hidden = size
+    theirs = contenders.train(contenders.KINDS[kind][0](inputs, hidden), torch.randn(steps, samples, inputs))
+    return medians({"torch": theirs} | contenders.compiled_reference(kind, size), 20)
+
+
+OWN_PROCESS = {"memory": memory, "compiled": compiled}
+"""What another process measures: memory, where large blocks go back to the system as they are freed, and what
+torch.compile has made, which brings threads of its own that get in the others' way."""
+
+
+def in_own_process(what: str, kind: str, size: contenders.Size) -> dict[str, float]:
+    """One of :data:`OWN_PROCESS`; nothing if it fails."""
+    command = [sys.executable, "-m", "benchmarks", "--own-process", json.dumps([what, kind, size])]
+    environment = {**os.environ}
+    if what == "memory":
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     return json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else {}
 
