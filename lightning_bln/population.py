@@ -136,7 +136,7 @@ class Population(nn.Module):
 
     def reset(self) -> None:
         """Forget what has been gathered; what is frozen stays."""
-        self.count, self.mean, self.m2 = (getattr(self, name)[:0] for name in Moments._fields)
+        self._buffers.update({name: getattr(self, name)[:0] for name in Moments._fields})
 
     def at(self, positions: tuple[int, ...]) -> tuple[Statistics, Tensor]:
         """Frozen statistics and batch size at the leading ``positions``, each with a feature axis, if of size one."""

@@ -114,7 +114,7 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         self._guard: Guard | None = None
         self._shared: SharedForward | None = None
         self._sweeps = False
-        self._frozen_at: tuple[float, float] | None = None
+        self._frozen_at: int | None = None
         self._frozen_step: int | None = None
         self._warned: str | None = None
         self._quiet = ExitStack()

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_bln._compat import lightning_base
-from lightning_bln.modes import mode_layers
+from lightning_bln.modes import HasMode
 from lightning_bln.per_mode import PerMode
-from lightning_bln.population import populations
+from lightning_bln.population import Population
 
 Snapshot = list[dict[str, Any]]
 
@@ -47,12 +47,12 @@ class UserState:
 
     def __init__(self, module: nn.Module) -> None:
         root_internals = frozenset(lightning_base(module)().__dict__) | TRAINER_OWNED
-        metrics = unique(found for found in [*module.modules(), *reachable(module)] if is_metric(found))
+        every = list(module.modules())
+        metrics = unique(found for found in [*every, *reachable(every)] if is_metric(found))
         metrics = unique(part for metric in metrics for part in metric.modules() if is_metric(part))
-        ours = {id(layer) for holder in mode_layers(module) for layer in holder.modules()}
-        ours |= {id(population) for population in populations(module)}
+        ours = {id(part) for one in every if isinstance(one, (HasMode, Population)) for part in one.modules()}
         ours |= {id(part) for metric in metrics for part in metric.modules()}
-        children = [child for child in module.modules() if child is not module and id(child) not in ours]
+        children = [child for child in every if child is not module and id(child) not in ours]
 
         self.owners: list[tuple[dict[str, Any], frozenset[str]]] = [(module.__dict__, root_internals)]
         for child in children:
@@ -162,9 +162,9 @@ def flattened(value: Any, depth: int) -> Iterator[Any]:
             yield from flattened(one, depth - 1)
 
 
-def reachable(module: nn.Module) -> Iterator[nn.Module]:
-    """Modules kept in plain containers, where ``module.modules()`` does not find them."""
-    for child in module.modules():
+def reachable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Modules kept in plain containers, where ``nn.Module.modules()`` does not find them."""
+    for child in modules:
         for value in plain_values(child):
             if isinstance(value, nn.Module):
                 yield value

@@ -14,9 +14,11 @@ import torchmetrics as tm
 import zoo
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_bln import recompute_population
+from lightning_bln.callbacks.recompute import fingerprint
 from lightning_bln.population import populations
 
 FROZEN = ("batch_mean", "batch_var", "feature_mean", "feature_var", "batch_size")
@@ -172,3 +174,21 @@ def test_persistent_workers_of_a_loader_of_its_own_kind_are_refused() -> None:
     data = Own(zoo.make_data(64, 1), 16, num_workers=1, persistent_workers=True)
     with pytest.raises(MisconfigurationException, match="stats_dataloader="):
         zoo.trainer(zoo.chooser()).fit(zoo.Simple(), data, zoo.val_data())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_fingerprint_misses_no_change(dtype: torch.dtype) -> None:
+    flat = torch.randn(40, dtype=dtype)
+    module = nn.ParameterList([torch.randn(5, 3, dtype=dtype), flat[1:8], torch.randn(4, 6, dtype=dtype).t(), flat[3]])
+    before = fingerprint(module)
+    assert fingerprint(module) == before
+    for parameter in module:
+        for place in range(parameter.numel()):
+            value = parameter.data.reshape(-1)[place].item()
+            index = torch.unravel_index(torch.tensor(place), parameter.shape)
+            near = torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(9.0, dtype=dtype))
+            parameter.data[index] = near
+            assert fingerprint(module) != before
+            parameter.data[index] = value
+    assert fingerprint(module) == before
+    assert fingerprint(nn.Identity()) == 0
