@@ -19,6 +19,7 @@ from lightning_bln import (
     Recurrent,
     batch_layer_norm,
     kernels,
+    recompute_population,
     set_mode,
 )
 from lightning_bln._compat import HAS_CUSTOM_OPS
@@ -415,6 +416,22 @@ def test_moments_of_numbers_far_from_zero_and_from_each_other(where, distance, n
     assert "Dense" in str(graph_of(y))
     exact = batch_layer_norm(x.double(), norm=norm, scale=False)
     assert (y - exact).abs().max() <= 2e-4 * exact.abs().max()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("mode", [None, *ALL_MODES])
+def test_what_is_no_number_shows_where_torch_shows_it(mode, wrong) -> None:
+    layers = [BLNLSTM(3, 5, backend=backend) for backend in ("reference", "cpu")]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(4, 6, 3)
+    if mode is not None:
+        for layer in layers:
+            recompute_population(layer, [x])
+            set_mode(layer.eval(), mode)
+    x[1, 2, 0] = wrong
+    found = [layer(x)[0] for layer in layers]
+    assert torch.equal(found[0].isnan(), found[1].isnan())
+    assert found[0].isnan().any() or wrong == float("inf")  # which a gate may saturate at
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -310,7 +310,7 @@ class Norm {
         for (int j = j0; j < j1; j++) {
           const T distance = mean[j] * share, rest = spread[j] - mean[j] * distance;
           mean[j] = anchor[j] + distance;
-          spread[j] = rest > T(0) ? rest : T(0);
+          spread[j] = rest < T(0) ? T(0) : rest;
         }
       });
     if (Feature)
@@ -320,7 +320,7 @@ class Norm {
         for (int b = rows.begin; b < rows.end; b++) {
           const T distance = row_mean[at + b] * share, rest = row_spread[at + b] - row_mean[at + b] * distance;
           row_mean[at + b] = first[b * ld + g * units_] + distance;
-          row_spread[at + b] = rest > T(0) ? rest : T(0);
+          row_spread[at + b] = rest < T(0) ? T(0) : rest;
         }
       }
   }
