@@ -189,10 +189,12 @@ class Population(nn.Module):
 
         While a CUDA graph is captured they are written into: a replay runs the graph and none of this.
         """
-        if is_capturing() and all(value.shape == self._buffers[name].shape for name, value in values.items()):  # type: ignore[union-attr]
-            for name, value in values.items():
-                self._buffers[name].copy_(value.detach())  # type: ignore[union-attr]
-            return
+        if is_capturing(self.count.device):
+            pairs = [(getattr(self, name), value.detach()) for name, value in values.items()]
+            if all(buffer.shape == value.shape for buffer, value in pairs):
+                for buffer, value in pairs:
+                    buffer.copy_(value)
+                return
         # past nn.Module's look for a parameter of that name, which takes longer than to gather a short sequence
         self._buffers.update({name: lasting(value) for name, value in values.items()})
 
@@ -229,9 +231,9 @@ class Population(nn.Module):
         return f"{self.num_features}, estimator={self.estimator!r}, positions={self.positions}, {state}"
 
 
-def is_capturing() -> bool:
-    """Whether a CUDA graph is being captured."""
-    return not torch.compiler.is_compiling() and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is done on ``device`` is being captured in a CUDA graph."""
+    return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def lasting(value: Tensor) -> Tensor:
