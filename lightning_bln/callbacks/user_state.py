@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
+from functools import cache
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -29,6 +30,7 @@ METRIC_INTERNALS = MODULE_INTERNALS | {
     "_persistent",
 }
 TRAINER_OWNED = frozenset({"forward", "log", "log_dict", "_hparams", "_hparams_initial", "_hparams_name"})
+UNSEARCHED = frozenset({"_trainer", "_fabric", "_hparams", "_hparams_initial"})
 SEQUENCES = (list, tuple, set, frozenset)
 DICTIONARIES = (dict, OrderedDict, Counter)
 MUTABLE = (Tensor, np.ndarray, list, set, dict, deque)
@@ -46,7 +48,7 @@ class UserState:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        root_internals = frozenset(lightning_base(module)().__dict__) | TRAINER_OWNED
+        root_internals = internals_of(lightning_base(module))  # type: ignore[arg-type]
         every = list(module.modules())
         metrics = unique(found for found in [*every, *reachable(every)] if is_metric(found))
         metrics = unique(part for metric in metrics for part in metric.modules() if is_metric(part))
@@ -94,6 +96,12 @@ class UserState:
             {name: value if type(value) in UNCHANGING else rebuild(value, memo, part) for name, value in values.items()}
             for values in snapshot
         ]
+
+
+@cache
+def internals_of(base: type) -> frozenset[str]:
+    """Attributes that a LightningModule has of its own accord."""
+    return frozenset(base().__dict__) | TRAINER_OWNED
 
 
 def own(tensor: Tensor, part: int | None = None) -> Tensor:
@@ -146,9 +154,9 @@ def is_helper(value: Any) -> bool:
 
 
 def plain_values(module: nn.Module) -> Iterator[Any]:
-    """Attributes of ``module`` that nn.Module does not manage, and what lies in their containers."""
+    """What ``module`` holds that nn.Module does not manage and that could change, and what lies in its containers."""
     for name, value in module.__dict__.items():
-        if name not in MODULE_INTERNALS and name not in {"_trainer", "_fabric", "_hparams", "_hparams_initial"}:
+        if type(value) not in UNCHANGING and name not in MODULE_INTERNALS and name not in UNSEARCHED:
             yield from flattened(value, depth=3)
 
 
