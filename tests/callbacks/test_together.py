@@ -9,6 +9,7 @@ import torch
 import zoo
 from torch import Tensor
 
+from lightning_bln._compat import OutOfMemoryError
 from lightning_bln.callbacks.evaluation import Evaluation
 
 
@@ -48,6 +49,30 @@ def test_chunks_go_together_from_the_first_batch_on(parted: list[str], monkeypat
     zoo.assert_same_table(zoo.oracle(model), callback)
     assert chunks == [5]
     assert parted == ["turns", "together", "together", "together", "together", "together"]
+
+
+def test_out_of_memory_means_smaller_chunks(parted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small(torch.nn.Module):
+        limit = 16 * 20
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > self.limit:
+                raise OutOfMemoryError("out of memory")
+            return x
+
+    class Shrinks(zoo.Rich):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            Small.limit = 16 * 20 if batch_idx == 0 else 5 * 20
+            return super().validation_step(batch, batch_idx)
+
+    model, callback = Shrinks(numbers=False), zoo.chooser()
+    model.net[2] = Small()
+    chunks: list[int] = []
+    monkeypatch.setattr(callback, "on_fit_end", lambda *_: chunks.append(callback._shared.chunk), raising=False)
+    zoo.fitted(model, callback)
+    zoo.assert_same_table(zoo.oracle(model), callback)
+    assert chunks == [4]
+    assert parted == ["turns", "together", "together"]
 
 
 def test_numbers_take_turns(parted: list[str]) -> None:
