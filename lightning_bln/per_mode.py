@@ -157,8 +157,8 @@ class PerMode(Tensor):
 
 
 COMMON = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda")),
-    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "is_inference")),
+    Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
+    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_inference")),
     *(torch.numel, torch.is_floating_point),
 }
 """What is equal for all parts by construction."""

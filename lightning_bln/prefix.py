@@ -69,10 +69,6 @@ class Prefix:
             self.calls[place] = Call(module, (args, kwargs), output, versions(output))
         return output
 
-    def forget(self) -> None:
-        """Keep nothing: other input comes."""
-        self.calls = {}
-
 
 def without_mode(module: nn.Module) -> Iterator[nn.Module]:
     """The largest modules inside that hold no layer with a mode."""

@@ -37,6 +37,12 @@ def network() -> nn.Module:
     return model.eval()
 
 
+def at_once(model: nn.Module, x: Tensor) -> Tensor:
+    """All modes in one forward."""
+    with fan_out(model, ALL_MODES):
+        return model(x)
+
+
 def in_chunks(model: nn.Module, x: Tensor, *, written: bool = False) -> Tensor:
     """All modes in chunks of four, which share what comes before them."""
     prefix, parts = Prefix(model), []
@@ -52,8 +58,7 @@ def in_chunks(model: nn.Module, x: Tensor, *, written: bool = False) -> Tensor:
 def test_what_comes_first_runs_once_and_gives_the_same(guard: Any) -> None:
     model, x = network(), torch.randn(5, 4)
     with guard():
-        with fan_out(model, ALL_MODES):
-            whole = model(x)
+        whole = at_once(model, x)
         assert Counted.calls == 3
         found = in_chunks(model, x)
     assert torch.equal(found, whole)
@@ -85,9 +90,7 @@ def test_other_input_is_computed() -> None:
 def test_what_has_been_written_into_is_computed_again(guard: Any) -> None:
     model, x = network(), torch.randn(5, 4)
     with guard():
-        with fan_out(model, ALL_MODES):
-            whole = model(x)
-        assert torch.equal(in_chunks(model, x, written=True), whole)
+        assert torch.equal(in_chunks(model, x, written=True), at_once(model, x))
 
 
 def test_with_gradients_nothing_is_kept() -> None:
