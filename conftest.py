@@ -7,14 +7,14 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from lightning_bln._compat import HAS_CUSTOM_OPS
+from lightning_bln._torch import HAS_CUSTOM_OPS
 
-collect_ignore = [] if HAS_CUSTOM_OPS else ["lightning_bln/kernels/operators.py"]
+collect_ignore = [] if HAS_CUSTOM_OPS else ["lightning_bln/kernels/custom_ops.py"]
 
 collect_ignore_glob = [
     pattern
     for needed, pattern in {
-        "jsonargparse": "lightning_bln/lightning_cli.py",
+        "jsonargparse": "lightning_bln/cli/lightning.py",
         "optuna": "lightning_bln/tuning/*.py",
         "ray": "lightning_bln/tuning/ray_engine.py",
     }.items()

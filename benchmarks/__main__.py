@@ -16,7 +16,7 @@ import torch
 from benchmarks import contenders
 from benchmarks.measure import cuda_events, geometric_mean, machine, medians, peaks, processor_time, wall_clock
 from lightning_bln import BLNLSTM
-from lightning_bln._compat import CAN_COMPILE_STEPS
+from lightning_bln._torch import CAN_COMPILE_STEPS
 
 RESULTS = Path(__file__).parent / "results"
 BARS = [

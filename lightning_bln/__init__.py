@@ -1,5 +1,9 @@
 """Batch Layer Normalization and normalised recurrent networks for PyTorch and Lightning."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_bln import _moved
 from lightning_bln.conv import ConvBLN1d, ConvBLN2d, ConvBLN3d
 from lightning_bln.convert import from_torch, to_bln
 from lightning_bln.functional import Statistics, batch_layer_norm
@@ -10,6 +14,9 @@ from lightning_bln.population import Population, freeze_population, recompute_po
 from lightning_bln.recurrent import BLNGRU, BLNLSTM, BLNRNN, Recurrent
 from lightning_bln.sweep import SweepResult, sweep_modes
 
+if TYPE_CHECKING:
+    from lightning_bln.callbacks import BLNStatsCallback
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -18,6 +25,7 @@ __all__ = [
     "BLNGRU",
     "BLNLSTM",
     "BLNRNN",
+    "BLNStatsCallback",
     "BatchLayerNorm",
     "ConvBLN1d",
     "ConvBLN2d",
@@ -40,3 +48,12 @@ __all__ = [
     "to_bln",
     "using_mode",
 ]
+
+_moved.install()
+
+
+def __getattr__(name: str) -> Any:
+    """The callback, imported on first use: it needs lightning, which takes seconds to load."""
+    if name == "BLNStatsCallback":
+        return import_module("lightning_bln.callbacks").BLNStatsCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

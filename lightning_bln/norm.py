@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_bln._compat import is_autocast_enabled
+from lightning_bln._torch import is_autocast_enabled
 from lightning_bln.distributed import is_distributed, joint_batch
 from lightning_bln.functional import (
     NORMS,
@@ -21,6 +21,8 @@ from lightning_bln.functional import (
     normalize,
     scale_factor,
 )
+from lightning_bln.kernels.batch_layer_norm import DenseSettings, dense, dense_in_modes, runs_compiled
+from lightning_bln.kernels.library import bits_of
 from lightning_bln.modes import HasMode
 from lightning_bln.population import Observed, Population, check_state_dict
 
@@ -184,9 +186,6 @@ class Normalization(HasMode):
             return self._normalize_jointly(x, is_shared)
         population, uses, batch_size = self._source(places)
         weights = mixing_weights(x.shape[batch_axis] if batch_size is None else batch_size, self.delta, self.norm)
-        # The kernels build on norms, so that they cannot be imported above.
-        from lightning_bln.kernels.dense import runs_compiled
-
         if not (groups and torch.is_grad_enabled()) and runs_compiled(x, self.weight):
             return self._compiled(x, is_shared, places, population, uses, weights, groups)
         statistics = choose(population, uses, x, over, weights)
@@ -218,9 +217,6 @@ class Normalization(HasMode):
         groups: bool,
     ) -> Tensor:
         """:meth:`_normalize` on the compiled kernels."""
-        from lightning_bln.kernels.dense import DenseSettings, dense, dense_in_modes
-        from lightning_bln.kernels.library import bits_of
-
         batch_axis = 1 if groups else 0
         flat = x.flatten(batch_axis, -2).unsqueeze(-2) if is_shared else x.flatten(batch_axis + 1, -2)
         rows, positions, _ = flat.shape[batch_axis:]

@@ -10,20 +10,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from lightning_bln._compat import CAN_COMPILE_STEPS
+from lightning_bln._torch import CAN_COMPILE_STEPS
 from lightning_bln.cells.registry import build
-from lightning_bln.cells.weights import HasCells, Weights
-from lightning_bln.fanned import run_each_mode
 from lightning_bln.functional import check_choice
-from lightning_bln.gate_norm import GateNorm
-from lightning_bln.kernels import BACKENDS, HiddenWeights, Noise, Sequences, run, runs_compiled
-from lightning_bln.kernels.choice import name_of
-from lightning_bln.kernels.cpu import Inputs
-from lightning_bln.kernels.gather import gather
-from lightning_bln.kernels.layer import LayerNorms, contiguous_in_modes, layer_in_modes, run_layer
-from lightning_bln.kernels.product import linear
+from lightning_bln.kernels.matmul import linear
+from lightning_bln.kernels.recurrent import Inputs
 from lightning_bln.modes import FanOut
-from lightning_bln.sequences import State, flip, is_running, lengths_of, reversal, unwrap
+from lightning_bln.recurrence.backends import BACKENDS, name_of, run, runs_compiled
+from lightning_bln.recurrence.fan_out import run_each_mode
+from lightning_bln.recurrence.fused import LayerNorms, contiguous_in_modes, layer_in_modes, run_layer
+from lightning_bln.recurrence.gate_norm import GateNorm
+from lightning_bln.recurrence.parameters import HasCells, Weights
+from lightning_bln.recurrence.reference import HiddenWeights, Noise, Sequences
+from lightning_bln.recurrence.sequences import State, flip, is_running, lengths_of, reversal, unwrap
+from lightning_bln.recurrence.statistics import gather
 
 
 class Recurrent(HasCells):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_bln import _compat
+from lightning_bln.callbacks import _lightning
 from lightning_bln.modes import HasMode
 from lightning_bln.population import Population, populations
 
@@ -21,11 +21,11 @@ def keep_apart(callback: Any, module: nn.Module) -> None:
     It pairs buffers by position and copies one into the other: populations grow with the data, so the shapes may
     differ, and counts would be averaged as if they were weights.
     """
-    averaged = _compat.averaged_model(callback)
+    averaged = _lightning.averaged_model(callback)
     if not isinstance(averaged, AveragedModel):
         return
     averaged.update_parameters = without_populations(averaged.update_parameters, averaged, module)  # type: ignore
-    for name in _compat.SWAPS:
+    for name in _lightning.SWAPS:
         method = getattr(type(callback), name).__get__(callback)
         setattr(callback, name, without_populations(method, averaged, module))
 
@@ -37,7 +37,7 @@ def save_average_alone(callbacks: Iterable[Any], module: nn.Module) -> Iterator[
     The Trainer asks no callback about them: they would hold the weights still in training, which nobody validated,
     beside the average's population and mode. It does ask the module.
     """
-    averaging = [callback for callback in callbacks if isinstance(_compat.averaged_model(callback), AveragedModel)]
+    averaging = [callback for callback in callbacks if isinstance(_lightning.averaged_model(callback), AveragedModel)]
     if not averaging:
         yield
         return
@@ -45,7 +45,7 @@ def save_average_alone(callbacks: Iterable[Any], module: nn.Module) -> Iterator[
 
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
         if "callbacks" not in checkpoint:
-            average = _compat.averaged_model(averaging[-1]).module.state_dict()
+            average = _lightning.averaged_model(averaging[-1]).module.state_dict()
             checkpoint["state_dict"].update({key: average[key] for key in checkpoint["state_dict"] if key in average})
             write_statistics(module, checkpoint["state_dict"])
         own(checkpoint)

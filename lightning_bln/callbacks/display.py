@@ -12,7 +12,7 @@ import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich.console import Console
 
-from lightning_bln.sweep import SweepResult
+from lightning_bln.sweep.result import SweepResult
 
 FIGURE = "bln/modes"
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_bln import _compat
+from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.run import Copies, RandomState, Run, Silent, copied_row, nothing
 from lightning_bln.callbacks.user_state import UserState
-from lightning_bln.fanout import SharedForward
 from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers
-from lightning_bln.per_mode import NotTogether, PerMode
+from lightning_bln.sweep.per_mode_tensor import NotTogether, PerMode
+from lightning_bln.sweep.shared_forward import SharedForward
 
 EPOCH_END = "on_validation_epoch_end"
 
@@ -37,22 +37,22 @@ class Evaluation:
         self.trainer, self.module, self.shared = trainer, module, shared
         self.is_first = True
         self.on_step: Callable[[int], None] = nothing
-        self.loop = _compat.evaluation_loop(trainer)
-        self.connector = _compat.connector(trainer)
+        self.loop = _lightning.evaluation_loop(trainer)
+        self.connector = _lightning.connector(trainer)
         self.layers = mode_layers(module)
         modes_set = {layer.mode for layer in self.layers}
         self.incumbent = modes_set.pop() if len(modes_set) == 1 else None
         self.user = UserState(module)
         self.base = UserState.copy(self.user.take())
-        self.base_results = _compat.results(self.loop)
+        self.base_results = _lightning.results(self.loop)
         self.early = {
             key: copied_row(row)
             for key, row in self.base_results.items()
             if not row.has_reset and not row.meta.fx.startswith("validation_step")
         }
-        self.early_metrics = [dict(getattr(self.connector, name)) for name in _compat.CONNECTOR_METRICS]
+        self.early_metrics = [dict(getattr(self.connector, name)) for name in _lightning.CONNECTOR_METRICS]
         self.silent = [Silent() for _ in trainer.loggers]
-        self.takes_batch_idx = _compat.takes_batch_idx(module.validation_step)
+        self.takes_batch_idx = _lightning.takes_batch_idx(module.validation_step)
         self.dataloader_idx = self.base_results.dataloader_idx
         self.others = tuple(mode for mode in modes if mode != self.incumbent)
         # several ranks could part at different batches, and then call different collectives
@@ -66,7 +66,7 @@ class Evaluation:
 
     def new_run(self, modes: tuple[StatisticsMode, ...]) -> Run:
         """A run that has seen no batch yet; values logged before the first batch belong to every run."""
-        results = _compat.new_results(self.loop, has_bar=len(modes) == 1)
+        results = _lightning.new_results(self.loop, has_bar=len(modes) == 1)
         for key, row in self.early.items():
             results[key] = copied_row(row)
         return Run(modes, results, UserState.copy(self.base), [dict(values) for values in self.early_metrics])
@@ -75,15 +75,15 @@ class Evaluation:
     def acting(self, run: Run) -> Iterator[Any]:
         """Within the context everything belongs to ``run``: mode, log, user state, loggers."""
         connector, module, trainer = self.connector, self.module, self.trainer
-        results = _compat.swap_results(self.loop, run.results)
+        results = _lightning.swap_results(self.loop, run.results)
         state = self.user.take()
-        hook, fx = connector._current_fx, _compat.current_hook(module)
-        metrics = [getattr(connector, name) for name in _compat.CONNECTOR_METRICS]
+        hook, fx = connector._current_fx, _lightning.current_hook(module)
+        metrics = [getattr(connector, name) for name in _lightning.CONNECTOR_METRICS]
         loggers, modes = trainer.loggers, [layer.mode for layer in self.layers]
         try:
             self.user.put(run.state)
             connector._current_fx = run.hook
-            for name, values in zip(_compat.CONNECTOR_METRICS, run.metrics, strict=True):
+            for name, values in zip(_lightning.CONNECTOR_METRICS, run.metrics, strict=True):
                 setattr(connector, name, values)
             if loggers:
                 trainer.loggers = self.silent
@@ -93,12 +93,12 @@ class Evaluation:
         finally:
             run.state = self.user.take()
             run.hook = connector._current_fx
-            run.metrics = [getattr(connector, name) for name in _compat.CONNECTOR_METRICS]
+            run.metrics = [getattr(connector, name) for name in _lightning.CONNECTOR_METRICS]
             self.user.put(state)
-            _compat.swap_results(self.loop, results)
+            _lightning.swap_results(self.loop, results)
             connector._current_fx = hook
-            _compat.set_current_hook(module, fx)
-            for name, values in zip(_compat.CONNECTOR_METRICS, metrics, strict=True):
+            _lightning.set_current_hook(module, fx)
+            for name, values in zip(_lightning.CONNECTOR_METRICS, metrics, strict=True):
                 setattr(connector, name, values)
             if loggers:
                 trainer.loggers = loggers
@@ -165,7 +165,7 @@ class Evaluation:
         joint = self.new_run(tuple(self.runs))
         try:
             self.shared.together(joint.modes, lambda: turn(joint))
-            parts = [joint.part(_compat.new_results(self.loop), place) for place in range(len(joint.modes))]
+            parts = [joint.part(_lightning.new_results(self.loop), place) for place in range(len(joint.modes))]
             is_same = all(part.is_same_as(run) for part, run in zip(parts, self.runs.values(), strict=True))
             self.shared.goes_together = is_same and not state.has_moved()
         except Exception:
@@ -183,7 +183,7 @@ class Evaluation:
         """The run of one mode."""
         if joint is None or mode not in joint.modes:
             return self.runs[mode]
-        return joint.part(_compat.new_results(self.loop), joint.modes.index(mode))
+        return joint.part(_lightning.new_results(self.loop), joint.modes.index(mode))
 
     def run_step(self, run: Run, batch: Any, batch_idx: int, dataloader_idx: int | None) -> Any:
         """One validation step of a run, with the module's own hooks around it."""
@@ -191,11 +191,11 @@ class Evaluation:
         module, strategy = self.module, self.trainer.strategy
         with self.acting(run) as results:
             results.batch, results.batch_size, results.dataloader_idx = batch, None, dataloader_idx
-            _compat.set_current_hook(module, "on_validation_batch_start")
+            _lightning.set_current_hook(module, "on_validation_batch_start")
             module.on_validation_batch_start(batch, batch_idx, *where)
-            _compat.set_current_hook(module, "validation_step")
+            _lightning.set_current_hook(module, "validation_step")
             output = strategy.validation_step(batch, *([batch_idx] if self.takes_batch_idx else []), *where)
-            _compat.set_current_hook(module, "on_validation_batch_end")
+            _lightning.set_current_hook(module, "on_validation_batch_end")
             module.on_validation_batch_end(output, batch, batch_idx, *where)
             results.batch = results.batch_size = None
         return output
@@ -217,7 +217,7 @@ class Evaluation:
                 self.publish(results.metrics(on_step=False))
 
     def publish(self, metrics: Any) -> None:
-        for name, kind in zip(_compat.CONNECTOR_METRICS, ("callback", "log", "pbar"), strict=True):
+        for name, kind in zip(_lightning.CONNECTOR_METRICS, ("callback", "log", "pbar"), strict=True):
             getattr(self.connector, name).update(metrics[kind])
 
     def finish(self) -> dict[StatisticsMode, dict[str, float]]:
@@ -258,9 +258,9 @@ class Evaluation:
 
     def incumbent_run(self, mode: StatisticsMode) -> Run:
         """The run Lightning itself did, without what other callbacks logged in it."""
-        results = _compat.new_results(self.loop)
+        results = _lightning.new_results(self.loop)
         results.update({key: value for key, value in self.base_results.items() if not self.is_foreign(key, value)})
-        metrics = [dict(getattr(self.connector, name)) for name in _compat.CONNECTOR_METRICS]
+        metrics = [dict(getattr(self.connector, name)) for name in _lightning.CONNECTOR_METRICS]
         run = Run((mode,), results, self.user.take(), metrics)
         run.hook = self.connector._current_fx
         return run
@@ -283,7 +283,7 @@ class Evaluation:
         try:
             with self.acting(run) as results:
                 scores = self.collect(results)
-                _compat.set_current_hook(self.module, EPOCH_END)
+                _lightning.set_current_hook(self.module, EPOCH_END)
                 self.module.on_validation_epoch_end()
                 scores.update(results.metrics(on_step=False)["callback"])
                 if len(run.modes) > 1 and state.has_moved():
@@ -312,7 +312,7 @@ class Evaluation:
         """What each dataloader logged, in order; one entry where they are not kept apart."""
         count = self.loop.num_dataloaders
         indices: list[int | None] = [None]
-        if count > 1 and _compat.is_sequential(self.loop):
+        if count > 1 and _lightning.is_sequential(self.loop):
             indices = list(range(count))
         found = []
         for index in indices:
@@ -331,13 +331,13 @@ class Evaluation:
         lost = self.names(results)
         self.user.put(run.state)
         dict.clear(results)
-        dict.update(results, {**foreign, **{key: _compat.plain_row(row) for key, row in run.results.items()}})
+        dict.update(results, {**foreign, **{key: _lightning.plain_row(row) for key, row in run.results.items()}})
         lost -= self.names(results)
-        for name in _compat.CONNECTOR_METRICS:
+        for name in _lightning.CONNECTOR_METRICS:
             values = getattr(self.connector, name)
             for one in lost:
                 values.pop(one, None)
-        outputs = _compat.logged_outputs(self.loop)
+        outputs = _lightning.logged_outputs(self.loop)
         for index, metrics in enumerate(self.per_dataloader(results)):
             outputs[index] = metrics["log"]
             self.publish(metrics)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lightning_bln.callbacks.evaluation import Evaluation
 from lightning_bln.modes import StatisticsMode
-from lightning_bln.sweep import Regrouped, SweepResult, number
+from lightning_bln.sweep.plot import number
+from lightning_bln.sweep.result import Regrouped, SweepResult
 
 TARGETS = ("y", "target", "targets", "label", "labels")
 SAMPLES = 4096

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from lightning_bln import _compat
+from lightning_bln._torch import tree_map
+from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.run import RandomState, Silent, nothing
 from lightning_bln.callbacks.user_state import UserState
 from lightning_bln.distributed import in_step, is_sharded
@@ -59,13 +60,13 @@ def check_recompute(trainer: Any, module: Any) -> None:
     if hasattr(module, STEP):
         return
     if not module.automatic_optimization:
-        raise _compat.misconfiguration(
+        raise _lightning.misconfiguration(
             trainer,
             "population='recompute', but the module optimises by hand, so its training_step would move the weights; "
             f"give it a method {STEP}(batch, batch_idx) that only calls the model, or set population='epoch'",
         )
-    if _compat.takes_dataloader_iter(module.training_step):
-        raise _compat.misconfiguration(
+    if _lightning.takes_dataloader_iter(module.training_step):
+        raise _lightning.misconfiguration(
             trainer,
             "population='recompute', but training_step(dataloader_iter) draws its own batches; give the module a "
             f"method {STEP}(batch, batch_idx) that only calls the model, or set population='epoch'",
@@ -74,13 +75,13 @@ def check_recompute(trainer: Any, module: Any) -> None:
 
 def run_step(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = _compat.before_batch_transfer(module, batch, 0)
+    batch = _lightning.before_batch_transfer(module, batch, 0)
     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     if hasattr(module, STEP):
         with trainer.precision_plugin.train_step_context():
             getattr(module, STEP)(batch, batch_idx)
     else:
-        indexed = _compat.takes_batch_idx(module.training_step)
+        indexed = _lightning.takes_batch_idx(module.training_step)
         trainer.strategy.training_step(batch, *([batch_idx] if indexed else []))
 
 
@@ -89,13 +90,13 @@ def undisturbed(trainer: Any, module: Any) -> Iterator[None]:
     """Put back after the context all that a training step touches besides gradients: randomness, state, logs, stage."""
     user = UserState(module)
     state, random, stage = user.take(), RandomState(module.device), trainer.state.stage
-    hook, loggers = _compat.current_hook(module), trainer.loggers
+    hook, loggers = _lightning.current_hook(module), trainer.loggers
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         try:
             user.put(UserState.copy(state))
             module.__dict__["log"] = module.__dict__["log_dict"] = mute
-            _compat.set_current_hook(module, "training_step")
+            _lightning.set_current_hook(module, "training_step")
             if loggers:
                 trainer.loggers = [Silent() for _ in loggers]
             trainer.training = True
@@ -105,7 +106,7 @@ def undisturbed(trainer: Any, module: Any) -> Iterator[None]:
             module.__dict__.pop("log", None)
             module.__dict__.pop("log_dict", None)
             user.put(state)
-            _compat.set_current_hook(module, hook)
+            _lightning.set_current_hook(module, hook)
             if loggers:
                 trainer.loggers = loggers
             trainer.state.stage = stage
@@ -131,8 +132,8 @@ def mute(*args: Any, **kwargs: Any) -> None:
 
 def training_batches(trainer: Any) -> Iterator[tuple[Any, int]]:
     """A pass over the training data of its own; the one that trains does not notice."""
-    source = _compat.train_loader(trainer)
-    combined = type(source)(_compat.tree_map(lambda one: apart(trainer, one), source.iterables), source._mode)
+    source = _lightning.train_loader(trainer)
+    combined = type(source)(tree_map(lambda one: apart(trainer, one), source.iterables), source._mode)
     combined.limits = source.limits
     with restored_generators(source.flattened):
         for batch, batch_idx, _ in combined:
@@ -147,7 +148,7 @@ def enumerated(dataloader: Iterable[Any]) -> Iterator[tuple[Any, int]]:
 def apart(trainer: Any, loader: Any) -> Any:
     """A loader of the same batches that shares no iterator with ``loader``."""
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
-        raise _compat.misconfiguration(
+        raise _lightning.misconfiguration(
             trainer,
             f"population='recompute', but {type(loader).__name__} keeps its place in the data, which a second reading "
             "would move; pass stats_dataloader=, or set population='epoch'",
@@ -155,7 +156,7 @@ def apart(trainer: Any, loader: Any) -> Any:
     if isinstance(loader, DataLoader) and loader.persistent_workers and loader.num_workers:
         # its workers serve one iterator at a time: a second one takes the batches the first still waits for
         if type(loader) is not DataLoader:
-            raise _compat.misconfiguration(
+            raise _lightning.misconfiguration(
                 trainer,
                 f"population='recompute', but {type(loader).__name__}(persistent_workers=True) cannot be read a second "
                 "time while it trains; set persistent_workers=False, or pass stats_dataloader=",
@@ -176,7 +177,7 @@ def apart(trainer: Any, loader: Any) -> Any:
             prefetch_factor=loader.prefetch_factor,
         )
     if isinstance(loader, Iterator):
-        raise _compat.misconfiguration(
+        raise _lightning.misconfiguration(
             trainer,
             f"population='recompute', but the training data is a {type(loader).__name__}, which can be read only once; "
             "pass stats_dataloader=, or set population='epoch'",

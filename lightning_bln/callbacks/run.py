@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_bln.callbacks.user_state import Snapshot, UserState, own
 from lightning_bln.modes import StatisticsMode
-from lightning_bln.per_mode import undoable
+from lightning_bln.sweep.per_mode_tensor import undoable
 
 
 class Run:
@@ -22,7 +22,7 @@ class Run:
 
     Args:
         modes: Whose run it is; with several, what differs between them is a
-            :class:`~lightning_bln.per_mode.PerMode`.
+            :class:`~lightning_bln.sweep.per_mode_tensor.PerMode`.
         results: What ``self.log`` fills.
         state: The module's own state.
         metrics: The Trainer's dictionaries of metrics.

@@ -12,23 +12,23 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_bln import _compat
+from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.averaging import keep_apart, save_average_alone, write_statistics
 from lightning_bln.callbacks.display import SweepBar, label_bar, log_choice, print_table, save
 from lightning_bln.callbacks.evaluation import Evaluation
 from lightning_bln.callbacks.guard import Guard
 from lightning_bln.callbacks.recompute import check_recompute, fingerprint, recompute
 from lightning_bln.distributed import is_sharded
-from lightning_bln.fanout import SharedForward
 from lightning_bln.modes import ALL_MODES, BATCH_INDEPENDENT_MODES, StatisticsMode, mode_layers
 from lightning_bln.population import Population, freeze_population, populations, reset_population
-from lightning_bln.sweep import Direction, SweepResult, check_direction
+from lightning_bln.sweep.result import Direction, SweepResult, check_direction
+from lightning_bln.sweep.shared_forward import SharedForward
 
-for _namespace in _compat.namespaces():
-    _compat.check(_namespace)
+for _namespace in _lightning.namespaces():
+    _lightning.check(_namespace)
 
 
-class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
+class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
     r"""Freeze the population before each validation, and set the statistics mode that validates best.
 
     Every candidate mode is evaluated in the same pass over the validation data, with the module's own
@@ -88,7 +88,7 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         # the other Trainer may have been imported since this class was made, and takes only callbacks of its own
-        later = tuple(base for base in _compat.callback_bases() if not isinstance(self, base))
+        later = tuple(base for base in _lightning.callback_bases() if not isinstance(self, base))
         if later:
             self.__class__ = of_both(type(self), later)  # type: ignore[arg-type]
         if population not in ("recompute", "epoch"):
@@ -131,7 +131,7 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         ours = [callback for callback in trainer.callbacks if isinstance(callback, BLNStatsCallback)]
         if len(ours) > 1:
-            raise _compat.misconfiguration(
+            raise _lightning.misconfiguration(
                 trainer,
                 f"callbacks has {len(ours)} BLNStatsCallback, but a model has one statistics mode at a time; keep one",
             )
@@ -146,7 +146,7 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
             if isinstance(module, Population)
             for buffer, _ in module.named_buffers()
         ]
-        _compat.ignore_in_ddp(pl_module, names)
+        _lightning.ignore_in_ddp(pl_module, names)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._check(trainer, pl_module)
@@ -163,7 +163,7 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         has_none = sum(trainer.num_val_batches) == 0
         decide = trainer.strategy.reduce_boolean_decision
         if decide(has_none, all=False) and not decide(has_none, all=True):
-            raise _compat.misconfiguration(
+            raise _lightning.misconfiguration(
                 trainer,
                 "a rank has no validation batches while others do, and would choose no mode; give every rank at least "
                 "one batch, of fewer samples each",
@@ -215,10 +215,10 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
             self._evaluation = Evaluation(trainer, pl_module, self.candidates, self._shared)
             self._bar = self._bar or SweepBar(trainer)
             self._evaluation.on_step = self._bar.advance
-            batches = sum(_compat.evaluation_loop(trainer).max_batches)
+            batches = sum(_lightning.evaluation_loop(trainer).max_batches)
             self._bar.start(f"{len(self.candidates)} modes", batches * len(self._evaluation.others))
             self._guard = Guard(self.tolerance, self.guard == "strict") if self._is_guarded else None
-        index = _compat.results(_compat.evaluation_loop(trainer)).dataloader_idx
+        index = _lightning.results(_lightning.evaluation_loop(trainer)).dataloader_idx
         if batch_idx == 0:
             label_bar(trainer, f"Validation in {len(self.candidates)} modes")
         if self._guard is not None:
@@ -323,13 +323,13 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
 
     def _check(self, trainer: Any, module: Any) -> None:
         if not mode_layers(module):
-            raise _compat.misconfiguration(
+            raise _lightning.misconfiguration(
                 trainer,
                 f"model={type(module).__name__} has no layer with a statistics mode, so there is nothing to choose; "
                 "put a BatchLayerNorm or a recurrent layer with norm='bln' into it, or take the callback away",
             )
-        if _compat.takes_dataloader_iter(module.validation_step):
-            raise _compat.misconfiguration(
+        if _lightning.takes_dataloader_iter(module.validation_step):
+            raise _lightning.misconfiguration(
                 trainer,
                 "validation_step(dataloader_iter) draws its own batches, so modes cannot share them; declare it as "
                 "validation_step(batch, batch_idx)",
@@ -368,7 +368,7 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
         known = sorted({name for values in scores.values() for name in values})
         if self.monitor not in known:
             logged = ", ".join(known) if known else "nothing"
-            raise _compat.misconfiguration(
+            raise _lightning.misconfiguration(
                 evaluation.trainer,
                 f"monitor={self.monitor!r}, but the validation logged {logged}; monitor one of these, or log it in "
                 "validation_step",
@@ -391,7 +391,7 @@ class BLNStatsCallback(*_compat.callback_bases()):  # type: ignore[misc]
             if name in values
         }
         # the name may hold a dataloader's index, which must not be given a second one
-        _compat.log_as_named(trainer, trainer.lightning_module, named)
+        _lightning.log_as_named(trainer, trainer.lightning_module, named)
         for mode, pair in result.regrouped.items():
             if math.isfinite(pair.spread):
                 self.log(f"bln/spread/{mode}", pair.spread)
@@ -408,7 +408,7 @@ def of_both(cls: Any, later: tuple[type, ...]) -> type:
 
 def revive(cls: Any, state: dict[str, Any]) -> Any:
     """Unpickle an instance of a class that no module has by name."""
-    later = tuple(base for base in _compat.callback_bases() if not issubclass(cls, base))
+    later = tuple(base for base in _lightning.callback_bases() if not issubclass(cls, base))
     instance = object.__new__(of_both(cls, later) if later else cls)
     instance.__dict__.update(state)
     return instance

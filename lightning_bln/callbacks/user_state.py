@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_bln._compat import lightning_base
+from lightning_bln.callbacks._lightning import lightning_base
 from lightning_bln.modes import HasMode
-from lightning_bln.per_mode import PerMode
 from lightning_bln.population import Population
+from lightning_bln.sweep.per_mode_tensor import PerMode
 
 Snapshot = list[dict[str, Any]]
 
@@ -89,7 +89,7 @@ class UserState:
         """A snapshot of the same values in containers and tensors of its own; what shared an object still does.
 
         With ``part`` it holds that part of each :class:`PerMode`; without, each as it is, see
-        :func:`~lightning_bln.per_mode.undoable`.
+        :func:`~lightning_bln.sweep.per_mode_tensor.undoable`.
         """
         memo: dict[int, tuple[Any, Any]] = {}
         return [

@@ -1,12 +1,14 @@
 """Recurrent cells: one file a cell, each a gate equation and nothing else."""
 
+from importlib import import_module
+from typing import Any
+
 from lightning_bln.cells.cell import Cell, Extra, LinearCell
 from lightning_bln.cells.gates import Gates
 from lightning_bln.cells.gru import GRU
 from lightning_bln.cells.lstm import LSTM
 from lightning_bln.cells.registry import registry
 from lightning_bln.cells.rnn import RNN
-from lightning_bln.cells.single import BLNGRUCell, BLNLSTMCell, BLNRNNCell, RecurrentCell
 
 __all__ = [
     "GRU",
@@ -22,3 +24,12 @@ __all__ = [
     "RecurrentCell",
     "registry",
 ]
+
+MODULES = ("BLNGRUCell", "BLNLSTMCell", "BLNRNNCell", "RecurrentCell")
+"""Modules of a single step, found here too, though they are built on this package."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in MODULES:
+        return getattr(import_module("lightning_bln.recurrence.cell_modules"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

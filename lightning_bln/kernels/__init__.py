@@ -1,25 +1,9 @@
-"""Recurrences: the reference in plain torch operations, and faster ones with the same results."""
+"""Numerical kernels of the compiled library: tensors in, tensors out."""
 
-from lightning_bln._compat import HAS_CUSTOM_OPS
-from lightning_bln.kernels import cpu, dense, library
-from lightning_bln.kernels.choice import BACKENDS, available, runs_compiled
-from lightning_bln.kernels.reference import HiddenWeights, Noise, Result, Sequences, recurrence
-from lightning_bln.kernels.torch_ops import run
+from lightning_bln._torch import HAS_CUSTOM_OPS
+from lightning_bln.kernels.library import available
 
 if HAS_CUSTOM_OPS:
-    from lightning_bln.kernels import operators as operators
+    from lightning_bln.kernels import custom_ops as custom_ops
 
-__all__ = [
-    "BACKENDS",
-    "HiddenWeights",
-    "Noise",
-    "Result",
-    "Sequences",
-    "available",
-    "cpu",
-    "dense",
-    "library",
-    "recurrence",
-    "run",
-    "runs_compiled",
-]
+__all__ = ["available"]

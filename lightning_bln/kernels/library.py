@@ -130,6 +130,16 @@ STRUCTURES = (RecurrenceArgs, DenseArgs, GatherArgs, ProgramArgs, Instruction, P
 """What tells a library that was built from other sources."""
 
 
+def available() -> dict[str, str | None]:
+    """The backends of the recurrent layers and what each runs on here; ``None`` where one is missing.
+
+    Example:
+        >>> available()["reference"]
+        'torch operations'
+    """
+    return {"reference": "torch operations", "cpu": variant()}
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     """Where a tensor's numbers lie; None for none."""
     return None if tensor is None else tensor.data_ptr() or None

@@ -1,8 +1,17 @@
 """The paper's networks, and ours."""
 
-from lightning_bln.models.keras import KerasAdam, KerasLSTM
-from lightning_bln.models.networks import PAPER_NORMS, PaperCNN, PaperLSTM, paper_norm
-from lightning_bln.models.paper import AUTHORS_THRESHOLD, Classifier, PaperCIFAR10, PaperIMDB
+from lightning_bln.models.paper import (
+    AUTHORS_THRESHOLD,
+    PAPER_NORMS,
+    Classifier,
+    KerasAdam,
+    KerasLSTM,
+    PaperCIFAR10,
+    PaperCNN,
+    PaperIMDB,
+    PaperLSTM,
+    paper_norm,
+)
 from lightning_bln.models.recurrent import LanguageModel, RecurrentNetwork, SequenceClassifier
 
 __all__ = [

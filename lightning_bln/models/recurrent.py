@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_bln.models.paper import Classifier
+from lightning_bln.models.paper.modules import Classifier
 from lightning_bln.recurrent import Recurrent
 
 

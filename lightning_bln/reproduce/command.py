@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_bln.data import DataError, data_dir
-from lightning_bln.models.networks import PAPER_NORMS
+from lightning_bln.models.paper.networks import PAPER_NORMS
 from lightning_bln.reproduce.experiments import EXPERIMENTS
 from lightning_bln.reproduce.report import write_report
 from lightning_bln.reproduce.training import Settings, run

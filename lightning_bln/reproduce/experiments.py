@@ -19,7 +19,7 @@ from lightning_bln.data import (
     seeded_split,
     standardise,
 )
-from lightning_bln.models.paper import Classifier, PaperCIFAR10, PaperIMDB
+from lightning_bln.models.paper.modules import Classifier, PaperCIFAR10, PaperIMDB
 
 VALIDATION_POOL = 5_000
 VOCABULARY, REVIEW_LENGTH = 20_000, 80

@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_bln.models.networks import PaperCNN, PaperLSTM
-from lightning_bln.models.paper import AUTHORS_THRESHOLD, Classifier
+from lightning_bln.models.paper.modules import AUTHORS_THRESHOLD, Classifier
+from lightning_bln.models.paper.networks import PaperCNN, PaperLSTM
 from lightning_bln.modes import ALL_MODES, fan_out
 from lightning_bln.population import freeze_population, recompute_population, reset_population
 from lightning_bln.reproduce.experiments import Experiment, Samples

@@ -15,7 +15,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_bln.callbacks import BLNStatsCallback
-from lightning_bln.sweep import Direction, SweepResult
+from lightning_bln.sweep.result import Direction, SweepResult
 
 MODE, SCORES = "bln_mode", "bln_scores"
 """Names of a trial's user attributes: the mode chosen, and the monitored value of every mode."""

@@ -9,7 +9,7 @@ import torch
 import zoo
 from torch import Tensor
 
-from lightning_bln._compat import OutOfMemoryError
+from lightning_bln._torch import OutOfMemoryError
 from lightning_bln.callbacks.evaluation import Evaluation
 
 
@@ -41,7 +41,9 @@ def test_all_that_is_no_number_goes_together(parted: list[str]) -> None:
 
 
 def test_chunks_go_together_from_the_first_batch_on(parted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_bln.shared.BYTES", 5 * 20 * 8 * 4)  # five modes of a batch of 20, 8 wide
+    monkeypatch.setattr(
+        "lightning_bln.sweep.shared_module.BYTES", 5 * 20 * 8 * 4
+    )  # five modes of a batch of 20, 8 wide
     model, callback = zoo.Rich(numbers=False), zoo.chooser()
     chunks: list[int] = []
     monkeypatch.setattr(callback, "on_fit_end", lambda *_: chunks.append(callback._shared.chunk), raising=False)

@@ -14,7 +14,7 @@ from lightning_bln.data import LanguageData, TextData
 from lightning_bln.models import LanguageModel, PaperCIFAR10, SequenceClassifier
 from lightning_bln.modes import ALL_MODES, mode_layers
 
-from .test_paper import quiet, small_imdb, tokens_loader
+from .paper.test_modules import quiet, small_imdb, tokens_loader
 
 
 def fitted(tmp_path: Path, model: torch.nn.Module, *data: object) -> BLNStatsCallback:

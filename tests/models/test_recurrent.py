@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_bln.data import LanguageData, pad_batch
 from lightning_bln.models import LanguageModel, RecurrentNetwork, SequenceClassifier
 
-from .test_paper import quiet
+from .paper.test_modules import quiet
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

@@ -1,0 +1,30 @@
+"""Every private name of torch that the package uses, each with its reason, and what torch's versions differ in."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils import _pytree
+
+tree_flatten, tree_map, tree_unflatten = _pytree.tree_flatten, _pytree.tree_map, _pytree.tree_unflatten
+"""Walk nested batches, outputs and loaders, with the types that libraries have registered; torch has no public name."""
+
+HAS_CUSTOM_OPS = hasattr(torch.library, "custom_op")
+"""torch 2.3 has none: there the compiled kernels are plain autograd functions, at which torch.compile breaks."""
+
+CAN_COMPILE_STEPS = tuple(map(int, torch.__version__.split(".")[:2])) > (2, 7)
+"""Up to torch 2.7, torch.compile fails at the steps of cells with norms, by errors of its own."""
+
+OutOfMemoryError: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+"""Of any device; torch 2.3 knows CUDA's alone."""
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """``torch.is_autocast_enabled``, which takes the device's type from torch 2.4 on, as custom operators came."""
+    if HAS_CUSTOM_OPS:
+        return torch.is_autocast_enabled(device_type)
+    return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
+
+
+def in_function_transform() -> bool:
+    """Whether a transform of ``torch.func`` runs, which an autograd function without rules of its own cannot pass."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

@@ -1,0 +1,5 @@
+"""The ``bln`` command."""
+
+from lightning_bln.cli.command import LIGHTNING, main
+
+__all__ = ["LIGHTNING", "main"]

@@ -1,0 +1,5 @@
+"""``python -m lightning_bln.cli``."""
+
+from lightning_bln.cli.command import main
+
+main()

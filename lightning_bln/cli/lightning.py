@@ -1,0 +1,173 @@
+"""``bln fit``, ``validate``, ``test``, ``predict`` and ``sweep``: LightningCLI with one subcommand more."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
+
+from lightning_bln.callbacks import BLNStatsCallback
+from lightning_bln.cli.checkpoint import load_checkpoint, write_mode
+from lightning_bln.population import populations
+from lightning_bln.sweep.result import Direction, SweepResult
+
+CONFIG_KEY = "bln_config"
+"""Where a checkpoint keeps the YAML it was trained from."""
+
+RECIPE = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler")
+"""The parts of a configuration that every subcommand shares."""
+
+NOISE = (
+    ".*LeafSpec.*",  # lightning 2.6 on torch 2.13
+    ".*args parameter is intended to run from within Python.*",  # ours are made from those it compares them with
+    ".*callbacks used to create the checkpoint.*",  # a sweep leaves out what would write files
+)
+
+
+def run(args: Sequence[str]) -> None:
+    """Run one of Lightning's subcommands, ``args[0]``, with the options that follow it."""
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    if args[0] == "sweep":
+        with tempfile.TemporaryDirectory() as folder:
+            CLI(args=own_config(list(args), Path(folder)))
+    else:
+        CLI(args=list(args))
+
+
+def own_config(args: list[str], folder: Path) -> list[str]:
+    """``args`` with the configuration in front that the checkpoint they name was trained from, if it holds one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ckpt", type=Path)
+    parser.add_argument("-c", "--config")
+    known, _ = parser.parse_known_args(args[1:])
+    if known.ckpt is None or not known.ckpt.is_file():
+        return args
+    saved = load_checkpoint(known.ckpt, weights_only="--weights_only=false" not in args).get(CONFIG_KEY)
+    if saved is None:
+        if known.config is None:
+            raise SystemExit(
+                f"--ckpt={known.ckpt} does not say which model and data it is of, as one written by `bln fit` does; "
+                "pass --config too"
+            )
+        return args
+    recipe = {key: value for key, value in yaml.safe_load(saved).items() if key in RECIPE}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return [args[0], "--config", str(path), *args[1:]]
+
+
+class Trainer(L.Trainer):
+    """Lightning's Trainer, which can also sweep a trained checkpoint and keep its predictions."""
+
+    def sweep(
+        self,
+        model: L.LightningModule,
+        dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        *,
+        ckpt: Path,
+        output: Path | None = None,
+        monitor: str = "val_loss",
+        mode: Direction = "min",
+        weights_only: bool = True,
+    ) -> SweepResult:
+        """Evaluate every statistics mode of a checkpoint, and write the best one into it.
+
+        Args:
+            model: The module the checkpoint is of.
+            dataloaders: Validation data, unless ``datamodule`` has it.
+            datamodule: Has the validation data.
+            ckpt: The checkpoint; it is replaced at once, when all else has worked, and changes in nothing but its mode.
+            output: Write there instead.
+            monitor: The validation metric that decides, unless the configuration has a BLNStatsCallback.
+            mode: Which way it is good: "min" or "max".
+            weights_only: Refuse files that could run code when they are loaded.
+        """
+        if not Path(ckpt).is_file():
+            raise FileNotFoundError(f"ckpt={str(ckpt)!r} is no file; pass a checkpoint that the Trainer has written")
+        found = [callback for callback in self.callbacks if isinstance(callback, BLNStatsCallback)]  # type: ignore[has-type]
+        callback = found[0] if found else BLNStatsCallback(monitor=monitor, mode=mode)
+        if not found:
+            self.callbacks = [*self.callbacks, callback]  # type: ignore[has-type]
+        options: dict[str, Any] = {"ckpt_path": str(ckpt), "verbose": False}
+        if "weights_only" in inspect.signature(self.validate).parameters:  # lightning 2.6 and later
+            options["weights_only"] = weights_only
+        self.validate(model, dataloaders, datamodule=datamodule, **options)
+        if not all(population.is_frozen for population in populations(model)) or callback.result is None:
+            raise RuntimeError(
+                f"ckpt={str(ckpt)!r} has no frozen population, so there is no mode to choose; train with "
+                "BLNStatsCallback, or call recompute_population before saving"
+            )
+        if self.is_global_zero:
+            write_mode(ckpt, model, output=output, weights_only=weights_only, callback=callback)
+            print(callback.result)
+            print(f"wrote {callback.result.chosen} to {output or ckpt}")
+        self.strategy.barrier()
+        return callback.result
+
+    def predict(self, *args: Any, output: Path | None = None, **kwargs: Any) -> Any:
+        """Run inference on your data.
+
+        Args:
+            args: As Lightning's Trainer takes them.
+            output: Where to save the predictions, a list with one entry for each batch, with ``torch.save``.
+            kwargs: As Lightning's Trainer takes them.
+        """
+        predictions = super().predict(*args, **kwargs)
+        if output is not None and self.is_global_zero:
+            Path(output).parent.mkdir(parents=True, exist_ok=True)
+            torch.save(predictions, output)
+        return predictions
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keeps the configuration in the checkpoint too, so that the file alone says what it is of."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CONFIG_KEY] = self.parser.dump(self.config, skip_none=False)
+
+
+class CLI(LightningCLI):
+    """LightningCLI for any module and data by their class paths; see Lightning's documentation of it.
+
+    Args:
+        args: The command line, or with ``run=False`` the configuration itself as a dictionary.
+        run: Whether to run a subcommand, or only to make ``model``, ``datamodule`` and ``trainer``.
+    """
+
+    def __init__(self, args: ArgsType = None, run: bool = True, **kwargs: Any) -> None:
+        kwargs.setdefault("save_config_callback", SaveConfig if run else None)
+        kwargs.setdefault("parser_kwargs", {"prog": "bln"} if run else None)
+        super().__init__(
+            trainer_class=Trainer,
+            save_config_kwargs={"overwrite": True},
+            args=args,
+            run=run,
+            **kwargs,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and ``sweep``."""
+        return {**LightningCLI.subcommands(), "sweep": {"model", "dataloaders", "datamodule"}}
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The Trainer; for a sweep without what would write files."""
+        if self.subcommand not in (None, "fit"):
+            self.save_config_callback = None  # it would overwrite that of the training
+        if self.subcommand == "sweep":
+            callbacks = self._get(self.config_init, "trainer").get("callbacks") or []
+            callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+            kwargs["callbacks"] = [one for one in callbacks if isinstance(one, BLNStatsCallback)]
+            kwargs |= {"logger": False, "enable_checkpointing": False}
+        return super().instantiate_trainer(**kwargs)

@@ -1,0 +1,79 @@
+"""Matrix products of the compiled library, and a linear map made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_bln._torch import in_function_transform, is_autocast_enabled
+from lightning_bln.kernels.library import DTYPES, ProductArgs, call, is_built, pointer
+
+WORK_OF_A_THREAD = 2**21
+"""Multiplications below which another thread is not worth its start."""
+
+
+def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``a @ b + bias`` without gradients, for matrices of one dtype with any strides.
+
+    Example:
+        >>> multiply(torch.ones(2, 3), torch.ones(4, 3).t())
+        tensor([[3., 3., 3., 3.],
+                [3., 3., 3., 3.]])
+    """
+    if not is_built():
+        return a @ b if bias is None else torch.addmm(bias, a, b)
+    rows, depth = a.shape
+    columns = b.shape[1]
+    result = a.new_empty(rows, columns)
+    args = ProductArgs()
+    args.rows, args.columns, args.depth = rows, columns, depth
+    args.threads = max(1, min(torch.get_num_threads(), rows * columns * depth // WORK_OF_A_THREAD))
+    args.a, args.a_row, args.a_column = pointer(a), *a.stride()
+    args.b, args.b_row, args.b_column = pointer(b), *b.stride()
+    args.c, args.c_row = pointer(result), columns
+    args.bias = pointer(None if bias is None else bias.contiguous())
+    call("product", args, a.dtype)
+    return result
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`torch.nn.functional.linear`, on the compiled library where it can be."""
+    if (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.dtype in DTYPES
+        and weight.dtype == x.dtype
+        and type(weight) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not in_function_transform()
+        and not is_autocast_enabled("cpu")
+        and is_built()
+    ):
+        return Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(torch.autograd.Function):
+    """``x weight^T + bias``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Over all rows of ``x``."""
+        ctx.save_for_backward(x, weight)
+        return multiply(x.reshape(-1, x.shape[-1]), weight.t(), bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Each gradient that is asked for; one that is to have a gradient itself by torch's product."""
+        x, weight = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        product = torch.mm if torch.is_grad_enabled() else multiply
+        return (
+            product(rows, weight).view(x.shape) if needs_x else None,
+            product(rows.t(), x.reshape(-1, x.shape[-1])) if needs_weight else None,
+            rows.sum(0) if needs_bias else None,
+        )

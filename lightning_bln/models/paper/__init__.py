@@ -1,0 +1,18 @@
+"""The paper's two networks and experiments, and the Keras layers they are made of."""
+
+from lightning_bln.models.paper.keras import KerasAdam, KerasLSTM
+from lightning_bln.models.paper.modules import AUTHORS_THRESHOLD, Classifier, PaperCIFAR10, PaperIMDB
+from lightning_bln.models.paper.networks import PAPER_NORMS, PaperCNN, PaperLSTM, paper_norm
+
+__all__ = [
+    "AUTHORS_THRESHOLD",
+    "PAPER_NORMS",
+    "Classifier",
+    "KerasAdam",
+    "KerasLSTM",
+    "PaperCIFAR10",
+    "PaperCNN",
+    "PaperIMDB",
+    "PaperLSTM",
+    "paper_norm",
+]

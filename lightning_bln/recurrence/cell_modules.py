@@ -1,0 +1,167 @@
+"""Cells of a single step, called as nn.LSTMCell is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_bln.cells.registry import build
+from lightning_bln.recurrence.parameters import HasCells
+from lightning_bln.recurrence.reference import HiddenWeights, Noise, Sequences, recurrence
+
+
+class RecurrentCell(HasCells):
+    """One step of a cell, its products normalised: :class:`torch.nn.LSTMCell` for any cell and norm.
+
+    A single step knows no time, so there is one population for all steps.
+
+    Args:
+        cell: A name in :data:`lightning_bln.cells.registry`, or a :class:`Cell` subclass.
+        input_size: Features of the input.
+        hidden_size: Units of the state.
+        bias: Whether there are biases.
+        norm: ``"bln"``, ``"layer"``, ``"batch"`` or ``None``.
+        scale: As in :class:`~lightning_bln.Recurrent`, like the arguments that follow.
+        **options: The cell's own options.
+
+    Shape:
+        ``(batch, input_size)`` or ``(input_size,)``, and the state in the shapes of :class:`torch.nn.LSTMCell`.
+
+    Example:
+        >>> cell = RecurrentCell("gru", 4, 8)
+        >>> cell(torch.randn(3, 4)).shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(
+        self,
+        cell: str | type,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        *,
+        norm: str | None = "bln",
+        scale: bool | float | None = None,
+        norm_input: bool = True,
+        norm_hidden: bool = True,
+        norm_cell: bool = True,
+        gate_statistics: str = "separate",
+        eps: float = 1e-3,
+        delta: float = 1e-4,
+        population: str = "pooled",
+        momentum: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            build(cell, **options),
+            input_size,
+            hidden_size,
+            bias=bias,
+            proj_size=0,
+            norm=norm,
+            norm_input=norm_input,
+            norm_hidden=norm_hidden,
+            norm_cell=norm_cell,
+            norm_options={
+                "scale": scale,
+                "time_statistics": "shared",
+                "gate_statistics": gate_statistics,
+                "eps": eps,
+                "delta": delta,
+                "population": population,
+                "momentum": momentum,
+            },
+            factory={"device": device, "dtype": dtype},
+        )
+        self._register("", input_size)
+        self.reset_parameters()
+
+    def forward(self, input: Tensor, hx: Tensor | tuple[Tensor, ...] | None = None) -> Tensor | tuple[Tensor, ...]:
+        """The next state, a tuple where the cell has several."""
+        self._check_input(input, (1, 2), "(batch, input_size) or (input_size,)")
+        batched = input.ndim == 2
+        x = input if batched else input[None]
+        names = self.cell.states
+        shapes = [(len(x), self.state_size(name)) for name in names]
+        state: tuple[Tensor, ...] = tuple(x.new_zeros(shape) for shape in shapes)
+        if hx is not None:
+            state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+            state = state if batched else tuple(s[None] for s in state)
+        if [tuple(s.shape) for s in state] != shapes:
+            raise ValueError(f"hx has shapes {[tuple(s.shape) for s in state]}, but {shapes} is needed; reshape it")
+        weights = self._weights("")
+        gates = F.linear(x, weights.weight_ih).unflatten(-1, (len(self.cell.gates), -1))
+        if weights.norm_ih is not None:
+            gates = weights.norm_ih(gates)
+        if weights.bias_ih is not None:
+            gates = gates + weights.bias_ih.view(len(self.cell.gates), -1)
+        sizes = (len(x),)
+        hidden = HiddenWeights(
+            weights.weight_hh,
+            weights.bias_hh,
+            None,
+            tuple(norm.sequence(1, sizes) for norm in weights.norm_hh),
+            None if weights.norm_cell is None else weights.norm_cell.sequence(1, sizes),
+        )
+        result = recurrence(weights.cell, Sequences(gates[None], state, None), hidden, Noise(None, 0.0, self.training))
+        for norm, observed in zip(weights.norm_hh, result.norm_hh, strict=False):
+            norm.gather(observed, sizes)
+        if weights.norm_cell is not None and result.norm_cell is not None:
+            weights.norm_cell.gather(result.norm_cell, sizes)
+        after = result.state if batched else tuple(s[0] for s in result.state)
+        return after[0] if len(after) == 1 else after
+
+
+class BLNLSTMCell(RecurrentCell):
+    """One step of :class:`~lightning_bln.BLNLSTM`: :class:`torch.nn.LSTMCell` argument for argument.
+
+    Example:
+        >>> h, c = BLNLSTMCell(4, 8)(torch.randn(3, 4))
+        >>> h.shape, c.shape
+        (torch.Size([3, 8]), torch.Size([3, 8]))
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, *, norm: str | None = "bln", **options: Any
+    ) -> None:
+        super().__init__("lstm", input_size, hidden_size, bias, norm=norm, **options)
+
+
+class BLNGRUCell(RecurrentCell):
+    """One step of :class:`~lightning_bln.BLNGRU`: :class:`torch.nn.GRUCell` argument for argument.
+
+    Example:
+        >>> BLNGRUCell(4, 8)(torch.randn(3, 4)).shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, *, norm: str | None = "bln", **options: Any
+    ) -> None:
+        super().__init__("gru", input_size, hidden_size, bias, norm=norm, **options)
+
+
+class BLNRNNCell(RecurrentCell):
+    """One step of :class:`~lightning_bln.BLNRNN`: :class:`torch.nn.RNNCell` argument for argument.
+
+    Example:
+        >>> BLNRNNCell(4, 8)(torch.randn(3, 4)).shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        *,
+        norm: str | None = "bln",
+        **options: Any,
+    ) -> None:
+        super().__init__("rnn", input_size, hidden_size, bias, norm=norm, nonlinearity=nonlinearity, **options)

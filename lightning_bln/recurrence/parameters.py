@@ -1,0 +1,205 @@
+"""Parameters and norms of cells, under the names nn.LSTM gives them."""
+
+from __future__ import annotations
+
+import math
+from copy import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_bln._torch import is_autocast_enabled
+from lightning_bln.cells.cell import Cell
+from lightning_bln.functional import NORMS, check_choice
+from lightning_bln.modes import StatisticsMode
+from lightning_bln.population import check_state_dict
+from lightning_bln.recurrence.gate_norm import GateNorm
+
+
+class Weights(NamedTuple):
+    """The parameters and norms of one cell."""
+
+    weight_ih: Tensor
+    weight_hh: Tensor | None
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    weight_hr: Tensor | None
+    norm_ih: GateNorm | None
+    norm_hh: tuple[GateNorm, ...]
+    norm_cell: GateNorm | None
+    cell: Cell
+    """The cell with its further parameters as attributes."""
+
+
+class HasCells(nn.Module):
+    """A module that holds the parameters of one or more cells of a kind, and runs them.
+
+    Args:
+        cell: The kind of cell.
+        input_size: Features of the input.
+        hidden_size: Units of a gate.
+        bias: Whether there are ``bias_ih`` and ``bias_hh``.
+        proj_size: If positive, the output is projected to this size, as by :class:`torch.nn.LSTM`.
+        norm: ``None``, ``"layer"``, ``"batch"`` or ``"bln"``.
+        norm_input: Whether the products with the input are normalised.
+        norm_hidden: Whether the products with the hidden state are.
+        norm_cell: Whether the cell state is where it enters the output.
+        norm_options: For every :class:`~lightning_bln.recurrence.gate_norm.GateNorm`.
+        factory: ``device`` and ``dtype``.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        *,
+        bias: bool,
+        proj_size: int,
+        norm: str | None,
+        norm_input: bool,
+        norm_hidden: bool,
+        norm_cell: bool,
+        norm_options: dict[str, Any],
+        factory: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        check_choice("norm", norm, (None, *NORMS))
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+            if size < 1:
+                raise ValueError(f"{name}={size}, but it must be positive; pass at least 1")
+        if proj_size and not cell.has_projection:
+            raise ValueError(f"proj_size={proj_size}, but {type(cell).__name__} has no projection; leave it out")
+        if not 0 <= proj_size < hidden_size:
+            raise ValueError(f"proj_size={proj_size}, but it must be smaller than hidden_size={hidden_size}; lower it")
+        for name in ("gate_statistics", "time_statistics"):
+            check_choice(
+                name, norm_options.get(name, "separate"), ("separate", "joint" if "gate" in name else "shared")
+            )
+        self.cell, self.input_size, self.hidden_size = cell, input_size, hidden_size
+        self.bias, self.proj_size, self.norm = bias, proj_size, norm
+        self._normalizes = {"input": norm_input, "hidden": norm_hidden, "cell": norm_cell and cell.has_norm_cell}
+        self._norm_options, self._factory = norm_options, factory
+
+    @property
+    def mode(self) -> StatisticsMode | None:
+        """The statistics mode of the norms inside; ``None`` where there is none. Setting it sets all of them."""
+        modes = {module.mode for module in self.children() if isinstance(module, GateNorm)}
+        if len(modes) > 1:
+            raise ValueError(f"the norms inside differ in their mode: {', '.join(sorted(modes))}; set one for all")
+        return next(iter(modes), None)
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        mode = StatisticsMode(mode)
+        for module in self.children():
+            if isinstance(module, GateNorm):
+                module.mode = mode
+
+    def state_size(self, state: str) -> int:
+        """Features of one of the cell's states."""
+        if state == self.cell.states[0] and self.proj_size:
+            return self.proj_size
+        return self.cell.state_size(state, self.hidden_size)
+
+    @property
+    def output_size(self) -> int:
+        """Features of a cell's output."""
+        return self.proj_size or self.hidden_size
+
+    def _register(self, suffix: str, input_size: int) -> None:
+        """Add one cell's parameters and norms, their names ending in ``suffix``."""
+        rows, hidden_rows = len(self.cell.gates), sum(map(len, self.cell.products))
+        size, factory = self.hidden_size, self._factory
+        shapes: dict[str, tuple[int, ...]] = {
+            "weight_ih": (rows * size, input_size),
+            "weight_hh": (hidden_rows * size, self.output_size),
+        }
+        if self.bias and self.cell.biased:
+            shapes |= {"bias_ih": ((rows - len(self.cell.unbiased)) * size,), "bias_hh": (hidden_rows * size,)}
+        if self.proj_size:
+            shapes["weight_hr"] = (self.proj_size, size)
+        if not hidden_rows:
+            shapes = {name: shape for name, shape in shapes.items() if not name.endswith("hh")}
+        known = {"input_size": input_size, "hidden_size": size}
+        for name, extra in self.cell.parameters.items():
+            shapes[name] = tuple(known[part] if isinstance(part, str) else part for part in extra.shape)
+        for name, shape in shapes.items():
+            self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape, **factory)))
+        if self.norm is None:
+            return
+        options: dict[str, Any] = {"norm": self.norm, **self._norm_options, **factory}
+        if self._normalizes["input"]:
+            self.add_module(f"norm_ih{suffix}", GateNorm(size, rows, **options))
+        if self._normalizes["hidden"]:
+            for name, product in zip(self._product_names(), self.cell.products, strict=True):
+                self.add_module(name + suffix, GateNorm(size, len(product), **options))
+        if self._normalizes["cell"]:
+            self.add_module(f"norm_cell{suffix}", GateNorm(size, 1, bias=True, **options))
+
+    def _product_names(self) -> list[str]:
+        products = self.cell.products
+        return ["norm_hh"] if len(products) == 1 else [f"norm_hh_{product[0]}" for product in products]
+
+    def _weights(self, suffix: str) -> Weights:
+        """One cell's parameters and norms."""
+
+        def get(name: str) -> Any:
+            return getattr(self, name + suffix, None)
+
+        cell, bias_ih = self.cell, get("bias_ih")
+        if cell.has_parameters:
+            cell = copy(cell)
+            read = {name: extra.read or (lambda value: value) for name, extra in cell.parameters.items()}
+            cell.__dict__.update({name: read[name](get(name)) for name in cell.parameters})
+        if bias_ih is not None and cell.unbiased:
+            bias_ih = F.pad(bias_ih, (0, len(cell.unbiased) * self.hidden_size))
+
+        return Weights(
+            weight_ih=get("weight_ih"),
+            weight_hh=get("weight_hh"),
+            bias_ih=bias_ih,
+            bias_hh=get("bias_hh"),
+            weight_hr=get("weight_hr"),
+            norm_ih=get("norm_ih"),
+            norm_hh=tuple(norm for name in self._product_names() if (norm := get(name)) is not None),
+            norm_cell=get("norm_cell"),
+            cell=cell,
+        )
+
+    def reset_parameters(self) -> None:
+        """Draw the weights and biases as nn.LSTM does, uniformly within 1/sqrt(hidden_size); norms to their start."""
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for name, parameter in self.named_parameters(recurse=False):
+            extra = self.cell.parameters.get(name.removesuffix("_reverse").rpartition("_l")[0] or name)
+            if extra is None or extra.start is None:
+                nn.init.uniform_(parameter, -bound, bound)
+            else:
+                nn.init.constant_(parameter, extra.start)
+        for child in self.children():
+            if isinstance(child, GateNorm):
+                child.reset_parameters()
+
+    def _check_input(self, x: Tensor, ranks: tuple[int, ...], axes: str) -> None:
+        """Raise unless ``x`` fits in rank, feature size and dtype, and holds something."""
+        if x.ndim not in ranks:
+            raise ValueError(f"x has {x.ndim} axes of shape {tuple(x.shape)}, but {axes} is needed; add or drop axes")
+        if x.shape[-1] != self.input_size:
+            raise ValueError(
+                f"input_size={self.input_size}, but the input's feature axis (dim -1) has {x.shape[-1]}; "
+                "change one of them"
+            )
+        if x.numel() == 0:
+            raise ValueError(f"x has shape {tuple(x.shape)}, an empty batch or a sequence of no steps; pass some data")
+        dtype = next(self.parameters()).dtype
+        if x.dtype != dtype and not is_autocast_enabled(x.device.type):
+            raise TypeError(f"x has dtype {x.dtype}, but the layer's parameters have {dtype}; convert one with .to()")
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        check_state_dict(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, {self.hidden_size}, norm={self.norm!r}"

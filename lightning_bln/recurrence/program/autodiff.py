@@ -1,0 +1,103 @@
+"""The gradient of a recorded step, by the chain rule: a graph of the same operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from lightning_bln.recurrence.program.graph import Step, Value, ordered
+
+
+class Adjoint(NamedTuple):
+    """Gradients of all that a step is made of, given those of its states and its output."""
+
+    state: dict[str, Value]
+    """Of the states before the step; of one without influence there is none."""
+    gates: dict[str, Value]
+    constants: dict[str, Value]
+    products: dict[Value, dict[int, Value]]
+    """Of each product of the step, those of its parts."""
+
+    def roots(self) -> list[Value]:
+        """All of them."""
+        parts = [part for parts in self.products.values() for part in parts.values()]
+        return [*self.gates.values(), *self.constants.values(), *self.state.values(), *parts]
+
+
+def differentiate(step: Step) -> Adjoint:
+    """The gradient of a step, its leaves being ``carry`` (of a state after it), ``output`` and the step's values."""
+    gradients: dict[Value, Value] = {}
+    products: dict[Value, dict[int, Value]] = {}
+
+    def accumulate(value: Value, gradient: Value) -> None:
+        so_far = gradients.get(value)
+        gradients[value] = gradient if so_far is None else total(so_far, gradient)
+
+    for index, (name, value) in enumerate(step.after.items()):
+        accumulate(value, Value("carry", key=name))
+        if index == 0:
+            accumulate(value, Value("output"))
+    for value in reversed(ordered(step.after.values())):
+        gradient = gradients.get(value)
+        if value.op == "product":
+            if value in products:
+                accumulate(value.inputs[0], Value("product", products[value].values(), key=value))
+        elif gradient is None:
+            continue
+        elif value.op == "part":
+            products.setdefault(value.inputs[0], {})[value.key] = gradient
+        else:
+            for one, part in chain_rule(value, gradient):
+                accumulate(one, part)
+
+    def found(op: str) -> dict[str, Value]:
+        return {value.key: gradient for value, gradient in gradients.items() if value.op == op}
+
+    return Adjoint(found("state"), found("gate"), found("constant"), products)
+
+
+def total(x: Value, y: Value) -> Value:
+    """``x + y``, in one operation with the product that ``y`` may be."""
+    return Value("fused", (x, *y.inputs), (1.0, 0.0)) if y.op == "multiply" else Value("sum", (x, y))
+
+
+def scaled(x: Value, factor: float) -> Value:
+    """``factor x``."""
+    return x if factor == 1 else Value("affine", (x,), (factor, 0.0))
+
+
+def times(x: Value, y: Value) -> Value:
+    """``x y``."""
+    return Value("multiply", (x, y))
+
+
+def chain_rule(value: Value, gradient: Value) -> Iterator[tuple[Value, Value]]:
+    """What each input of an operation gets of its gradient."""
+    s, u = value.numbers
+    match value.op, value.inputs:
+        case "sum", terms:
+            yield from ((one, gradient) for one in terms)
+        case "sigmoid" | "tanh" | "relu" | "softplus" | "hardsigmoid", terms:
+            inner = Value(f"{value.op}_gradient", (gradient, value))
+            yield from ((one, inner) for one in terms)
+        case "affine", (x,):
+            yield x, scaled(gradient, s)
+        case "blend", (x, y):
+            yield x, scaled(gradient, s)
+            yield y, scaled(gradient, u)
+        case "multiply", (x, y):
+            yield x, times(gradient, y)
+            yield y, times(gradient, x)
+        case "fused", (x, y, z):
+            yield x, gradient
+            yield y, times(scaled(gradient, s), z)
+            yield z, times(scaled(gradient, s), y)
+        case "lerp", (x, y, weight):
+            of_y = times(gradient, weight)
+            yield y, of_y
+            yield x, Value("blend", (gradient, of_y), (1.0, -1.0))
+            yield weight, Value("difference", (gradient, y, x))
+        case "divide", (x, y):
+            of_x = Value("divide", (gradient, y))
+            yield x, of_x
+            yield y, scaled(times(of_x, value), -1.0)

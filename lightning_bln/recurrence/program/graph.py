@@ -1,0 +1,280 @@
+"""A cell's step, recorded as a graph of operations on the units of one sequence at one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Mapping
+from copy import copy
+from functools import partial
+from typing import Any, NamedTuple
+
+from lightning_bln.cells.cell import Cell
+from lightning_bln.recurrence.reference import identity
+
+
+class Untraceable(Exception):
+    """A step does what the compiled program has no instruction for."""
+
+
+class Value:
+    """A number for every unit: the operation that makes it, and what it is made of.
+
+    A leaf has no inputs: a ``gate`` of the input, a ``state`` before the step, a ``constant``, the ``bias`` of a gate's
+    product or the ``mask`` of what enters products. A ``product`` is that of all gates which it serves, each of them a
+    ``part``.
+    """
+
+    __slots__ = ("inputs", "key", "numbers", "op")
+    dtype = None
+    shape = ("samples", "units")
+
+    def __init__(
+        self, op: str, inputs: Iterable[Value] = (), numbers: tuple[float, float] = (0.0, 0.0), key: Any = None
+    ) -> None:
+        self.op, self.inputs, self.numbers, self.key = op, tuple(inputs), numbers, key
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Value:
+        return operation(func.__name__)(*args, **(kwargs or {}))
+
+    def __getattr__(self, name: str) -> Callable[..., Value]:
+        return partial(operation(name), self)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Value):
+            return self is other
+        raise Untraceable("a comparison")
+
+    __hash__ = object.__hash__
+
+    def __bool__(self) -> bool:
+        raise Untraceable("what a step does depends on the values of a tensor")
+
+    def __getitem__(self, index: Any) -> Value:
+        if index == (Ellipsis, slice(self.shape[-1])):
+            return self
+        raise Untraceable("a part of the units")
+
+    def __add__(self, other: Any) -> Value:
+        return add(self, other)
+
+    def __sub__(self, other: Any) -> Value:
+        return sub(self, other)
+
+    def __rsub__(self, other: Any) -> Value:
+        return sub(other, self)
+
+    def __mul__(self, other: Any) -> Value:
+        return mul(self, other)
+
+    def __truediv__(self, other: Any) -> Value:
+        return Value("divide", (self, other)) if is_value(other) else mul(self, 1.0 / other)
+
+    def __neg__(self) -> Value:
+        return mul(self, -1.0)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+def is_value(x: Any) -> bool:
+    """Whether ``x`` is recorded; else it must be a number."""
+    if not isinstance(x, Value | int | float):
+        raise Untraceable(f"{type(x).__name__} beside the units")
+    return isinstance(x, Value)
+
+
+def add(x: Any, y: Any, *, alpha: float = 1.0) -> Value:
+    """``x + alpha y``."""
+    if not is_value(y):
+        return Value("affine", (x,), (1.0, alpha * y))
+    if not is_value(x):
+        return Value("affine", (y,), (alpha, x))
+    return Value("sum", (x, y)) if alpha == 1 else Value("blend", (x, y), (1.0, alpha))
+
+
+def sub(x: Any, y: Any, *, alpha: float = 1.0) -> Value:
+    """``x - alpha y``."""
+    return add(x, y, alpha=-alpha)
+
+
+def mul(x: Any, y: Any) -> Value:
+    """``x y``."""
+    if is_value(x) and is_value(y):
+        return Value("multiply", (x, y))
+    return Value("affine", (x,), (y, 0.0)) if isinstance(x, Value) else Value("affine", (y,), (x, 0.0))
+
+
+def addcmul(x: Value, y: Any, z: Any, *, value: float = 1.0) -> Value:
+    """``x + value y z``."""
+    if is_value(x) and is_value(y) and is_value(z):
+        return Value("fused", (x, y, z), (value, 0.0))
+    return add(x, mul(y, z), alpha=value)
+
+
+def lerp(x: Any, y: Any, weight: Any) -> Value:
+    """``x + weight (y - x)``."""
+    if is_value(weight):
+        return Value("lerp", (x, y, weight))
+    return Value("blend", (x, y), (1.0 - weight, weight))
+
+
+def softplus(x: Value, beta: float = 1.0, threshold: float = 20.0) -> Value:
+    """``log(1 + exp(x))``, exact where torch's is linear."""
+    if beta != 1:
+        raise Untraceable("softplus of another beta")
+    return Value("softplus", (x,))
+
+
+def relu(x: Value, inplace: bool = False) -> Value:
+    """``max(x, 0)``."""
+    return Value("relu", (x,))
+
+
+def hardsigmoid(x: Value, inplace: bool = False) -> Value:
+    """``clamp(x / 6 + 1 / 2, 0, 1)``."""
+    return Value("hardsigmoid", (x,))
+
+
+def linear(x: Value, weight: Any, bias: Any = None) -> Value:
+    """A product with a matrix of the cell's own."""
+    if not isinstance(weight, Value) or weight.op != "matrix" or bias is not None:
+        raise Untraceable("a product with something else than a matrix of the cell")
+    return Value("part", (Value("product", (x,), key=weight.key),), key=0)
+
+
+OPERATIONS: dict[str, Callable[..., Value]] = {
+    "sigmoid": lambda x: Value("sigmoid", (x,)),
+    "tanh": lambda x: Value("tanh", (x,)),
+    "to": lambda x, dtype: x,
+    "div": Value.__truediv__,
+    **{f.__name__: f for f in (add, sub, mul, addcmul, lerp, softplus, relu, hardsigmoid, linear)},
+}
+
+
+def operation(name: str) -> Callable[..., Value]:
+    """What a function or method of torch is recorded as."""
+    if name not in OPERATIONS:
+        raise Untraceable(f"{name} has no instruction")
+    return OPERATIONS[name]
+
+
+class NamedGates:
+    """Recorded gates, read by name as :class:`~lightning_bln.cells.Gates` are."""
+
+    def __init__(self, parts: dict[str, Value]) -> None:
+        self._parts = parts
+
+    def __getattr__(self, name: str) -> Value:
+        return self._parts[name]
+
+    def __add__(self, other: NamedGates) -> NamedGates:
+        if tuple(self._parts)[: len(other._parts)] != tuple(other._parts):
+            raise Untraceable("a sum of gates that are not the first")
+        return NamedGates({name: self._parts[name] + part for name, part in other._parts.items()})
+
+    def split(self) -> dict[str, Value]:
+        """Each gate on its own."""
+        return self._parts
+
+
+class Products:
+    """Recorded products, asked for as of :class:`~lightning_bln.recurrence.projection.Projection`."""
+
+    def __init__(self, cell: Cell, biased: bool, masked: bool) -> None:
+        self._cell, self._biased, self._mask = cell, biased, Value("mask") if masked else None
+        self._where = {name: index for index, names in enumerate(cell.products) for name in names}
+
+    def __call__(self, h: Value) -> NamedGates:
+        """The first product."""
+        return self._of(0, h)
+
+    def __getattr__(self, gate: str) -> Callable[[Value], Any]:
+        index = self._where[gate]
+
+        def of_gate(h: Value) -> Any:
+            gates = self._of(index, h)
+            return gates if len(self._cell.products[index]) > 1 else gates.split()[gate]
+
+        return of_gate
+
+    def _of(self, index: int, h: Value) -> NamedGates:
+        product = Value("product", (h if self._mask is None else h * self._mask,), key=index)
+        parts = {}
+        for k, name in enumerate(self._cell.products[index]):
+            parts[name] = Value("part", (product,), key=k)
+            if self._biased:
+                parts[name] = parts[name] + Value("bias", key=(index, k))
+        return NamedGates(parts)
+
+
+class Step(NamedTuple):
+    """A recorded step."""
+
+    before: dict[str, Value]
+    after: dict[str, Value]
+
+
+def trace(cell: Cell, gates: Iterable[str], shapes: Mapping[str, int], *, biased: bool, masked: bool) -> Step:
+    """Record ``cell.step``.
+
+    Args:
+        cell: The equations.
+        gates: Names of the prepared gates of the input.
+        shapes: The axes of each of the cell's further parameters.
+        biased: Whether products have a bias.
+        masked: Whether what enters them is masked.
+
+    Returns:
+        The states before the step, and after it.
+
+    Raises:
+        Untraceable: The step does something that has no instruction.
+    """
+    cell = copy(cell)
+    cell.__dict__.update(
+        {name: Value("matrix" if axes == 2 else "constant", key=name) for name, axes in shapes.items()}
+    )
+    cell.norm_cell = identity
+    before = {name: Value("state", key=name) for name in cell.states}
+    x: Any = NamedGates({name: Value("gate", key=name) for name in gates})
+    after = cell.step(x, cell.State(**before), Products(cell, biased, masked))._asdict()
+    if not all(isinstance(value, Value) for value in after.values()):
+        raise Untraceable("a state that is no tensor")
+    return Step(before, after)
+
+
+def ordered(roots: Iterable[Value], known: Container[Value] = ()) -> list[Value]:
+    """All that ``roots`` are made of, each after its inputs, but for what is ``known``."""
+    found: dict[Value, None] = {}
+
+    def visit(value: Value) -> None:
+        if value not in found and value not in known:
+            for one in value.inputs:
+                visit(one)
+            found[value] = None
+
+    for root in roots:
+        visit(root)
+    return list(found)
+
+
+SUMS = ("sum", "sigmoid", "tanh", "relu", "softplus", "hardsigmoid")
+"""Operations that take a sum of up to three values."""
+
+
+def merge_sums(roots: Iterable[Value], known: Container[Value] = ()) -> None:
+    """Let operations on sums take the terms, where the sums serve nothing else."""
+    roots = list(roots)
+    values = ordered(roots, known)
+    uses: dict[Value, int] = dict.fromkeys(roots, 1)
+    for value in values:
+        for one in value.inputs:
+            uses[one] = uses.get(one, 0) + 1
+    for value in values:
+        if value.op not in SUMS:
+            continue
+        terms = list(value.inputs)
+        for one in value.inputs:
+            if one.op == "sum" and one not in known and uses[one] == 1 and len(terms) - 1 + len(one.inputs) <= 3:
+                at = terms.index(one)
+                terms[at : at + 1] = one.inputs
+        value.inputs = tuple(terms)

@@ -1,0 +1,167 @@
+"""The recurrence of one layer in one direction, in plain torch operations: the oracle of every faster kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_bln.cells.cell import Cell
+from lightning_bln.cells.gates import Gates, Steps
+from lightning_bln.functional import Statistics
+from lightning_bln.recurrence.gate_norm import SequenceNorm
+from lightning_bln.recurrence.projection import Projection
+
+
+class Sequences(NamedTuple):
+    """What a recurrence runs on: any number of sequences, sorted by falling length, forward in time."""
+
+    x: Tensor
+    """Projected, normalised input of all gates with its bias, ``(T, ..., B, G, H)``."""
+    state: tuple[Tensor, ...]
+    """First states, ``(..., B, size)`` each."""
+    sizes: Sequence[int] | None
+    """How many sequences still run at each step; ``None`` if all run to the end."""
+
+
+class HiddenWeights(NamedTuple):
+    """What a recurrence multiplies and normalises its state by."""
+
+    weight_hh: Tensor | None
+    bias_hh: Tensor | None
+    weight_hr: Tensor | None
+    norm_hh: tuple[SequenceNorm, ...]
+    norm_cell: SequenceNorm | None
+
+
+class Noise(NamedTuple):
+    """Dropout inside the recurrence."""
+
+    hidden_mask: Tensor | None
+    """Multiplies what enters the hidden products, one mask for all steps, ``(B, size)``."""
+    zoneout: float
+    """Probability that a unit of a state keeps its value over a step."""
+    training: bool
+
+
+class Result(NamedTuple):
+    """Outputs ``(T, ..., B, size)`` (zero once a sequence has ended), last states, and statistics of each norm."""
+
+    outputs: Tensor
+    state: tuple[Tensor, ...]
+    norm_hh: tuple[Statistics, ...]
+    norm_cell: Statistics | None
+
+
+def recurrence(
+    cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise, *, deferred: bool = False
+) -> Result:
+    """Run ``cell`` over all steps.
+
+    Args:
+        cell: The equations of one step.
+        sequences: Projected inputs and first states.
+        weights: Hidden weights and norms.
+        noise: Dropout and zoneout.
+        deferred: Whether the hidden weights' gradient is taken once for all steps, which is faster, but leaves no
+            gradient of the gradient.
+
+    Returns:
+        Outputs, last states and, where norms observe, their statistics stacked over the steps.
+    """
+    first = cell.State(*sequences.state)
+    x = cell.prepare(Gates(sequences.x.flatten(-2), cell.gates), first)
+    deferred = deferred and sequences.x.ndim == 4 and not torch.compiler.is_compiling()
+    return unroll(copy(cell), x, sequences, weights, noise, deferred)
+
+
+def unroll(
+    cell: Cell, x: Gates, sequences: Sequences, weights: HiddenWeights, noise: Noise, deferred: bool = False
+) -> Result:
+    """:func:`recurrence` on prepared gates, those of ``sequences`` left aside; changes attributes of ``cell``."""
+    state = cell.State(*sequences.state)
+    steps, samples = sequences.x.shape[0], state[0].shape[-2]
+    biases = split_bias(cell, weights)
+    norms_hh = [Recorder(norm, bias) for norm, bias in zip(weights.norm_hh, biases, strict=True)]
+    norm_cell = None if weights.norm_cell is None else Recorder(weights.norm_cell)
+    cell.norm_cell = identity if norm_cell is None else norm_cell.of_state
+    shape = (steps, samples) if deferred else None
+    project = Projection(cell, weights.weight_hh, weights.bias_hh, norms_hh, noise.hidden_mask, shape)
+    recorders = [*norms_hh, *([] if norm_cell is None else [norm_cell])]
+    zoned = cell.states if cell.zoned is None else cell.zoned
+    outputs = []
+    for t, gates in enumerate(Steps(x, steps, sequences.sizes)):
+        running = samples if sequences.sizes is None else sequences.sizes[t]
+        before = state if running == samples else cell.State(*(value[..., :running, :] for value in state))
+        for recorder in recorders:
+            recorder.t = t
+        after = cell.step(gates, before, project.at(t, running))
+        if weights.weight_hr is not None:
+            after = after._replace(h=F.linear(after.h, weights.weight_hr))
+        if noise.zoneout:
+            kept = {name: zone(getattr(before, name), getattr(after, name), noise) for name in zoned}
+            after = after._replace(**kept)
+        if running < samples:
+            outputs.append(F.pad(after[0], (0, 0, 0, samples - running)))
+            after = cell.State(
+                *(torch.cat([new, old[..., running:, :]], -2) for old, new in zip(state, after, strict=True))
+            )
+        else:
+            outputs.append(after[0])
+        state = after
+    return Result(
+        torch.stack(outputs),
+        tuple(state),
+        tuple(stack(norm.seen) for norm in norms_hh if norm.seen),
+        None if norm_cell is None else stack(norm_cell.seen),
+    )
+
+
+def split_bias(cell: Cell, weights: HiddenWeights) -> list[Tensor | None]:
+    """The hidden bias of each normalised product."""
+    if weights.bias_hh is None:
+        return [None] * len(weights.norm_hh)
+    size = weights.bias_hh.shape[0] // sum(map(len, cell.products))
+    parts = weights.bias_hh.split([len(names) * size for names in cell.products])
+    return list(parts[: len(weights.norm_hh)])
+
+
+class Recorder:
+    """A norm at step ``t``, with a bias added after it; what it observes is appended to ``seen``."""
+
+    def __init__(self, norm: SequenceNorm, bias: Tensor | None = None) -> None:
+        self.norm = norm if bias is None else norm._replace(bias=bias)
+        self.t: int | slice = 0
+        self.mask: Tensor | None = None
+        self.seen: list[Statistics] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y, statistics = self.norm(x, self.t, self.mask)
+        if statistics is not None:
+            self.seen.append(statistics)
+        return y
+
+    def of_state(self, c: Tensor) -> Tensor:
+        """The norm of a cell state ``(..., B, H)``."""
+        return self(c.unsqueeze(-2)).squeeze(-2)
+
+
+def identity(c: Tensor) -> Tensor:
+    """A cell state without a norm."""
+    return c
+
+
+def zone(old: Tensor, new: Tensor, noise: Noise) -> Tensor:
+    """Zoneout: units keep their old value at random; in evaluation, the expectation of that."""
+    if noise.training:
+        return torch.where(torch.rand_like(old) < noise.zoneout, old, new)
+    return noise.zoneout * old + (1.0 - noise.zoneout) * new
+
+
+def stack(steps: list[Statistics]) -> Any:
+    """Statistics of all steps, time first."""
+    return Statistics(*map(torch.stack, zip(*steps, strict=True))) if steps else None

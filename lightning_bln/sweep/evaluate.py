@@ -1,0 +1,126 @@
+"""One pass over data that scores a model in several statistics modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bln.modes import ALL_MODES, StatisticsMode, require_mode_layers, set_mode
+from lightning_bln.sweep.result import Direction, SweepResult, check_direction
+from lightning_bln.sweep.shared_forward import SharedForward
+
+
+def sweep_modes(
+    model: nn.Module,
+    batches: Iterable[Any],
+    predict: Callable[[Any], Any],
+    metrics: Mapping[str, Any],
+    modes: Iterable[str] = ALL_MODES,
+    *,
+    monitor: str | None = None,
+    mode: Direction = "min",
+    progress: bool = False,
+) -> SweepResult:
+    """Score a model in several statistics modes in one pass over the data; the model is left as it was.
+
+    Modes share forwards where the model allows; that is checked on the first batch, and results are the same without.
+
+    Args:
+        model: A module with layers that have a mode and a frozen population. It is run in evaluation mode, without
+            gradients.
+        batches: The data, read once.
+        predict: Called with each batch once for each mode; what it returns, a tuple as a rule, is what the metrics are
+            called with. Its first entry's first axis counts samples.
+        metrics: For each name, a function whose values are averaged over samples, or an object with ``update`` and
+            ``compute``, as torchmetrics makes them, of which each mode gets a copy.
+        modes: The modes to score.
+        monitor: The metric by which the result ranks modes, by default the first.
+        mode: Whether a small (``"min"``) or a large (``"max"``) value of it is good.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The scores, with the mode the model has as the incumbent.
+
+    Raises:
+        ValueError: ``model`` has no layer with a mode, ``metrics``, ``modes`` or ``batches`` is empty, or ``monitor``
+            is not among the metrics.
+
+    Example:
+        >>> import torch
+        >>> from lightning_bln import BatchLayerNorm, recompute_population
+        >>> model, data = BatchLayerNorm(4), [(torch.randn(8, 4), torch.zeros(8, 4)) for _ in range(3)]
+        >>> recompute_population(model, data)
+        >>> predict = lambda batch: (model(batch[0]), batch[1])
+        >>> result = sweep_modes(model, data, predict, {"mse": nn.functional.mse_loss})
+        >>> len(result.scores), result.monitor, result.incumbent
+        (16, 'mse', 'ppcc')
+    """
+    layers = require_mode_layers(model)
+    runs = [ScoredMode(StatisticsMode(one), metrics) for one in dict.fromkeys(modes)]
+    monitor = next(iter(metrics), None) if monitor is None else monitor
+    if not metrics or not runs:
+        raise ValueError(
+            f"{'modes' if metrics else 'metrics'} is empty, so there is nothing to score; name at least one"
+        )
+    if monitor is None or monitor not in metrics:
+        raise ValueError(f"monitor={monitor!r}, but metrics has {sorted(metrics)}; take one of these")
+    check_direction(mode)
+    shared = SharedForward(model)
+    before, training = [layer.mode for layer in layers], {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in tracked(batches, len(runs)) if progress else batches:
+                random = torch.get_rng_state()
+
+                def turn(run: ScoredMode, batch: Any = batch, random: Tensor = random) -> None:
+                    torch.set_rng_state(random)
+                    set_mode(model, run.mode)
+                    run.add(predict(batch))
+
+                shared.each(runs, turn)
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            layer.mode = own
+        for module, was in training.items():
+            module.training = was
+    if not runs[0].samples:
+        raise ValueError("batches is empty, so there is nothing to score; pass at least one")
+    incumbent = before[0] if len(set(before)) == 1 else None
+    return SweepResult({run.mode: run.scores() for run in runs}, monitor, mode, incumbent)
+
+
+class ScoredMode:
+    """One mode's metrics so far."""
+
+    def __init__(self, mode: StatisticsMode, metrics: Mapping[str, Any]) -> None:
+        self.mode = mode
+        self.metrics = {name: deepcopy(one) if hasattr(one, "update") else one for name, one in metrics.items()}
+        self.sums = dict.fromkeys(metrics, 0.0)
+        self.samples = 0
+
+    def add(self, predicted: Any) -> None:
+        arguments = predicted if isinstance(predicted, tuple) else (predicted,)
+        size = len(arguments[0])
+        self.samples += size
+        for name, metric in self.metrics.items():
+            if hasattr(metric, "update"):
+                metric.update(*arguments)
+            else:
+                self.sums[name] += float(metric(*arguments)) * size
+
+    def scores(self) -> dict[str, float]:
+        return {
+            name: float(metric.compute()) if hasattr(metric, "update") else self.sums[name] / self.samples
+            for name, metric in self.metrics.items()
+        }
+
+
+def tracked(batches: Iterable[Any], modes: int) -> Iterable[Any]:
+    from rich.progress import track
+
+    return track(batches, f"{modes} statistics modes")

@@ -1,0 +1,253 @@
+"""Scores of every statistics mode, as a table, a heat map or JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from lightning_bln.modes import StatisticsMode
+from lightning_bln.sweep.plot import draw, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+Direction = Literal["min", "max"]
+
+
+class Regrouped(NamedTuple):
+    """One mode's monitored value on the same samples, in the batches they came in and in other ones."""
+
+    as_loaded: float
+    regrouped: float
+
+    @property
+    def spread(self) -> float:
+        """How far the value moves, relative to what it was."""
+        if math.isnan(self.as_loaded) or math.isnan(self.regrouped):
+            return math.inf
+        moved = abs(self.regrouped - self.as_loaded)
+        return moved / abs(self.as_loaded) if self.as_loaded else (math.inf if moved else 0.0)
+
+
+@dataclass
+class SweepResult:
+    """The score of every statistics mode evaluated, metric by metric, and which mode was set in the end.
+
+    Args:
+        scores: For each mode, the value of each metric.
+        monitor: The metric that decides.
+        mode: Whether a small (``"min"``) or a large (``"max"``) value of it is good.
+        incumbent: The mode that was set before.
+        chosen: The mode that was set then; None where nothing was.
+        regrouped: For modes scored on regrouped batches too, what became of the monitored value.
+        note: What a person should know about the choice, in a sentence.
+
+    Raises:
+        ValueError: ``mode`` is neither ``"min"`` nor ``"max"``, or no mode has a score named ``monitor``.
+
+    Example:
+        >>> result = SweepResult({"cccc": {"val_loss": 0.52}, "ppcc": {"val_loss": 0.48}}, monitor="val_loss")
+        >>> result.best()
+        'ppcc'
+        >>> print(result)
+        mode  val_loss
+        ppcc    0.4800  best
+        cccc    0.5200
+    """
+
+    scores: Mapping[StatisticsMode, Mapping[str, float]]
+    monitor: str
+    mode: Direction = "min"
+    incumbent: StatisticsMode | None = None
+    chosen: StatisticsMode | None = None
+    regrouped: Mapping[StatisticsMode, Regrouped] = field(default_factory=dict)
+    note: str | None = None
+
+    def __post_init__(self) -> None:
+        check_direction(self.mode)
+        self.scores = {StatisticsMode(key): dict(values) for key, values in self.scores.items()}
+        self.regrouped = {StatisticsMode(key): Regrouped(*pair) for key, pair in self.regrouped.items()}
+        self.incumbent = None if self.incumbent is None else StatisticsMode(self.incumbent)
+        self.chosen = None if self.chosen is None else StatisticsMode(self.chosen)
+        self._column(self.monitor)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Every metric's name, the monitored one first."""
+        names = dict.fromkeys([self.monitor, *(name for values in self.scores.values() for name in values)])
+        return list(names)
+
+    def best(
+        self, monitor: str | None = None, mode: Direction | None = None, *, among: Iterable[str] | None = None
+    ) -> StatisticsMode:
+        """The mode with the best score; ties go to a batch-independent mode, then to the incumbent.
+
+        Args:
+            monitor: The metric that decides, by default the result's own.
+            mode: ``"min"`` or ``"max"``, by default the result's own.
+            among: The modes to choose from, by default all that have scores.
+
+        Raises:
+            ValueError: Nothing is named ``monitor``, ``among`` has no mode with a score, or every score is NaN and
+                there is no incumbent to keep.
+        """
+        direction = check_direction(self.mode if mode is None else mode)
+        column = self._column(self.monitor if monitor is None else monitor)
+        eligible = list(column) if among is None else [StatisticsMode(one) for one in among if one in column]
+        finite = [one for one in eligible if not math.isnan(column[one])]
+        if not finite:
+            if self.incumbent is not None:
+                return self.incumbent
+            raise ValueError(
+                f"monitor={monitor or self.monitor!r} is NaN or missing in every mode to choose from, and there is no "
+                "incumbent to keep; monitor another metric"
+            )
+        sign = 1.0 if direction == "min" else -1.0
+        return min(finite, key=lambda one: (sign * column[one], not one.is_batch_independent, one != self.incumbent))
+
+    def ranking(self) -> list[StatisticsMode]:
+        """Every mode by its monitored score, the best first and NaN last."""
+        column = self._column(self.monitor)
+        sign = 1.0 if self.mode == "min" else -1.0
+
+        def key(one: StatisticsMode) -> tuple[bool, float, bool, bool]:
+            value = column.get(one, math.nan)
+            lost = math.isnan(value)
+            return lost, 0.0 if lost else sign * value, not one.is_batch_independent, one != self.incumbent
+
+        return sorted(self.scores, key=key)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The result as JSON, also written to ``path`` where one is given; :meth:`from_json` reads both."""
+        text = json.dumps(self.to_dict(), indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n")
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> SweepResult:
+        """Read what :meth:`to_json` gave: its text, or the path it was written to."""
+        text = str(source)
+        return cls.from_dict(json.loads(text if text.lstrip().startswith("{") else Path(source).read_text()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result in plain dictionaries, strings and floats; NaN and infinities as strings, which JSON lacks."""
+        return {
+            "monitor": self.monitor,
+            "mode": self.mode,
+            "incumbent": None if self.incumbent is None else str(self.incumbent),
+            "chosen": None if self.chosen is None else str(self.chosen),
+            "note": self.note,
+            "scores": {
+                str(one): {name: plain(value) for name, value in values.items()} for one, values in self.scores.items()
+            },
+            "regrouped": {str(one): [plain(value) for value in pair] for one, pair in self.regrouped.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> SweepResult:
+        """The inverse of :meth:`to_dict`."""
+        scores = {
+            StatisticsMode(one): {name: float(value) for name, value in values.items()}
+            for one, values in state["scores"].items()
+        }
+        regrouped = {
+            StatisticsMode(one): Regrouped(*map(float, pair)) for one, pair in state.get("regrouped", {}).items()
+        }
+        return cls(**{**state, "scores": scores, "regrouped": regrouped})
+
+    def plot(self, monitor: str | None = None) -> Figure:
+        """A 4 x 4 heat map of one metric: batch statistics down, feature statistics across.
+
+        The best mode and the incumbent have a frame, and so has the chosen one where that is another.
+
+        Args:
+            monitor: The metric to draw, by default the one that decides.
+
+        Returns:
+            A matplotlib figure, tied to no window: ``result.plot().savefig("modes.png")``.
+        """
+        return draw(self, self.monitor if monitor is None else monitor)
+
+    def __str__(self) -> str:
+        header, rows = self._cells()
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+        def line(cells: list[str]) -> str:
+            first, *middle, last = zip(cells, widths, strict=True)
+            padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in middle), last[0]]
+            return "  ".join(padded).rstrip()
+
+        return "\n".join([line(header), *map(line, rows), *([self.note] if self.note else [])])
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        header, rows = self._cells()
+        table = Table(title=f"Statistics modes by {self.monitor} ({self.mode})", caption=self.note)
+        for position, name in enumerate(header):
+            table.add_column(name, justify="left" if position in (0, len(header) - 1) else "right")
+        for one, cells in zip(self.ranking(), rows, strict=True):
+            table.add_row(*cells, style="bold green" if one == self._marked else None)
+        return table
+
+    @property
+    def _marked(self) -> StatisticsMode:
+        return self.best() if self.chosen is None else self.chosen
+
+    def _column(self, metric: str) -> dict[StatisticsMode, float]:
+        column = {one: values[metric] for one, values in self.scores.items() if metric in values}
+        if not column:
+            known = sorted({name for values in self.scores.values() for name in values})
+            raise ValueError(f"monitor={metric!r}, but no mode has a score of that name; take one of {known}")
+        return column
+
+    def shown(self) -> list[str]:
+        """The metrics worth a column: Lightning gives some a twin named ``*_epoch``."""
+
+        def is_twin(name: str) -> bool:
+            base = name.removesuffix("_epoch")
+            return base != name and all(
+                base in values and same(values[base], values.get(name)) for values in self.scores.values()
+            )
+
+        return [name for name in self.metrics if name == self.monitor or not is_twin(name)]
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        shown = self.shown()
+        header = ["mode", *shown, *([f"{self.monitor} regrouped"] if self.regrouped else []), ""]
+        rows = []
+        for one in self.ranking():
+            cells = [str(one), *(number(self.scores[one].get(name)) for name in shown)]
+            if self.regrouped:
+                pair = self.regrouped.get(one)
+                cells.append("" if pair is None else f"{number(pair.regrouped)} ({100 * pair.spread:.1f} %)")
+            marks = [
+                ("chosen", one == self.chosen),
+                ("best", one == self.best() and one != self.chosen),
+                ("incumbent", one == self.incumbent),
+            ]
+            rows.append([*cells, ", ".join(mark for mark, holds in marks if holds)])
+        return header, rows
+
+
+def check_direction(mode: str) -> Direction:
+    """``mode``, or an error where it is no direction."""
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode={mode!r}, but it says which way the monitored metric is good: 'min' or 'max'")
+    return mode  # type: ignore[return-value]
+
+
+def plain(value: float) -> float | str:
+    """A float that JSON can hold."""
+    return float(value) if math.isfinite(value) else str(float(value))
+
+
+def same(a: float, b: float | None) -> bool:
+    """Equality that takes NaN for equal to NaN."""
+    return b is not None and (a == b or (math.isnan(a) and math.isnan(b)))

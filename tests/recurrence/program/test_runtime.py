@@ -1,0 +1,242 @@
+"""Steps of any cell, recorded and run by the compiled library, against the same steps on torch operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, add, addcmul, lerp, relu, sigmoid, tanh
+from torch.nn import functional as F
+
+from lightning_bln import Recurrent
+from lightning_bln.cells import Cell, Extra, LinearCell, registry
+from lightning_bln.kernels import library
+from lightning_bln.kernels.matmul import linear, multiply
+from lightning_bln.recurrence.backends import name_of
+from lightning_bln.recurrence.program.runtime import record, traced_recurrence
+
+pytestmark = pytest.mark.skipif(not library.is_built(), reason="the compiled kernels are not built")
+
+STEPWISE = [
+    name for name in registry if not issubclass(registry[name], LinearCell) and name_of(registry[name]()) is None
+]
+TRACED = [name for name in STEPWISE if name != "slstm"]  # its stabiliser has operations without an instruction
+
+
+class Everything(Cell):
+    """Each instruction, products taken twice, in part and not at all, and states that change places."""
+
+    gates = ("a", "b", "unused", "c")
+    states = ("h", "c", "d", "e")
+    products = (("a", "b"), ("idle",), ("c", "once"))
+    parameters = {"vector": Extra(), "number": Extra((1,)), "matrix": Extra(("hidden_size", "hidden_size"))}
+    vector: Tensor
+    number: Tensor
+    matrix: Tensor
+
+    def step(self, x: Any, state: Any, project: Any) -> Any:
+        p, q = project(state.h), project(tanh(state.c))
+        u = sigmoid(x.a + p.a) / (2.0 + relu(x.b + q.b) + self.number)
+        v = F.softplus(-q.a) - F.hardsigmoid(p.b * self.vector) / 2 + 0.5
+        w = addcmul(u, v, state.d, value=-0.3) + F.linear(u * v, self.matrix).to(u.dtype)
+        z = lerp(w, state.e[..., : w.shape[-1]], 0.25) - add(v, u, alpha=0.5)
+        s = tanh(project.c(z).c + x.c + z + 1)
+        return self.State(h=lerp(s, state.h, sigmoid(w)), c=s * (1 - u), d=state.e, e=state.d)
+
+
+class Stateless(Cell):
+    """An output without a past, whose gates all get one and the same gradient."""
+
+    gates = ("a", "b")
+    states = ("h", "c")
+
+    def step(self, x: Any, state: Any, project: Any) -> Any:
+        a = x + project(state.c)
+        return self.State(h=a.a + a.b, c=tanh(a.a + a.b))
+
+
+class Untraceable(Cell):
+    """A step that asks for more than there are instructions."""
+
+    gates = ("hidden",)
+
+    def step(self, x: Any, state: Any, project: Any) -> Any:
+        h = torch.sin((x + project(state.h)).hidden)
+        return self.State(h=h * 2 if h.sum() > 0 else h)
+
+
+def pair(cell: Any, size: int = 4, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Recurrent, Recurrent]:
+    """A layer and its reference, with parameters away from where they start."""
+    fast = Recurrent(cell, 3, size, norm=None, dtype=dtype, **options)
+    with torch.no_grad():
+        for parameter in fast.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    plain = Recurrent(cell, 3, size, norm=None, dtype=dtype, backend="reference", **options)
+    plain.load_state_dict(fast.state_dict())
+    return fast, plain
+
+
+def everything_of(layer: Recurrent, x: Tensor) -> list[Tensor]:
+    """Outputs, states and all gradients; zero where there is none."""
+    x = x.detach().requires_grad_()
+    output, states = layer(x)
+    tensors = [output, *([states] if isinstance(states, Tensor) else states)]
+    loss = sum((t * torch.linspace(-1, 2, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in tensors)
+    leaves = [x, *layer.parameters()]
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return tensors + [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, gradients, strict=True)]
+
+
+def is_traced(layer: Recurrent) -> bool:
+    """Whether a layer's recurrence is one call of the compiled library."""
+    found = []
+
+    def spy(*args: Any) -> Any:
+        found.append(traced_recurrence(*args))
+        return found[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_bln.recurrence.backends.traced_recurrence", spy)
+        layer(torch.randn(3, 2, 3, dtype=next(layer.parameters()).dtype))
+    return all(result is not None for result in found) and bool(found)
+
+
+@pytest.mark.parametrize("kind", STEPWISE)
+def test_cells_of_the_zoo_are_traced(kind) -> None:
+    assert is_traced(Recurrent(kind, 3, 4, norm=None)) == (kind in TRACED)
+
+
+@pytest.mark.parametrize("cell", [Everything, Stateless])
+@pytest.mark.parametrize("samples", [1, 5])
+def test_every_instruction_is_torchs_operation(cell, samples) -> None:
+    fast, plain = pair(cell, num_layers=2)
+    assert is_traced(fast)
+    x = torch.randn(6, samples, 3, dtype=torch.float64)
+    for ours, theirs in zip(everything_of(fast, x), everything_of(plain, x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-8)  # torch's hardsigmoid has 1/6 as a float
+
+
+def test_a_step_beyond_the_instructions_runs_on_torch_operations() -> None:
+    fast, plain = pair(Untraceable)
+    assert not is_traced(fast)
+    x = torch.randn(6, 3, 3, dtype=torch.float64)
+    for ours, theirs in zip(everything_of(fast, x), everything_of(plain, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", TRACED)
+@pytest.mark.parametrize(("size", "samples"), [(37, 19), (128, 8), (1, 1)])
+def test_any_size_in_single_precision(kind, size, samples) -> None:
+    fast, plain = pair(kind, size, torch.float32)
+    x = torch.randn(7, samples, 3)
+    for ours, theirs in zip(everything_of(fast, x), everything_of(plain, x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4 * (1 + theirs.abs().max().item()))
+
+
+@pytest.mark.parametrize("kind", ["nas", "peepholelstm"])
+def test_threads_share_the_sequences_and_change_nothing(kind) -> None:
+    layer, x = Recurrent(kind, 3, 32, norm=None), torch.randn(5, 33, 3)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(everything_of(layer, x))
+    finally:
+        torch.set_num_threads(before)
+    for one, many in zip(*results, strict=True):
+        torch.testing.assert_close(one, many)
+
+
+@pytest.mark.parametrize("kind", ["minimalrnn", "taugru", "multiplicativelstm", "br"])
+def test_gradients_have_gradients(kind) -> None:
+    results = []
+    x = torch.randn(4, 3, 3, dtype=torch.float64)
+    for layer in pair(kind):
+        parameters = list(layer.parameters())
+        first = torch.autograd.grad(layer(x)[0].square().sum(), parameters, create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), parameters)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("slstm", None), ("mgu", "bln")])
+def test_gradients_of_gradients_on_torch_operations_are_refused_rather_than_wrong(kind, norm) -> None:
+    layer = Recurrent(kind, 3, 4, norm=norm)
+    output, _ = layer(torch.randn(4, 3, 3))
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        torch.autograd.grad(output.sum(), list(layer.parameters()), create_graph=True)
+
+
+def test_a_graph_kept_gives_the_same_gradient_twice() -> None:
+    layer = Recurrent("lem", 3, 4, norm=None)
+    loss = layer(torch.randn(5, 2, 3))[0].sum()
+    twice = [torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True) for _ in range(2)]
+    for one, other in zip(*twice, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_an_output_that_was_overwritten_is_refused() -> None:
+    layer = Recurrent("mgu", 3, 4, norm=None)
+    output, _ = layer(torch.randn(5, 2, 3))
+    output.detach().zero_()
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_last_state_alone_has_a_gradient(train) -> None:
+    results = []
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    for layer in pair("originallstm"):
+        _, (_, c) = layer.train(train)(x)
+        results.append(torch.autograd.grad(c.sum(), [layer.weight_ih_l0, layer.weight_hh_l0]))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_inference_is_training_without_its_tape() -> None:
+    layer, x = Recurrent("wmclstm", 3, 4, norm=None), torch.randn(5, 2, 3)
+    with torch.inference_mode():
+        output, _ = layer(x)
+    torch.testing.assert_close(output, layer(x)[0], rtol=0, atol=0)
+
+
+def test_an_option_that_changes_is_recorded_anew() -> None:
+    layer, x = Recurrent("lem", 3, 4, norm=None), torch.randn(5, 2, 3)
+    before = layer(x)[0]
+    layer.cell.dt = 0.25  # type: ignore[attr-defined]
+    after = layer(x)[0]
+    layer.backend = "reference"
+    torch.testing.assert_close(after, layer(x)[0])
+    assert not torch.allclose(before, after)
+    assert record.cache_info().maxsize is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (13, 31, 300), (50, 65, 17), (400, 70, 513)])
+@pytest.mark.parametrize("threads", [1, 5])
+def test_a_product_is_torchs_whatever_the_strides(shape, dtype, threads, monkeypatch) -> None:
+    monkeypatch.setattr("lightning_bln.kernels.matmul.WORK_OF_A_THREAD", 1)
+    rows, columns, depth = shape
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for a in (torch.randn(rows, 2 * depth, dtype=dtype)[:, depth:], torch.randn(depth, rows, dtype=dtype).t()):
+            for b in (torch.randn(depth, columns, dtype=dtype), torch.randn(columns, depth, dtype=dtype).t()):
+                bias = torch.randn(columns, dtype=dtype)
+                torch.testing.assert_close(multiply(a, b), a @ b, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(multiply(a, b, bias), a @ b + bias, rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_linear_map_has_gradients_of_any_order(biased) -> None:
+    x, weight, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 5, 3), (4, 3), (4,)))
+    inputs = (x, weight, bias) if biased else (x, weight)
+    torch.testing.assert_close(
+        linear(x, weight, bias if biased else None), F.linear(x, weight, bias if biased else None)
+    )
+    assert torch.autograd.gradcheck(lambda *t: linear(*t, *(() if biased else (None,))), inputs)
+    assert torch.autograd.gradgradcheck(lambda *t: linear(*t, *(() if biased else (None,))), inputs)

@@ -1,0 +1,200 @@
+"""What is done to a tensor of all modes equals what is done to each mode's, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchmetrics as tm
+from torch import Tensor
+
+from lightning_bln.sweep.per_mode_tensor import NotTogether, PerMode, join_trees, undoable
+
+MODES, SAMPLES, CLASSES = 5, 12, 4
+
+
+def logits() -> list[Tensor]:
+    return list(torch.randn(MODES, SAMPLES, CLASSES, generator=torch.Generator().manual_seed(0)))
+
+
+def labels() -> Tensor:
+    return torch.randint(CLASSES, (SAMPLES,), generator=torch.Generator().manual_seed(1))
+
+
+def assert_parts(found: Any, expected: list[Tensor]) -> None:
+    assert isinstance(found, PerMode)
+    for part, one in zip(found.parts, expected, strict=True):
+        assert part.dtype == one.dtype
+        assert torch.equal(part, one)
+
+
+def assert_same_for_each(function: Callable[..., Any], *values: list[Tensor]) -> None:
+    found = function(*(PerMode(parts) for parts in values))
+    stacked = function(*(PerMode.of_stack(torch.stack(parts)) for parts in values))
+    expected = [function(*row) for row in zip(*values, strict=True)]
+    assert_parts(found, expected)
+    assert_parts(stacked, expected)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.cross_entropy(x, labels()),
+        lambda x: x.softmax(-1).sum(),
+        lambda x: x.max(-1).indices,
+        lambda x: torch.cat([x, x], 1)[:, 1:3],
+        lambda x: (x.argmax(-1) == labels()).float().mean(),
+        lambda x: torch.where(x > 0, x, torch.zeros(())),
+        lambda x: torch.where(x > 0, 1.0, 0.0),
+        lambda x: x.new_ones(3) * x.T.sum(1)[:3],
+        lambda x: x.clone().masked_fill_(x > 0, 2.0),
+        lambda x: x.to(torch.float64) / 3,
+        lambda x: x[0].unbind(0)[1],
+        lambda x: next(iter(x)),
+        lambda x: 1 - x,
+        lambda x: x @ torch.ones(CLASSES),
+        lambda x: x + torch.ones(2, SAMPLES, CLASSES),
+        lambda x: x * torch.arange(CLASSES),
+        lambda x: x.sum() + torch.tensor(1, dtype=torch.float64),
+        lambda x: (x.sum() > 0) * 2.5 + (x > 0).sum(),
+        lambda x: x.sum(0) + torch.ones(CLASSES, dtype=torch.float64),
+        lambda x: (x > 0).sum() / torch.tensor([2, 3]),
+        lambda x: (x > 0).sum(0),
+        lambda x: (x > 0).sum((0, -1), keepdim=True),
+        lambda x: (x > 0).sum(-1, True),
+        lambda x: x.sum((0, 1)),
+        lambda x: x.argmax(0, True),
+        lambda x: x.argmin(dim=-1),
+        lambda x: x.argmax(),
+        lambda x: x[:, :1].squeeze(),
+        lambda x: x[:1].squeeze(0).squeeze(-1),
+        lambda x: x[None, :, None].squeeze((0, 2)),
+        lambda x: x[None, :, None].squeeze(0, 2),
+        lambda x: x.sum().squeeze(),
+        lambda x: x.reshape(-1),
+        lambda x: x.reshape((2, -1, CLASSES)),
+        lambda x: x.T.reshape(3, -1),
+        lambda x: torch.reshape(x, (CLASSES, -1)),
+        lambda x: x.view(-1, 2),
+        lambda x: x.double().view(torch.int64),
+        lambda x: x.flatten(),
+        lambda x: x[None].flatten(1),
+        lambda x: x[None].flatten(-3, -2),
+        lambda x: torch.flatten(x, start_dim=0),
+        lambda x: x.sum().flatten(),
+        lambda x: F.mse_loss(x, torch.ones(SAMPLES, CLASSES), reduction="none"),
+        lambda x: F.binary_cross_entropy_with_logits(x, x.sigmoid()),
+    ],
+)
+def test_functions(function: Callable[[Tensor], Tensor]) -> None:
+    assert_same_for_each(function, logits())
+
+
+def test_two_of_them() -> None:
+    others = [part.flip(0).double().sum(0) for part in logits()]
+    assert_same_for_each(lambda x, y: x + y, logits(), others)
+    assert_same_for_each(lambda x, y: y.mean() * x.long(), logits(), others)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tm.Accuracy(task="multiclass", num_classes=CLASSES),
+        lambda: tm.Accuracy(task="multiclass", num_classes=CLASSES, average="macro", top_k=2),
+        lambda: tm.F1Score(task="multiclass", num_classes=CLASSES, average="weighted"),
+        lambda: tm.AUROC(task="multiclass", num_classes=CLASSES),
+        lambda: tm.AUROC(task="multiclass", num_classes=CLASSES, thresholds=5),
+        lambda: tm.ConfusionMatrix(task="multiclass", num_classes=CLASSES),
+        lambda: tm.CohenKappa(task="multiclass", num_classes=CLASSES),
+    ],
+)
+def test_metrics(make: Callable[[], tm.Metric]) -> None:
+    metric, own = make(), [make() for _ in range(MODES)]
+    for _ in range(2):
+        steps = metric(PerMode(logits()), labels())
+        assert_parts(steps, [one(part, labels()) for one, part in zip(own, logits(), strict=True)])
+    assert_parts(metric.compute(), [one.compute() for one in own])
+
+
+def test_a_plain_tensor_is_not_written_into() -> None:
+    loss, total = PerMode([torch.tensor(1.0), torch.tensor(2.0)]), torch.zeros(())
+    for write in (total.add_, total.copy_, lambda one: torch.add(one, 1, out=total), lambda one: total.fill_(one)):
+        with pytest.raises(NotTogether, match="into a tensor that all have"):
+            write(loss)
+    assert total == 0
+    total += loss
+    assert_parts(total, [torch.tensor(1.0), torch.tensor(2.0)])
+
+
+def test_what_python_sees_has_to_be_equal() -> None:
+    loss = PerMode([torch.tensor(1.0), torch.tensor(2.0)])
+    assert loss > 0
+    assert loss.shape == ()
+    for look in (float, int, bool, str, lambda one: one.numpy(), lambda one: one.tolist(), lambda one: one.data_ptr()):
+        with pytest.raises(NotTogether):
+            look(loss - 1)
+    with pytest.raises(NotTogether, match="3, 4"):
+        PerMode([torch.zeros(2, 3), torch.zeros(3, 4)])
+
+
+def test_views_share_memory_as_tensors_do() -> None:
+    x = PerMode([torch.zeros(2), torch.ones(2)])
+    alias, copy = x.detach(), x.clone()
+    alias[0] = 5
+    assert_parts(x, [torch.tensor([5.0, 0.0]), torch.tensor([5.0, 1.0])])
+    assert_parts(copy, [torch.zeros(2), torch.ones(2)])
+    y = x + 0
+    y.to(torch.float32).mul_(2)
+    assert_parts(y, [torch.tensor([10.0, 0.0]), torch.tensor([10.0, 2.0])])
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.reshape(-1),
+        lambda x: x.flatten(),
+        lambda x: x.view(6, 1).squeeze(),
+        lambda x: x.sum().squeeze(),
+        lambda x: x.T.reshape(-1),
+    ],
+)
+def test_shapes_share_memory_where_a_tensors_do(view: Callable[[Tensor], Tensor]) -> None:
+    parts = [torch.zeros(2, 3), torch.ones(2, 3)]
+    for x in (PerMode([part.clone() for part in parts]), PerMode.of_stack(torch.stack(parts))):
+        view(x).add_(1)
+        own = [part.clone() for part in parts]
+        for part in own:
+            view(part).add_(1)
+        assert_parts(x, own)
+
+
+def test_what_parts_have_in_common_is_seen_without_them() -> None:
+    for x in (PerMode([torch.zeros(2, 3)] * 2), PerMode.of_stack(torch.zeros(2, 2, 3))):
+        assert x.shape == x.size() == (2, 3)
+        assert (x.ndim, x.dim(), x.numel(), len(x)) == (2, 2, 6, 2)
+        assert (x.dtype, x.device, x.is_floating_point()) == (torch.float32, torch.device("cpu"), True)
+
+
+def test_what_was_written_is_taken_back() -> None:
+    x = PerMode([torch.zeros(2), torch.ones(2)])
+
+    def write() -> None:
+        with undoable():
+            x.add_(1)
+            x[0] = PerMode([torch.tensor(7.0), torch.tensor(8.0)])
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write()
+    assert_parts(x, [torch.zeros(2), torch.ones(2)])
+
+
+def test_what_is_one_object_stays_plain() -> None:
+    common = torch.ones(2)
+    joined = join_trees([{"a": torch.zeros(()), "b": common, "c": 3}, {"a": torch.ones(()), "b": common, "c": 3}])
+    assert_parts(joined["a"], [torch.zeros(()), torch.ones(())])
+    assert joined["b"] is common
+    assert joined["c"] == 3
