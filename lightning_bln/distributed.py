@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from lightning_bln.functional import feature_statistics, widen
+from lightning_bln.equation import feature_statistics, widen
 
 
 class JointBatch(NamedTuple):

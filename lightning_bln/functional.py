@@ -1,23 +1,15 @@
-"""Batch layer normalization as a function: the equation, and nothing that remembers."""
+"""Batch layer normalization as a function, without state."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_bln.equation import Equation, Source, Statistics, normalize_by
+
 NORMS = ("bln", "layer", "batch")
-
-
-class Statistics(NamedTuple):
-    """The four statistics of the equation; ``None`` stands for the current input's own."""
-
-    batch_mean: Tensor | None = None
-    batch_var: Tensor | None = None
-    feature_mean: Tensor | None = None
-    feature_var: Tensor | None = None
 
 
 def batch_layer_norm(
@@ -107,9 +99,10 @@ def batch_layer_norm(
     if batch_size is None:
         batch_size = canonical.shape[0] if mask is None else mask.sum(0, keepdim=True)[..., None].clamp(min=1)
     given = Statistics(batch_mean, batch_var, feature_mean, feature_var)
+    source = Source(given, tuple(value is not None for value in given))
     weights = mixing_weights(batch_size, delta, norm)
-    statistics = complete(given, canonical, over, weights, mask)
-    y = normalize(canonical, statistics, weights, weight, bias, scale=scale_factor(scale, num_features), eps=eps)
+    equation = Equation(weight, bias, scale_factor(scale, num_features), eps, *weights)
+    y, _ = normalize_by(canonical, equation, source, over, mask)
     return y.movedim((0, -1), (batch_dim, channel_dim))
 
 
@@ -131,102 +124,11 @@ def mixing_weights(batch_size: float | Tensor, delta: float = 1e-4, norm: str = 
     return inverse - delta, 1.0 - (inverse + delta)
 
 
-def normalize(
-    x: Tensor,
-    statistics: Statistics,
-    weights: tuple,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    scale: float,
-    eps: float,
-) -> Tensor:
-    """The equation of :func:`batch_layer_norm` on statistics that broadcast against ``x``, features last."""
-    w_feature, w_batch = weights
-    wide = widen(x)
-    times, plus = (torch.mul, torch.add) if torch.is_grad_enabled() else (Tensor.mul_, Tensor.add_)
-    y: Tensor | None = None
-    if not is_zero(w_feature):
-        assert statistics.feature_mean is not None
-        assert statistics.feature_var is not None
-        factor = torch.rsqrt(statistics.feature_var + eps) * (w_feature * scale)
-        y = times(wide - statistics.feature_mean, factor)
-    if not is_zero(w_batch):
-        assert statistics.batch_mean is not None
-        assert statistics.batch_var is not None
-        factor = torch.rsqrt(statistics.batch_var + eps) * (w_batch * scale)
-        part = times(wide - statistics.batch_mean, factor)
-        y = part if y is None else plus(y, part)
-    assert y is not None
-    if weight is not None:
-        y = times(y, weight)
-    if bias is not None:
-        y = plus(y, bias)
-    return y.to(x.dtype)
-
-
-def complete(
-    given: Statistics, x: Tensor, over: tuple[int, ...], weights: tuple, mask: Tensor | None = None
-) -> Statistics:
-    """``given`` with its gaps filled from ``x``, except for those that ``weights`` leave unused."""
-    w_feature, w_batch = weights
-    batch_mean, batch_var, feature_mean, feature_var = given
-    if not is_zero(w_batch) and (batch_mean is None or batch_var is None):
-        mean, var = batch_statistics(x, over, mask)
-        batch_mean = mean if batch_mean is None else batch_mean
-        batch_var = var if batch_var is None else batch_var
-    if not is_zero(w_feature) and (feature_mean is None or feature_var is None):
-        mean, var = feature_statistics(x)
-        feature_mean = mean if feature_mean is None else feature_mean
-        feature_var = var if feature_var is None else feature_var
-    return Statistics(batch_mean, batch_var, feature_mean, feature_var)
-
-
-def batch_statistics(x: Tensor, over: tuple[int, ...], mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over the axes ``over``, kept as axes of size one; where ``mask`` is false, x is ignored.
-
-    Example:
-        >>> batch_statistics(torch.tensor([[1.0], [3.0], [99.0]]), (0,), torch.tensor([True, True, False]))
-        (tensor([[2.]]), tensor([[1.]]))
-    """
-    x = widen(x)
-    if mask is None:
-        return mean_and_var(x, over)
-    mask = mask[..., None]
-    count = mask.sum(over, keepdim=True).clamp(min=1)
-    mean = x.masked_fill(~mask, 0).sum(over, keepdim=True) / count
-    var = (x - mean).masked_fill(~mask, 0).square().sum(over, keepdim=True) / count
-    return mean, var
-
-
-def feature_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over the last axis, kept as an axis of size one."""
-    return mean_and_var(widen(x), (-1,))
-
-
-def mean_and_var(x: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, in two passes that torch vectorises; its var_mean is slower on the CPU."""
-    mean = x.mean(over, keepdim=True)
-    centred = x - mean
-    # without gradients nobody else holds the difference, and a second array of its size costs more than the squares
-    return mean, (centred.square() if torch.is_grad_enabled() else centred.square_()).mean(over, keepdim=True)
-
-
 def scale_factor(scale: bool | float, num_features: int) -> float:
     """The number that ``scale`` stands for: ``True`` is the paper's 1/sqrt(d), ``False`` is one."""
     if scale is True:
         return 1.0 / math.sqrt(num_features)
     return 1.0 if scale is False else float(scale)
-
-
-def widen(x: Tensor) -> Tensor:
-    """``x`` in float32 if its own dtype is too narrow for statistics."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def is_zero(weight: float | Tensor) -> bool:
-    """Whether a mixing weight switches its part of the equation off."""
-    return isinstance(weight, float) and weight == 0.0
 
 
 def check_input(x: Tensor, *, batch_dim: int, channel_dim: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,86 +11,12 @@ from torch import Tensor, nn
 
 from lightning_bln._torch import is_autocast_enabled
 from lightning_bln.distributed import is_distributed, joint_batch
-from lightning_bln.functional import (
-    NORMS,
-    Statistics,
-    check_choice,
-    check_input,
-    complete,
-    is_zero,
-    mixing_weights,
-    normalize,
-    scale_factor,
-)
+from lightning_bln.equation import Equation, Source, Statistics, Uses, mixing_row, normalize_by, observation
+from lightning_bln.functional import NORMS, check_choice, check_input, mixing_weights, scale_factor
 from lightning_bln.kernels.batch_layer_norm import DenseSettings, dense, dense_in_modes, runs_compiled
 from lightning_bln.kernels.library import bits_of
-from lightning_bln.modes import HasMode
+from lightning_bln.modes import FanOut, HasMode, StatisticsMode
 from lightning_bln.population import Observed, Population, check_state_dict
-
-Uses = tuple["bool | Tensor", ...]
-
-
-def choose(
-    population: Statistics | None,
-    uses: Uses,
-    x: Tensor,
-    over: tuple[int, ...],
-    weights: tuple,
-    mask: Tensor | None = None,
-) -> Statistics:
-    """The statistics to normalise ``x`` by: the population's where ``uses`` says so, else those of ``x``.
-
-    An entry of ``uses`` may hold one answer for each group along the axis before the batch axis of ``x``.
-    """
-    if population is None:
-        return complete(Statistics(), x, over, weights, mask)
-    given = Statistics(*(value if use is True else None for value, use in zip(population, uses, strict=True)))
-    group_axis = over[0] - 1
-    is_same = mask is None and group_axis >= 0 and x.stride(group_axis) == 0
-    current = complete(given, x.narrow(group_axis, 0, 1) if is_same else x, over, weights, mask)
-    chosen = []
-    for use, own, value in zip(uses, population, current, strict=True):
-        if isinstance(use, Tensor) and value is not None:
-            assert own is not None
-            value = torch.where(use.view(-1, *[1] * (x.ndim - group_axis - 1)), own, value)
-        chosen.append(value)
-    return Statistics(*chosen)
-
-
-def observe(statistics: Statistics, x: Tensor, places: tuple[int, ...], over: tuple[int, ...]) -> Observed:
-    """A training batch's statistics as a population takes them; those its norm leaves unused are zero and one."""
-    d, per_sample = x.shape[-1], (*x.shape[:-1], 1)
-    unused = (x.new_zeros(d), x.new_ones(d), x.new_zeros(per_sample), x.new_ones(per_sample))
-    batch_mean, batch_var, feature_mean, feature_var = (
-        default if value is None else value for value, default in zip(statistics, unused, strict=True)
-    )
-    number = torch.Size(places).numel()
-    return Observed(
-        batch_mean.reshape(-1, d).expand(number, d).reshape(*places, d),
-        batch_var.reshape(-1, d).expand(number, d).reshape(*places, d),
-        feature_mean.squeeze(-1).mean(over).expand(places),
-        feature_var.squeeze(-1).mean(over).expand(places),
-        seen=torch.full(places, x.shape[:-1].numel() // number, device=x.device),
-        batch_size=torch.full(places, len(x), device=x.device),
-    )
-
-
-def as_row(weight: float | Tensor, positions: int) -> Tensor:
-    """A mixing weight at each position, in float64."""
-    if isinstance(weight, Tensor):
-        return weight.double().reshape(-1).expand(positions)
-    return torch.full((positions,), float(weight), dtype=torch.float64)
-
-
-def unused_as_constants(statistics: Statistics, weights: tuple) -> Statistics:
-    """Zero and one in place of the statistics whose mixing weight switches them off."""
-    w_feature, w_batch = weights
-    batch, feature = tuple(statistics)[:2], tuple(statistics)[2:]
-    if is_zero(w_batch):
-        batch = torch.zeros_like(batch[0]), torch.ones_like(batch[0])  # type: ignore[arg-type]
-    if is_zero(w_feature):
-        feature = torch.zeros_like(feature[0]), torch.ones_like(feature[0])  # type: ignore[arg-type]
-    return Statistics(*batch, *feature)
 
 
 class Normalization(HasMode):
@@ -169,97 +96,76 @@ class Normalization(HasMode):
         self._check_dtype(x)
         fan = None if self.training else self.fan
         canonical = x.movedim((batch_dim, channel_dim), (0, -1))
-        if fan is not None:
-            canonical = fan.enter(canonical, 0)
-        y = self._normalize(canonical, groups=fan is not None)
-        if fan is not None:
-            y = y.flatten(0, 1)
+        if fan is None:
+            y = self._normalize(canonical, None)
+        else:
+            y = self._normalize(fan.enter(canonical, 0), fan).flatten(0, 1)
         return y.movedim((0, -1), (batch_dim, channel_dim))
 
-    def _normalize(self, x: Tensor, groups: bool) -> Tensor:
-        """Normalise ``x``, shaped ``(m, *positions, d)`` or, with ``groups``, ``(modes, m, *positions, d)``."""
-        batch_axis = 1 if groups else 0
+    def _normalize(self, x: Tensor, fan: FanOut | None) -> Tensor:
+        """Normalise ``x``, shaped ``(m, *positions, d)``, or ``(modes, m, *positions, d)`` under a fan-out."""
+        batch_axis = 0 if fan is None else 1
         is_shared = self.positions == "shared" or x.ndim == batch_axis + 2
-        places = (1,) if is_shared else tuple(x.shape[batch_axis + 1 : -1])
-        over = tuple(range(batch_axis, x.ndim - 1)) if is_shared else (batch_axis,)
         if self.training and self.sync_batch_stats and is_distributed():
             return self._normalize_jointly(x, is_shared)
-        population, uses, batch_size = self._source(places)
-        weights = mixing_weights(x.shape[batch_axis] if batch_size is None else batch_size, self.delta, self.norm)
-        if not (groups and torch.is_grad_enabled()) and runs_compiled(x, self.weight):
-            return self._compiled(x, is_shared, places, population, uses, weights, groups)
-        statistics = choose(population, uses, x, over, weights)
-        if self.training:
-            with torch.no_grad():
-                self.population.gather(observe(statistics, x, places, over))
-        scale = scale_factor(self.scale, self.num_features)
-        return normalize(x, statistics, weights, self.weight, self.bias, scale=scale, eps=self.eps)
+        over = tuple(range(batch_axis, x.ndim - 1)) if is_shared else (batch_axis,)
+        places = (1,) if is_shared else tuple(x.shape[batch_axis + 1 : -1])
+        source, batch_size = self._source(places)
+        equation = self._equation(x.shape[batch_axis] if batch_size is None else batch_size)
+        if not (fan is not None and torch.is_grad_enabled()) and runs_compiled(x, self.weight):
+            y, observed = normalize_fused(x, equation, source, over, self.training, None if fan is None else fan.modes)
+        else:
+            y, observed = normalize_by(x, equation, source, over, observes=self.training)
+        if observed is not None:
+            self.gather(observed, len(x), x.shape[:-1].numel() // torch.Size(places).numel())
+        return y
 
     def _normalize_jointly(self, x: Tensor, is_shared: bool) -> Tensor:
-        """:meth:`_normalize` in training, with the batch that all ranks hold together; each gathers the same."""
+        """Normalise in training by the batch that all ranks hold together; each rank gathers the same."""
         joint = joint_batch(x, is_shared, self.takes_part)
-        weights = mixing_weights(joint.batch_size, self.delta, self.norm)
-        statistics = complete(Statistics(joint.mean, joint.var), x, (), weights)
-        used = unused_as_constants(Statistics(*joint[3:7]), weights)
+        equation = self._equation(joint.batch_size)
+        y, _ = normalize_by(x, equation, Source(Statistics(joint.mean, joint.var), (True, True, False, False)), ())
+        observed = Statistics(joint.batch_mean, joint.batch_var, joint.feature_mean, joint.feature_var)
         with torch.no_grad():
-            self.population.gather(Observed(*used, seen=joint.seen, batch_size=joint.sizes))  # type: ignore[arg-type]
-        scale = scale_factor(self.scale, self.num_features)
-        return normalize(x, statistics, weights, self.weight, self.bias, scale=scale, eps=self.eps)
+            observed = observation(observed, equation, tuple(joint.seen.shape), x)
+        self.gather(observed, joint.sizes, joint.seen)
+        return y
 
-    def _compiled(
-        self,
-        x: Tensor,
-        is_shared: bool,
-        places: tuple[int, ...],
-        population: Statistics | None,
-        uses: Uses,
-        weights: tuple,
-        groups: bool,
-    ) -> Tensor:
-        """:meth:`_normalize` on the compiled kernels."""
-        batch_axis = 1 if groups else 0
-        flat = x.flatten(batch_axis, -2).unsqueeze(-2) if is_shared else x.flatten(batch_axis + 1, -2)
-        rows, positions, _ = flat.shape[batch_axis:]
-        given = None
-        if population is not None and not all(use is False for use in uses):
-            given = torch.cat([value.reshape(-1) for value in population]).to(x.dtype)  # type: ignore[union-attr]
-        mixing = torch.stack([as_row(weight, positions) for weight in weights])
-        needs_grad = torch.is_grad_enabled() and (
-            x.requires_grad or any(p is not None and p.requires_grad for p in (self.weight, self.bias))
-        )
-        scale = scale_factor(self.scale, self.num_features)
-        if groups:
-            assert self.fan is not None
-            each = [bits_of(mode.uses_population) for mode in self.fan.modes]
-            settings = DenseSettings(0, 0, scale, self.eps)
-            return dense_in_modes(flat, self.weight, self.bias, mixing, given, settings, each).view(x.shape)
-        bits = bits_of(uses) if given is not None else 0
-        settings = DenseSettings(int(self.training or needs_grad), bits, scale, self.eps)
-        y, seen = dense(flat, self.weight, self.bias, mixing, given, settings)
-        if self.training:
-            assert seen is not None
-            used = unused_as_constants(seen, weights)
-            mean, var, feature_mean, feature_var = (
-                value.view(*places, *value.shape[1:]) for value in used if value is not None
-            )
-            counted = torch.full(places, rows), torch.full(places, x.shape[0])
-            self.population.gather(Observed(mean, var, feature_mean, feature_var, *counted))
-        return y.view(x.shape)
+    def gather(self, observed: Statistics, batch_size: int | Tensor, seen: int | Tensor) -> None:
+        """Let the population take in a training batch.
 
-    def _source(self, positions: tuple[int, ...]) -> tuple[Statistics | None, Uses, Tensor | None]:
-        """The population at ``positions``, which statistics it gives, and its batch size; nothing in training."""
+        Args:
+            observed: What :func:`~lightning_bln.equation.observation` gives.
+            batch_size: Samples of the batch, a number or one for each position.
+            seen: How many rows of features each position's statistics are taken over.
+        """
+        assert observed.feature_mean is not None
+        places, device = tuple(observed.feature_mean.shape), observed.feature_mean.device
+
+        def counts(number: int | Tensor) -> Tensor:
+            # from a number without a copy from the host, which no CUDA graph takes
+            return number.expand(places) if isinstance(number, Tensor) else torch.full(places, number, device=device)
+
+        with torch.no_grad():
+            self.population.gather(Observed(*observed, counts(seen), counts(batch_size)))  # type: ignore[arg-type]
+
+    def _equation(self, batch_size: float | Tensor) -> Equation:
+        """The equation for batches of this size."""
+        weights = mixing_weights(batch_size, self.delta, self.norm)
+        return Equation(self.weight, self.bias, scale_factor(self.scale, self.num_features), self.eps, *weights)
+
+    def _source(self, positions: tuple[int, ...]) -> tuple[Source, Tensor | None]:
+        """Origin of the statistics at ``positions``, and the population's batch size where there is one to use."""
         if self.training:
-            return None, (False,) * 4, None
-        uses: Uses
+            return Source(), None
+        uses: Uses = self.mode.uses_population
         if self.fan is not None:
             uses = self.fan.uses_population(self.population.batch_mean.device)
-        else:
-            uses = self.mode.uses_population
         if not self.population.is_frozen:
             self._warn_unfrozen(uses)
-            return None, (False,) * 4, None
+            return Source(), None
         population, batch_size = self.population.at(positions)
-        return population, uses, batch_size
+        return Source(population, uses), batch_size
 
     def _warn_unfrozen(self, uses: Uses) -> None:
         relevant = {"bln": uses, "batch": uses[:2], "layer": uses[2:]}[self.norm]
@@ -287,6 +193,42 @@ class Normalization(HasMode):
             f"{self.num_features}, norm={self.norm!r}, scale={self.scale}, eps={self.eps}, "
             f"positions={self.positions!r}, mode={str(self.mode)!r}"
         )
+
+
+def normalize_fused(
+    x: Tensor,
+    equation: Equation,
+    source: Source,
+    over: tuple[int, ...],
+    observes: bool,
+    modes: Sequence[StatisticsMode] | None = None,
+) -> tuple[Tensor, Statistics | None]:
+    """:func:`~lightning_bln.equation.normalize_by` on the fused kernels.
+
+    Args:
+        x: ``(m, *positions, d)``, or ``(modes, m, *positions, d)``.
+        equation: Parameters and mixing weights.
+        source: A population, and which of its statistics to use.
+        over: The batch axis, or all axes but the features'.
+        observes: Whether to return the statistics.
+        modes: The statistics mode of each group of samples, without gradients.
+    """
+    batch_axis, is_shared = over[0], over[-1] == x.ndim - 2
+    flat = x.flatten(batch_axis, -2).unsqueeze(-2) if is_shared else x.flatten(batch_axis + 1, -2)
+    given = source.flat(x.dtype)
+    mixing = torch.stack([mixing_row(one, flat.shape[-2]) for one in (equation.w_feature, equation.w_batch)])
+    if modes is not None:
+        each = [bits_of(mode.uses_population) for mode in modes]
+        settings = DenseSettings(0, 0, equation.scale, equation.eps)
+        return dense_in_modes(flat, equation.weight, equation.bias, mixing, given, settings, each).view(x.shape), None
+    differentiable = (x, equation.weight, equation.bias)
+    keeps = observes or (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in differentiable))
+    settings = DenseSettings(int(keeps), bits_of(source.uses), equation.scale, equation.eps)
+    y, seen = dense(flat, equation.weight, equation.bias, mixing, given, settings)
+    if observes:
+        assert seen is not None
+        seen = observation(seen, equation, (1,) if is_shared else tuple(x.shape[1:-1]), x)
+    return y.view(x.shape), seen if observes else None
 
 
 class BatchLayerNorm(Normalization):

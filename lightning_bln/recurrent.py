@@ -8,22 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bln._torch import CAN_COMPILE_STEPS
 from lightning_bln.cells.registry import build
 from lightning_bln.functional import check_choice
-from lightning_bln.kernels.matmul import linear
-from lightning_bln.kernels.recurrent import Inputs
 from lightning_bln.modes import FanOut
-from lightning_bln.recurrence.backends import BACKENDS, name_of, run, runs_compiled
+from lightning_bln.recurrence.backends import BACKENDS, runs_fused
+from lightning_bln.recurrence.direction import run_direction
 from lightning_bln.recurrence.fan_out import run_each_mode
-from lightning_bln.recurrence.fused import LayerNorms, contiguous_in_modes, layer_in_modes, run_layer
 from lightning_bln.recurrence.gate_norm import GateNorm
-from lightning_bln.recurrence.parameters import HasCells, Weights
-from lightning_bln.recurrence.reference import HiddenWeights, Noise, Sequences
-from lightning_bln.recurrence.sequences import State, flip, is_running, lengths_of, reversal, unwrap
-from lightning_bln.recurrence.statistics import gather
+from lightning_bln.recurrence.parameters import HasCells
+from lightning_bln.recurrence.regularization import Regularization
+from lightning_bln.recurrence.sequences import Form, LayerState, State, first_states, flip, reversal
 
 
 class Recurrent(HasCells):
@@ -192,199 +189,69 @@ class Recurrent(HasCells):
         Returns:
             The last layer's output at each step, and the last states of each layer and direction.
         """
-        packed = input if isinstance(input, PackedSequence) else None
-        self._check_input(
-            input.data if isinstance(input, PackedSequence) else input,
-            (2,) if packed is not None else (2, 3),
-            "(packed data of 2)" if packed is not None else "(time, batch, input_size), batch first if asked for,",
-        )
-        sizes: list[int] | None = None
-        batched = packed is not None or input.ndim == 3  # type: ignore[union-attr]
-        if packed is not None:
-            x, _ = pad_packed_sequence(packed._replace(sorted_indices=None, unsorted_indices=None))
-            sizes = packed.batch_sizes.tolist()
-            if sizes[-1] == sizes[0]:
-                sizes = None
+        packed = isinstance(input, PackedSequence)
+        if isinstance(input, PackedSequence):
+            self._check_input(input.data, (2,), "(packed data of 2)")
         else:
-            assert isinstance(input, Tensor)
-            x = input if batched else input.unsqueeze(1)
-            if batched and self.batch_first:
-                x = x.transpose(0, 1)
+            self._check_input(input, (2, 3), "(time, batch, input_size), batch first if asked for,")
+        form = Form.of(input, self.batch_first)
         fan = self._fan()
         if fan is not None:
-            if not batched:
+            if not form.is_batched:
                 raise ValueError("fan-out needs a batch axis to lay modes along; pass a batch of one")
-            compiled = torch.is_grad_enabled() and runs_compiled(self.backend, self.cell, x, self._weights("_l0"))
-            if packed is not None or compiled:
+            if packed or (torch.is_grad_enabled() and self._runs_fused(form.x)):
                 return run_each_mode(self, input, hx, fan, 0 if self.batch_first else 1)
-            x = fan.enter(x, 1)
-        state = self._first_state(x, hx, batched)
-        if packed is not None and packed.sorted_indices is not None and hx is not None:
-            state = [tuple(s.index_select(-2, packed.sorted_indices) for s in cell) for cell in state]
+        x = form.x if fan is None else fan.enter(form.x, 1)
+        sizes = {name: self.state_size(name) for name in self.cell.states}
+        modes = 1 if fan is None else len(fan.modes)
+        state = form.sort(first_states(hx, x, sizes, self.num_layers * self.num_directions, form.is_batched, modes))
         if fan is not None:
-            state = [tuple(s.unflatten(0, (len(fan.modes), -1)) for s in cell) for cell in state]
-        outputs, last = self._layers(x, state, sizes)
+            state = [tuple(s.unflatten(0, (modes, -1)) for s in cell) for cell in state]
+        outputs, last = self._layers(x, state, form.sizes, fan)
         if fan is not None:
             outputs, last = outputs.flatten(1, 2), [tuple(s.flatten(0, 1) for s in cell) for cell in last]
-        if packed is not None and packed.unsorted_indices is not None:
-            last = [tuple(s.index_select(-2, packed.unsorted_indices) for s in cell) for cell in last]
-        states = tuple(torch.stack(parts) for parts in zip(*last, strict=True))
-        if not batched:
-            return outputs.squeeze(1), unwrap(tuple(s.squeeze(1) for s in states))
-        if packed is not None:
-            lengths = lengths_of(packed.batch_sizes)
-            data = pack_padded_sequence(outputs, lengths).data
-            return packed._replace(data=data), unwrap(states)
-        return outputs.transpose(0, 1) if self.batch_first else outputs, unwrap(states)
+        return form.restore(outputs, last)
 
     def _layers(
-        self, x: Tensor, state: list[tuple[Tensor, ...]], sizes: list[int] | None
-    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        self, x: Tensor, state: list[LayerState], sizes: list[int] | None, fan: FanOut | None
+    ) -> tuple[Tensor, list[LayerState]]:
         """All layers in both directions, over ``(T, ..., B, input_size)``."""
+        regularization = Regularization(self.input_dropout, self.recurrent_dropout, self.zoneout, self.training)
         back = None if sizes is None else reversal(sizes, x)
-        last: list[tuple[Tensor, ...]] = []
+        last: list[LayerState] = []
         for layer in range(self.num_layers):
             if layer and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
             outputs = []
             for suffix in self._suffixes(layer):
                 reverse = suffix.endswith("reverse")
-                forward = flip(x, back) if reverse else x
-                output, final = self._direction(forward, state[len(last)], self._weights(suffix), sizes)
+                output, final = run_direction(
+                    flip(x, back) if reverse else x,
+                    state[len(last)],
+                    self._weights(suffix),
+                    sizes,
+                    backend=self.backend,
+                    regularization=regularization,
+                    recompute=self.recompute,
+                    fan=fan,
+                )
                 outputs.append(flip(output, back) if reverse else output)
                 last.append(final)
             x = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
         return x, last
 
-    def _direction(
-        self, x: Tensor, state: tuple[Tensor, ...], weights: Weights, sizes: list[int] | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One layer in one direction, forward in time: project the input, then leave the rest to the kernel."""
-        steps, samples = x.shape[0], x.shape[-2]
-        running = [samples] * steps if sizes is None else sizes
-        mask = self._mask(x[0], self.input_dropout)
-        x = x if mask is None else x * mask
-        if runs_compiled(self.backend, self.cell, x, weights):
-            return self._compiled(x, state, weights, sizes)
-        product = linear if self.backend == "auto" else F.linear
-        x = product(x, weights.weight_ih, weights.bias_ih if weights.norm_ih is None else None)
-        x = x.unflatten(-1, (len(self.cell.gates), -1))
-        if weights.norm_ih is not None:
-            data = None if sizes is None else is_running(sizes, x)
-            x, observed = weights.norm_ih.sequence(steps, running)(x, slice(None), data)
-            if observed is not None:
-                weights.norm_ih.gather(observed, running)
-            if weights.bias_ih is not None:
-                x = x + weights.bias_ih.view(len(self.cell.gates), -1)
-        hidden = HiddenWeights(
-            weights.weight_hh,
-            weights.bias_hh,
-            weights.weight_hr,
-            tuple(norm.sequence(steps, running) for norm in weights.norm_hh),
-            None if weights.norm_cell is None else weights.norm_cell.sequence(steps, running),
-        )
-        dtype = weights.weight_ih.dtype  # under autocast products are narrow, the state and what is done to it is not
-        x, state = x.to(dtype), tuple(value.to(dtype) for value in state)
-        noise = Noise(self._mask(state[0], self.recurrent_dropout), self.zoneout, self.training)
-        result = run(self.backend, weights.cell, Sequences(x, state, sizes), hidden, noise)
-        for norm, observed in zip(weights.norm_hh, result.norm_hh, strict=False):
-            norm.gather(observed, running)
-        if weights.norm_cell is not None and result.norm_cell is not None:
-            weights.norm_cell.gather(result.norm_cell, running)
-        return result.outputs, result.state
-
-    def _compiled(
-        self, x: Tensor, state: tuple[Tensor, ...], weights: Weights, sizes: list[int] | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """:meth:`_direction` as one call of the compiled kernels, on the rows that hold data."""
-        name, dtype = name_of(self.cell), weights.weight_ih.dtype
-        assert name is not None
-        assert weights.weight_hh is not None
-        steps, samples = x.shape[0], x.shape[-2]
-        running = [samples] * steps if sizes is None else sizes
-        fan = self._fan() if x.ndim == 4 else None
-        if fan is not None:
-            x = contiguous_in_modes(x.transpose(0, 1))
-        modules = (weights.norm_ih, *(weights.norm_hh or (None,)), weights.norm_cell)
-        norms = LayerNorms(*(None if norm is None else norm.sequence(steps, running) for norm in modules))
-        rows = None if sizes is None else is_running(sizes, x.unsqueeze(-2)).flatten().nonzero().squeeze(1)
-        flat = x.flatten(-3, -2) if rows is None else x.flatten(0, 1).index_select(0, rows)
-        first = tuple(value.to(dtype) for value in state)
-        zoneout_mask = None
-        if self.zoneout and self.training:
-            shape = (2, len(flat), self.hidden_size)
-            zoneout_mask = (torch.rand(shape, dtype=dtype) < self.zoneout).to(dtype)
-        inputs = Inputs(
-            flat.to(dtype),
-            weights.weight_ih,
-            weights.weight_hh,
-            weights.bias_ih,
-            weights.bias_hh,
-            first[0],
-            first[1] if len(first) > 1 else None,
-            None if norms.ih is None else norms.ih.weight,
-            None if norms.hh is None else norms.hh.weight,
-            None if norms.cell is None else norms.cell.weight,
-            None if norms.cell is None else norms.cell.bias,
-        )
-        if fan is not None:
-            result = layer_in_modes(name, inputs, norms, steps, fan.modes, self.zoneout)
-            return result.output.unflatten(1, (steps, samples)).transpose(0, 1), result.state
-        result = run_layer(
-            name,
-            inputs,
-            norms,
-            steps,
-            sizes,
-            hidden_mask=self._mask(first[0], self.recurrent_dropout),
-            zoneout=self.zoneout,
-            zoneout_mask=zoneout_mask,
-            recompute=self.recompute,
-        )
-        for module, norm, moments in zip(modules, norms, result.moments, strict=True):
-            if module is not None and norm is not None and norm.observes:
-                gather(module, norm, moments, steps, samples, sizes)
-        output = result.output
-        if rows is not None:
-            output = output.new_zeros(steps * samples, self.hidden_size).index_copy(0, rows, output)
-        return output.view(steps, samples, -1), result.state
-
-    def _mask(self, like: Tensor, probability: float) -> Tensor | None:
-        """What multiplies a tensor at every step to drop some of it, the rest scaled up; ``None`` if nothing drops."""
-        if not (self.training and probability):
-            return None
-        return F.dropout(torch.ones_like(like), probability)
+    def _runs_fused(self, x: Tensor) -> bool:
+        """Whether the fused kernels take the first layer."""
+        return runs_fused(self.backend, self.cell, x, self._weights("_l0"))
 
     def _suffixes(self, layer: int) -> list[str]:
-        """How the parameters of one layer's directions end."""
+        """Endings of the parameters' names, one for each direction of a layer."""
         return [f"_l{layer}", f"_l{layer}_reverse"][: self.num_directions]
 
     def _fan(self) -> FanOut | None:
         """The fan-out in force on the norms inside, if any."""
         norms = [] if self.training else [module for module in self.children() if isinstance(module, GateNorm)]
         return norms[0].fan if norms else None
-
-    def _first_state(self, x: Tensor, hx: State | None, batched: bool) -> list[tuple[Tensor, ...]]:
-        """First states of each layer and direction, from ``hx`` or zero."""
-        names, cells = self.cell.states, self.num_layers * self.num_directions
-        samples = x.shape[1:-1].numel()  # of all modes together
-        shapes = [(cells, samples, self.state_size(name)) for name in names]
-        if hx is None:
-            return [tuple(x.new_zeros(shape[1:]) for shape in shapes) for _ in range(cells)]
-        given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-        if len(given) != len(names):
-            raise ValueError(f"hx has {len(given)} tensors, but the states are {', '.join(names)}; pass one of each")
-        if not batched:
-            given = tuple(s.unsqueeze(1) for s in given)
-        fan = self._fan()
-        for name, state, shape in zip(names, given, shapes, strict=True):
-            if fan is not None and state.shape[1] * len(fan.modes) == shape[1]:
-                continue
-            if state.shape != shape:
-                raise ValueError(f"hx: {name} has shape {tuple(state.shape)}, but {shape} is needed; reshape it")
-        if fan is not None:
-            given = tuple(s if s.shape[1] == samples else s.repeat(1, len(fan.modes), 1) for s in given)
-        return list(zip(*(s.unbind(0) for s in given), strict=True))
 
     def extra_repr(self) -> str:
         shown = {"num_layers": 1, "batch_first": False, "dropout": 0.0, "bidirectional": False, "proj_size": 0}

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from lightning_bln import ALL_MODES, batch_layer_norm
-from lightning_bln.functional import Statistics, batch_statistics, feature_statistics
+from lightning_bln.equation import Statistics, batch_statistics, feature_statistics
 
 NAMES = Statistics._fields
 

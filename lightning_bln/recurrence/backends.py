@@ -1,4 +1,4 @@
-"""Which recurrence runs: the compiled one where it can, else the reference."""
+"""Choice of a backend for each layer: the fused kernels where they serve, else torch operations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_bln.cells.gru import GRU
 from lightning_bln.cells.lstm import LSTM
 from lightning_bln.cells.rnn import RNN
 from lightning_bln.kernels.library import is_built
-from lightning_bln.recurrence.inductor import compiled_recurrence
+from lightning_bln.recurrence.inductor import inductor_recurrence
 from lightning_bln.recurrence.parameters import Weights
 from lightning_bln.recurrence.program.runtime import traced_recurrence
 from lightning_bln.recurrence.reference import HiddenWeights, Noise, Result, Sequences, recurrence
@@ -29,14 +29,14 @@ HOW_TO_BUILD = (
 
 
 def name_of(cell: Cell) -> str | None:
-    """What the compiled kernels call a cell; ``None`` if they have not got it."""
+    """Name of a cell in the fused kernels; ``None`` if they have none for it."""
     if type(cell) is RNN:
         return f"rnn_{cell.nonlinearity}"
     return {LSTM: "lstm", GRU: "gru"}.get(type(cell))
 
 
 def reason_against(cell: Cell, x: Tensor, weights: Weights) -> str | None:
-    """Why the compiled kernels cannot run a layer on ``x``, shaped ``(T, B, input_size)``; ``None`` if they can."""
+    """Obstacle to the fused kernels for ``x``, shaped ``(T, B, input_size)``; ``None`` if they serve."""
     if name_of(cell) is None:
         return f"cell={type(cell).__name__} has no compiled kernel"
     assert weights.weight_hh is not None
@@ -53,8 +53,8 @@ def reason_against(cell: Cell, x: Tensor, weights: Weights) -> str | None:
     return None
 
 
-def runs_compiled(backend: str, cell: Cell, x: Tensor, weights: Weights) -> bool:
-    """Whether the compiled kernels take a layer.
+def runs_fused(backend: str, cell: Cell, x: Tensor, weights: Weights) -> bool:
+    """Whether a layer runs on the fused kernels.
 
     Raises:
         ValueError: ``backend="cpu"`` asks for them where they cannot run.
@@ -82,6 +82,6 @@ def run(backend: str, cell: Cell, sequences: Sequences, weights: HiddenWeights, 
     if isinstance(cell, LinearCell) and not noise.zoneout:
         return scan_recurrence(copy(cell), sequences, weights)
     if backend == "compile" and sequences.sizes is None:
-        return compiled_recurrence(cell, sequences, weights, noise)
+        return inductor_recurrence(cell, sequences, weights, noise)
     found = traced_recurrence(cell, sequences, weights, noise)
     return recurrence(cell, sequences, weights, noise, deferred=True) if found is None else found

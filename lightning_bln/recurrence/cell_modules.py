@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_bln.cells.registry import build
+from lightning_bln.recurrence.direction import run_direction
 from lightning_bln.recurrence.parameters import HasCells
-from lightning_bln.recurrence.reference import HiddenWeights, Noise, Sequences, recurrence
+from lightning_bln.recurrence.regularization import Regularization
+from lightning_bln.recurrence.sequences import State, unwrap
 
 
 class RecurrentCell(HasCells):
@@ -81,7 +82,7 @@ class RecurrentCell(HasCells):
         self._register("", input_size)
         self.reset_parameters()
 
-    def forward(self, input: Tensor, hx: Tensor | tuple[Tensor, ...] | None = None) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, input: Tensor, hx: State | None = None) -> State:
         """The next state, a tuple where the cell has several."""
         self._check_input(input, (1, 2), "(batch, input_size) or (input_size,)")
         batched = input.ndim == 2
@@ -94,27 +95,15 @@ class RecurrentCell(HasCells):
             state = state if batched else tuple(s[None] for s in state)
         if [tuple(s.shape) for s in state] != shapes:
             raise ValueError(f"hx has shapes {[tuple(s.shape) for s in state]}, but {shapes} is needed; reshape it")
-        weights = self._weights("")
-        gates = F.linear(x, weights.weight_ih).unflatten(-1, (len(self.cell.gates), -1))
-        if weights.norm_ih is not None:
-            gates = weights.norm_ih(gates)
-        if weights.bias_ih is not None:
-            gates = gates + weights.bias_ih.view(len(self.cell.gates), -1)
-        sizes = (len(x),)
-        hidden = HiddenWeights(
-            weights.weight_hh,
-            weights.bias_hh,
+        _, after = run_direction(
+            x[None],
+            state,
+            self._weights(""),
             None,
-            tuple(norm.sequence(1, sizes) for norm in weights.norm_hh),
-            None if weights.norm_cell is None else weights.norm_cell.sequence(1, sizes),
+            backend="reference",
+            regularization=Regularization(training=self.training),
         )
-        result = recurrence(weights.cell, Sequences(gates[None], state, None), hidden, Noise(None, 0.0, self.training))
-        for norm, observed in zip(weights.norm_hh, result.norm_hh, strict=False):
-            norm.gather(observed, sizes)
-        if weights.norm_cell is not None and result.norm_cell is not None:
-            weights.norm_cell.gather(result.norm_cell, sizes)
-        after = result.state if batched else tuple(s[0] for s in result.state)
-        return after[0] if len(after) == 1 else after
+        return unwrap(after if batched else tuple(s[0] for s in after))
 
 
 class BLNLSTMCell(RecurrentCell):

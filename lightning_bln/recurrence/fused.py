@@ -1,4 +1,4 @@
-"""One layer in one direction on the compiled kernels: what the operator is called with, for one mode or for many."""
+"""One layer in one direction on the fused kernels, in one statistics mode or in many."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ import torch
 from torch import Tensor
 
 from lightning_bln._torch import HAS_CUSTOM_OPS
+from lightning_bln.equation import mixing_row
 from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, bits_of, call
 from lightning_bln.kernels.matmul import multiply
 from lightning_bln.kernels.recurrent import INTEGERS, Constants, Inputs, Recurrence, Settings, allocate, arguments
-from lightning_bln.modes import StatisticsMode
+from lightning_bln.modes import FanOut, StatisticsMode
+from lightning_bln.recurrence.backends import name_of
 from lightning_bln.recurrence.gate_norm import SequenceNorm
+from lightning_bln.recurrence.parameters import Weights
+from lightning_bln.recurrence.regularization import Regularization
+from lightning_bln.recurrence.sequences import is_running
+from lightning_bln.recurrence.statistics import gather
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 NORMS = ("ih", "hh", "cell")
 
 
 class Prepared(NamedTuple):
-    """A layer's call, ready for the operator."""
+    """The arguments of the operator."""
 
     inputs: Inputs
     constants: Constants
@@ -29,13 +35,13 @@ class Prepared(NamedTuple):
 
 
 class LayerResult(NamedTuple):
-    """What a layer returns."""
+    """Outputs, last states and moments of a layer."""
 
     output: Tensor
     """``(N, H)``"""
     state: tuple[Tensor, ...]
     moments: tuple[Tensor, ...]
-    """What each norm saw, as the operator writes it; see :func:`~lightning_bln.recurrence.statistics.gather`."""
+    """Of each norm, as the operator writes them; see :func:`~lightning_bln.recurrence.statistics.gather`."""
 
 
 class LayerNorms(NamedTuple):
@@ -44,6 +50,72 @@ class LayerNorms(NamedTuple):
     ih: SequenceNorm | None
     hh: SequenceNorm | None
     cell: SequenceNorm | None
+
+
+def run_fused(
+    x: Tensor,
+    state: tuple[Tensor, ...],
+    weights: Weights,
+    sizes: list[int] | None,
+    regularization: Regularization,
+    *,
+    recompute: bool,
+    fan: FanOut | None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """:func:`~lightning_bln.recurrence.direction.run_direction` as one call of the fused kernels.
+
+    Only rows that hold data are passed on: those of each step after those of the step before.
+    """
+    name, dtype = name_of(weights.cell), weights.weight_ih.dtype
+    assert name is not None
+    assert weights.weight_hh is not None
+    steps, samples, units = x.shape[0], x.shape[-2], weights.weight_hh.shape[-1]
+    running = [samples] * steps if sizes is None else sizes
+    if fan is not None:
+        x = contiguous_in_modes(x.transpose(0, 1))
+    modules = (weights.norm_ih, *(weights.norm_hh or (None,)), weights.norm_cell)
+    norms = LayerNorms(*(None if norm is None else norm.sequence(steps, running) for norm in modules))
+    rows = None if sizes is None else is_running(sizes, x.unsqueeze(-2)).flatten().nonzero().squeeze(1)
+    flat = x.flatten(-3, -2) if rows is None else x.flatten(0, 1).index_select(0, rows)
+    first = tuple(value.to(dtype) for value in state)
+    zoneout_mask = None
+    if regularization.zoneout and regularization.training:
+        drawn = torch.rand((2, len(flat), units), dtype=dtype)
+        zoneout_mask = (drawn < regularization.zoneout).to(dtype)
+    inputs = Inputs(
+        flat.to(dtype),
+        weights.weight_ih,
+        weights.weight_hh,
+        weights.bias_ih,
+        weights.bias_hh,
+        first[0],
+        first[1] if len(first) > 1 else None,
+        None if norms.ih is None else norms.ih.equation.weight,
+        None if norms.hh is None else norms.hh.equation.weight,
+        None if norms.cell is None else norms.cell.equation.weight,
+        None if norms.cell is None else norms.cell.equation.bias,
+    )
+    if fan is not None:
+        result = layer_in_modes(name, inputs, norms, steps, fan.modes, regularization.zoneout)
+        return result.output.unflatten(1, (steps, samples)).transpose(0, 1), result.state
+    result = run_layer(
+        name,
+        inputs,
+        norms,
+        steps,
+        sizes,
+        hidden_mask=regularization.mask(first[0], regularization.recurrent_dropout),
+        zoneout=regularization.zoneout,
+        zoneout_mask=zoneout_mask,
+        recompute=recompute,
+    )
+    for module, norm, moments in zip(modules, norms, result.moments, strict=True):
+        if module is not None and norm is not None and norm.observes:
+            gather(module, norm, moments, steps, samples, sizes)
+    output = result.output
+    if rows is not None:
+        output = output.new_zeros(steps * samples, units).index_copy(0, rows, output)
+    return output.view(steps, samples, -1), result.state
 
 
 def run_layer(
@@ -63,13 +135,13 @@ def run_layer(
     Args:
         cell: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` or ``"rnn_relu"``.
         inputs: Input, parameters and first states.
-        norms: What the products and the cell state are normalised by; the weights are in ``inputs`` too.
+        norms: Norms of the products and the cell state; their weights are in ``inputs`` too.
         steps: Number of steps.
-        sizes: How many sequences run at each step; ``None`` if all run to the end.
+        sizes: Running sequences at each step; ``None`` if all run to the end.
         hidden_mask: Multiplies the hidden state where it enters the product.
-        zoneout: Expected part of its value that a unit keeps over a step.
-        zoneout_mask: In place of that, ones where it does, for h and c: ``(2, N, H)``.
-        recompute: Whether the backward pass computes products and gates again rather than keeping them.
+        zoneout: Share of its value that a unit keeps over a step, as an expectation.
+        zoneout_mask: In place of that, one where a unit of h and c keeps its value: ``(2, N, H)``.
+        recompute: Whether the backward pass computes products again rather than keep them.
 
     Returns:
         Outputs, last states and moments.
@@ -101,7 +173,7 @@ def layer_in_modes(
     tensors, constants, settings = prepare(cell, first, norms, steps, None, None, zoneout, None, False)
     one = allocate(tensors, constants, settings)
     output, h, c = (value.new_empty(len(modes), *value.shape) for value in one[:3])
-    # what the modes have in common is set once: all but where they read and write, and what the population gives
+    # modes differ in where they read and write and in which statistics are given: all else is set once
     args = arguments(tensors, constants, settings._replace(uses_ih=0b1111, uses_hh=0b1111, uses_cell=0b1111), one)
     args.threads = 1
     calls = (RecurrenceArgs * len(modes))(*[args] * len(modes))
@@ -119,7 +191,7 @@ def layer_in_modes(
 
 
 def contiguous_in_modes(value: Tensor) -> Tensor:
-    """``value`` with each mode's part contiguous, the same memory for all where they are one array."""
+    """``value`` with each mode's part contiguous; parts that share memory still do."""
     return value[0].contiguous().expand_as(value) if value.stride(0) == 0 else value.contiguous()
 
 
@@ -134,7 +206,7 @@ def prepare(
     zoneout_mask: Tensor | None,
     recompute: bool,
 ) -> Prepared:
-    """What the operator is called with."""
+    """The operator's arguments, see :func:`run_layer`."""
     tensors = Inputs(*(None if value is None else value.contiguous() for value in inputs))  # type: ignore[arg-type]
     needs_grad = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
     observes = any(norm is not None and norm.observes for norm in norms)
@@ -146,14 +218,14 @@ def prepare(
         on_ih=int(norms.ih is not None),
         on_hh=int(norms.hh is not None),
         on_cell=int(norms.cell is not None),
-        uses_ih=bits(norms.ih),
-        uses_hh=bits(norms.hh),
-        uses_cell=bits(norms.cell),
+        uses_ih=0 if norms.ih is None else bits_of(norms.ih.source.uses),
+        uses_hh=0 if norms.hh is None else bits_of(norms.hh.source.uses),
+        uses_cell=0 if norms.cell is None else bits_of(norms.cell.source.uses),
         zoneout=0.0 if zoneout_mask is not None else float(zoneout),
-        scale_ih=1.0 if norms.ih is None else norms.ih.scale,
-        scale_hh=1.0 if norms.hh is None else norms.hh.scale,
-        scale_cell=1.0 if norms.cell is None else norms.cell.scale,
-        eps=max([0.0, *(norm.eps for norm in norms if norm is not None)]),
+        scale_ih=1.0 if norms.ih is None else norms.ih.equation.scale,
+        scale_hh=1.0 if norms.hh is None else norms.hh.equation.scale,
+        scale_cell=1.0 if norms.cell is None else norms.cell.equation.scale,
+        eps=max([0.0, *(norm.equation.eps for norm in norms if norm is not None)]),
     )
     dtype = inputs.weight_hh.dtype
     has_norm = settings.on_ih or settings.on_hh or settings.on_cell
@@ -162,35 +234,14 @@ def prepare(
         None if hidden_mask is None else hidden_mask.to(dtype).contiguous(),
         None if zoneout_mask is None else zoneout_mask.to(dtype).contiguous(),
         mixings(norms, steps) if has_norm else None,
-        *(given(norm, dtype) for norm in norms),
+        *(None if norm is None else norm.source.flat(dtype) for norm in norms),
     )
     return Prepared(tensors, constants, settings)
 
 
-def bits(norm: SequenceNorm | None) -> int:
-    """Which statistics are the population's, batch mean in the lowest bit."""
-    if norm is None or norm.population is None:
-        return 0
-    return bits_of(norm.uses)
-
-
 def mixings(norms: LayerNorms, steps: int) -> Tensor:
-    """The weights of each norm's two parts at each step, ``(3, 2, T)``."""
-    weights = [(0.0, 0.0) if norm is None else (norm.w_feature, norm.w_batch) for norm in norms]
+    """Mixing weights of each norm at each step, ``(3, 2, T)``."""
+    weights = [(0.0, 0.0) if norm is None else norm.equation[-2:] for norm in norms]
     if not any(isinstance(one, Tensor) for pair in weights for one in pair):
         return torch.tensor(weights, dtype=torch.float64).unsqueeze(-1).expand(-1, -1, steps).contiguous()
-    return torch.stack([torch.stack([at_steps(one, steps) for one in pair]) for pair in weights])
-
-
-def at_steps(weight: float | Tensor, steps: int) -> Tensor:
-    """A weight at each step."""
-    if not isinstance(weight, Tensor):
-        return torch.full((steps,), weight, dtype=torch.float64)
-    return weight.expand(steps, 1).squeeze(-1).double()
-
-
-def given(norm: SequenceNorm | None, dtype: torch.dtype) -> Tensor | None:
-    """The population's statistics one after the other, if any is used."""
-    if norm is None or norm.population is None or all(use is False for use in norm.uses):
-        return None
-    return torch.cat([value.reshape(-1) for value in norm.population]).to(dtype)  # type: ignore[union-attr]
+    return torch.stack([torch.stack([mixing_row(one, steps) for one in pair]) for pair in weights])

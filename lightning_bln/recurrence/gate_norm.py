@@ -8,79 +8,67 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_bln.functional import Statistics, mixing_weights, normalize, scale_factor
-from lightning_bln.norm import Normalization, Uses, choose
-from lightning_bln.population import Observed, Population
+from lightning_bln.equation import Equation, Source, Statistics, normalize_by
+from lightning_bln.norm import Normalization
+from lightning_bln.population import Population
 
 START_SCALES = {"bln": 0.3, "layer": 1.0, "batch": 0.1}
 
 
 class SequenceNorm(NamedTuple):
-    """All that a recurrence needs to know of a norm for the steps of one sequence.
+    """A norm for the steps of one sequence.
 
     ``G'`` groups of gates share feature statistics over ``H'`` features each: ``(gates, hidden_size)`` for statistics
     of each gate, ``(1, gates * hidden_size)`` for joint ones.
     """
 
-    weight: Tensor | None
-    """``(G' * H')``"""
-    bias: Tensor | None
+    equation: Equation
+    """Weight and bias of shape ``(G' * H')``; mixing weights are numbers, or ``(T, 1)`` for one at each step."""
+    source: Source
+    """The population's statistics of each step, ``(T, G', H')`` and ``(T, G', 1)``; none in training."""
     groups: int
-    scale: float
-    eps: float
-    w_feature: float | Tensor
-    """Weight of the feature part: a number, or one for each step, ``(T, 1)``."""
-    w_batch: float | Tensor
-    population: Statistics | None
-    """Frozen statistics of each step, ``(T, G', H')`` and ``(T, G', 1)``; ``None`` in training."""
-    uses: Uses
     observes: bool
     """Whether the statistics are gathered."""
 
     def __call__(self, x: Tensor, t: int | slice, mask: Tensor | None = None) -> tuple[Tensor, Statistics | None]:
-        """Normalise step ``t``, shaped ``(..., B, G, H)``, or all steps, ``(T, ..., B, G, H)``.
+        """Normalise one step or all of them.
+
+        Args:
+            x: Step ``t``, ``(..., B, G, H)``, or all steps, ``(T, ..., B, G, H)``.
+            t: The step, or a slice of all.
+            mask: Running sequences at all steps, ``(T, B, 1)``.
 
         Returns:
-            The normalised input, and if observed its statistics: ``(..., G', H')`` of the batch, ``(..., G')`` of the
-            features, averaged over the samples.
+            The normalised input, and if observed the statistics of each place, ``(G')`` or ``(T, G')``.
         """
         grouped = x.reshape(*x.shape[:-2], self.groups, -1)
-        between = (1,) * (x.ndim - 3) if isinstance(t, slice) else ()
+        has_time = isinstance(t, slice)
+        if has_time:  # time and groups are positions, which follow the batch axis
+            grouped = grouped.movedim(0, -3)
+            mask = None if mask is None else mask.movedim(0, -2).expand(grouped.shape[:-1])
+        norm = self.at(t)
+        weight, bias, scale, eps, *mixing = norm.equation
+        mixing = [one[..., None] if has_time and isinstance(one, Tensor) else one for one in mixing]
+        weight, bias = (None if p is None else p.view(self.groups, -1) for p in (weight, bias))
+        equation, over = Equation(weight, bias, scale, eps, *mixing), (grouped.ndim - (4 if has_time else 3),)
+        y, observed = normalize_by(grouped, equation, norm.source, over, mask, self.observes)
+        return (y.movedim(-3, 0) if has_time else y).reshape(x.shape), observed
 
-        def at(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            value = value[t]
-            return value.view(*value.shape[:1], *between, *value.shape[1:]) if between else value
+    def at(self, t: int | slice) -> SequenceNorm:
+        """The norm at some of its steps."""
 
-        population = None if self.population is None else Statistics(*map(at, self.population))
-        weights = tuple(
-            at(w)[..., None] if between and isinstance(w, Tensor) else at(w) for w in (self.w_feature, self.w_batch)
+        def cut(value: Any) -> Any:
+            return value[t] if isinstance(value, Tensor) else value
+
+        w_feature, w_batch = cut(self.equation.w_feature), cut(self.equation.w_batch)
+        return self._replace(
+            equation=self.equation._replace(w_feature=w_feature, w_batch=w_batch),
+            source=self.source._replace(given=Statistics(*map(cut, self.source.given))),
         )
-        mask = None if mask is None else mask.expand(grouped.shape[:-1])
-        over = (grouped.ndim - 3,)
-        statistics = choose(population, self.uses, grouped, over, weights, mask)
-        weight, bias = (None if p is None else p.view(self.groups, -1) for p in (self.weight, self.bias))
-        y = normalize(grouped, statistics, weights, weight, bias, scale=self.scale, eps=self.eps)
-        return y.reshape(x.shape), summarize(statistics, grouped, mask) if self.observes else None
-
-
-def summarize(statistics: Statistics, x: Tensor, mask: Tensor | None) -> Statistics:
-    """Statistics of ``(..., B, G', H')`` without their batch axis; those left unused are zero and one."""
-    with torch.no_grad():
-        zero, one = x.new_zeros(()), x.new_ones(())
-        defaults = (zero, one, zero, one)
-        filled = [default if value is None else value for value, default in zip(statistics, defaults, strict=True)]
-        batch = (value.expand(*x.shape[:-3], 1, *x.shape[-2:]).squeeze(-3) for value in filled[:2])
-        feature = [value.expand(*x.shape[:-1], 1).squeeze(-1) for value in filled[2:]]
-        if mask is None:
-            return Statistics(*batch, *(value.mean(-2) for value in feature))
-        seen = mask.sum(-2)
-        return Statistics(*batch, *(value.masked_fill(~mask, 0).sum(-2) / seen for value in feature))
 
 
 class GateNorm(Normalization):
-    """A norm inside a recurrent cell: one weight for each gate and unit, statistics of each time step.
+    """A norm inside a recurrent cell, with a weight for each gate and unit and statistics of each time step.
 
     Args:
         hidden_size: Units of a gate.
@@ -134,46 +122,29 @@ class GateNorm(Normalization):
         )
 
     def sequence(self, steps: int, sizes: Sequence[int]) -> SequenceNorm:
-        """What a recurrence over ``steps`` steps needs, ``sizes[t]`` samples running at step ``t``."""
-        population, uses, batch_size = self._source((steps, self.groups))
-        weights: tuple = (1.0, 0.0)
-        if self.norm != "layer":
-            if batch_size is not None:
-                weights = mixing_weights(batch_size[:, 0], self.delta, self.norm)
-            elif torch.compiler.is_compiling() or sizes[0] != sizes[-1]:  # sizes fall
-                sized = self.population.feature_mean.new_tensor(sizes)[:, None]
-                weights = mixing_weights(sized, self.delta, self.norm)
-            else:
-                weights = mixing_weights(sizes[0], self.delta, self.norm)
-        return SequenceNorm(
-            weight=self.weight,
-            bias=self.bias,
-            groups=self.groups,
-            scale=scale_factor(self.scale, self.num_features),
-            eps=self.eps,
-            w_feature=weights[0],
-            w_batch=weights[1],
-            population=population,
-            uses=uses,
-            observes=self.training,
-        )
+        """The norm for ``steps`` steps, ``sizes[t]`` sequences running at step ``t``."""
+        source, frozen_size = self._source((steps, self.groups))
+        batch_size: float | Tensor = sizes[0]
+        if frozen_size is not None:
+            batch_size = frozen_size[:, 0]
+        elif self.norm != "layer" and (torch.compiler.is_compiling() or sizes[0] != sizes[-1]):  # sizes fall
+            batch_size = self.population.feature_mean.new_tensor(sizes)[:, None]
+        return SequenceNorm(self._equation(batch_size), source, self.groups, self.training)
 
-    def gather(self, summary: Statistics, sizes: Sequence[int]) -> None:
-        """Take in the statistics of all steps of a training sequence, ``sizes[t]`` samples at step ``t``."""
-        assert summary.feature_mean is not None
-        device, places = summary.feature_mean.device, (len(sizes), self.groups)
-        if sizes[0] == sizes[-1]:  # without a copy from the host, which no CUDA graph takes
-            seen = torch.full(places, sizes[0], device=device)
-        else:
-            seen = torch.tensor(sizes, device=device)[:, None].expand(places)
-        self.population.gather(Observed(*summary, seen=seen, batch_size=seen))  # type: ignore[arg-type]
+    def gather_steps(self, observed: Statistics, sizes: Sequence[int]) -> None:
+        """Let the population take in all steps of a training sequence, ``sizes[t]`` sequences at step ``t``."""
+        running: int | Tensor = sizes[0]
+        if sizes[0] != sizes[-1]:
+            assert observed.feature_mean is not None
+            running = torch.tensor(sizes, device=observed.feature_mean.device)[:, None]
+        self.gather(observed, running, running)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise one step on its own, shaped ``(B, gates, hidden_size)``."""
         sizes = (x.shape[-3],)
-        y, summary = self.sequence(1, sizes)(x[None], slice(None))
-        if summary is not None:
-            self.gather(summary, sizes)
+        y, observed = self.sequence(1, sizes)(x[None], slice(None))
+        if observed is not None:
+            self.gather_steps(observed, sizes)
         return y[0]
 
     def extra_repr(self) -> str:

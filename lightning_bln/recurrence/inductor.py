@@ -1,4 +1,4 @@
-"""The recurrence of any cell, its steps fused by torch.compile."""
+"""The recurrence of any cell on inductor: its steps fused by torch.compile, ten at a time."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from torch import Tensor
 
 from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates
-from lightning_bln.functional import Statistics
-from lightning_bln.recurrence.gate_norm import SequenceNorm
+from lightning_bln.equation import Statistics
 from lightning_bln.recurrence.reference import HiddenWeights, Noise, Result, Sequences, unroll
 
 STEPS = 10
-"""Steps compiled as one: more take longer to compile, fewer cost more calls."""
+"""Steps compiled together: more take longer to compile, fewer cost more calls."""
 COMPILER = "inductor"
 
 
-def compiled_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result:
+def inductor_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result:
     """:func:`~lightning_bln.recurrence.reference.recurrence` of sequences of one length, a chunk of steps at a time."""
     state: tuple[Tensor, ...] = cell.State(*sequences.state)
     x = cell.prepare(Gates(sequences.x.flatten(-2), cell.gates), state)
@@ -32,14 +31,14 @@ def compiled_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights
     results = []
     for k, chunk in enumerate(sequences.x.split(STEPS)):
         window = slice(k * STEPS, k * STEPS + len(chunk))
-        run = compiled(kind, COMPILER) if len(chunk) == STEPS else run_chunk
+        run = compiled_chunk(kind, COMPILER) if len(chunk) == STEPS else run_chunk
         result = run(
             cell,
             {name: pieces[k] for name, pieces in cut.items()},
             Sequences(chunk, tuple(state), None),
             weights._replace(
-                norm_hh=tuple(at(norm, window) for norm in weights.norm_hh),
-                norm_cell=None if weights.norm_cell is None else at(weights.norm_cell, window),
+                norm_hh=tuple(norm.at(window) for norm in weights.norm_hh),
+                norm_cell=None if weights.norm_cell is None else weights.norm_cell.at(window),
             ),
             noise,
         )
@@ -62,20 +61,10 @@ def run_chunk(
 
 
 @cache
-def compiled(kind: type[Cell], compiler: str) -> Callable[..., Result]:
+def compiled_chunk(kind: type[Cell], compiler: str) -> Callable[..., Result]:
     """:func:`run_chunk` compiled for one kind of cell; compiled code is kept by code object, so each has its own."""
     own = FunctionType(run_chunk.__code__.replace(co_name=f"run_{kind.__name__}"), run_chunk.__globals__)
     return torch.compile(own, dynamic=False, backend=compiler)
-
-
-def at(norm: SequenceNorm, window: slice) -> SequenceNorm:
-    """A norm for some of the steps."""
-
-    def cut(value: Any) -> Any:
-        return value[window] if isinstance(value, Tensor) else value
-
-    population = None if norm.population is None else Statistics(*map(cut, norm.population))
-    return norm._replace(w_feature=cut(norm.w_feature), w_batch=cut(norm.w_batch), population=population)
 
 
 def join(pieces: Any) -> Any:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates, Steps
-from lightning_bln.functional import Statistics
+from lightning_bln.equation import Statistics
 from lightning_bln.recurrence.gate_norm import SequenceNorm
 from lightning_bln.recurrence.projection import Projection
 
@@ -134,7 +134,7 @@ class Recorder:
     """A norm at step ``t``, with a bias added after it; what it observes is appended to ``seen``."""
 
     def __init__(self, norm: SequenceNorm, bias: Tensor | None = None) -> None:
-        self.norm = norm if bias is None else norm._replace(bias=bias)
+        self.norm = norm if bias is None else norm._replace(equation=norm.equation._replace(bias=bias))
         self.t: int | slice = 0
         self.mask: Tensor | None = None
         self.seen: list[Statistics] = []

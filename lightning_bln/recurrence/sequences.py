@@ -1,38 +1,121 @@
-"""Sequences of different lengths in one padded batch, and states as torch's layers return them."""
+"""Forms of a recurrent layer's input: batched or not, batch first, packed, and their running sequences."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 State = Tensor | tuple[Tensor, ...]
+LayerState = tuple[Tensor, ...]
+
+
+class Form(NamedTuple):
+    """An input as ``(T, B, input_size)``, and the form in which its outputs are given back."""
+
+    x: Tensor
+    sizes: list[int] | None
+    """Running sequences at each step, longest first; ``None`` if all run to the end."""
+    is_batched: bool
+    batch_first: bool
+    packed: PackedSequence | None
+
+    @classmethod
+    def of(cls, input: Tensor | PackedSequence, batch_first: bool) -> Form:
+        """The form of a layer's input."""
+        if isinstance(input, PackedSequence):
+            x, _ = pad_packed_sequence(input._replace(sorted_indices=None, unsorted_indices=None))
+            sizes = input.batch_sizes.tolist()
+            return cls(x, None if sizes[-1] == sizes[0] else sizes, True, False, input)
+        is_batched = input.ndim == 3
+        x = input if is_batched else input.unsqueeze(1)
+        batch_first = batch_first and is_batched
+        return cls(x.transpose(0, 1) if batch_first else x, None, is_batched, batch_first, None)
+
+    def sort(self, state: list[LayerState]) -> list[LayerState]:
+        """First states in the order of the packed sequences."""
+        return state if self.packed is None else reordered(state, self.packed.sorted_indices)
+
+    def restore(self, outputs: Tensor, last: list[LayerState]) -> tuple[Tensor | PackedSequence, State]:
+        """Outputs in the form of the input, and the last states of all layers and directions."""
+        if self.packed is not None:
+            last = reordered(last, self.packed.unsorted_indices)
+        states = tuple(torch.stack(parts) for parts in zip(*last, strict=True))
+        if not self.is_batched:
+            return outputs.squeeze(1), unwrap(tuple(s.squeeze(1) for s in states))
+        if self.packed is not None:
+            data = pack_padded_sequence(outputs, lengths_of(self.packed.batch_sizes)).data
+            return self.packed._replace(data=data), unwrap(states)
+        return outputs.transpose(0, 1) if self.batch_first else outputs, unwrap(states)
+
+
+def reordered(state: list[LayerState], order: Tensor | None) -> list[LayerState]:
+    """States ``(..., B, size)`` of each layer and direction in another order of the sequences."""
+    if order is None:
+        return state
+    return [tuple(one.index_select(-2, order) for one in cell) for cell in state]
+
+
+def first_states(
+    hx: State | None, x: Tensor, sizes: dict[str, int], cells: int, is_batched: bool, modes: int
+) -> list[LayerState]:
+    """First states of each layer and direction, ``(B, size)`` each: those given, or zero.
+
+    Args:
+        hx: Given states, ``(cells, B, size)`` each, for one statistics mode or for all.
+        x: The input, ``(T, ..., B, input_size)``.
+        sizes: Features of each state by its name.
+        cells: Number of layers times directions.
+        is_batched: Whether given states have a batch axis.
+        modes: How many statistics modes the input is for.
+
+    Raises:
+        ValueError: ``hx`` has another number of states, or one has another shape.
+    """
+    samples = x.shape[1:-1].numel()  # of all modes together
+    shapes = [(cells, samples, size) for size in sizes.values()]
+    if hx is None:
+        return [tuple(x.new_zeros(shape[1:]) for shape in shapes) for _ in range(cells)]
+    given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+    if len(given) != len(sizes):
+        raise ValueError(f"hx has {len(given)} tensors, but the states are {', '.join(sizes)}; pass one of each")
+    if not is_batched:
+        given = tuple(state.unsqueeze(1) for state in given)
+    for name, state, shape in zip(sizes, given, shapes, strict=True):
+        is_of_one_mode = modes > 1 and state.shape[1] * modes == shape[1]
+        if state.shape != shape and not is_of_one_mode:
+            raise ValueError(f"hx: {name} has shape {tuple(state.shape)}, but {shape} is needed; reshape it")
+    given = tuple(state if state.shape[1] == samples else state.repeat(1, modes, 1) for state in given)
+    return list(zip(*(state.unbind(0) for state in given), strict=True))
 
 
 def unwrap(states: tuple[Tensor, ...]) -> State:
-    """A cell's only state by itself, several as a tuple."""
+    """A single state by itself, several as a tuple."""
     return states[0] if len(states) == 1 else states
 
 
 def lengths_of(batch_sizes: Tensor) -> Tensor:
-    """Length of each sequence, longest first, from the number running at each step."""
+    """Length of each sequence, longest first, from the running sequences at each step."""
     return (batch_sizes[:, None] > torch.arange(int(batch_sizes[0]))).sum(0)
 
 
 def is_running(sizes: list[int], x: Tensor) -> Tensor:
-    """Whether a sequence still runs: ``(T, B, 1)``."""
+    """Whether each sequence is running at each step: ``(T, B, 1)``."""
     running = torch.tensor(sizes, device=x.device)[:, None, None]
     return torch.arange(x.shape[-3], device=x.device)[:, None] < running
 
 
 def reversal(sizes: list[int], x: Tensor) -> Tensor:
-    """Which step stands at each step once every sequence is turned round by its own length: ``(T, B)``."""
+    """Index of the step that each step is read from when every sequence is reversed within its length: ``(T, B)``."""
     lengths = lengths_of(torch.tensor(sizes)).to(x.device)
     steps = torch.arange(len(sizes), device=x.device)[:, None]
     return torch.where(steps < lengths, lengths - 1 - steps, steps)
 
 
 def flip(x: Tensor, back: Tensor | None) -> Tensor:
-    """``x`` of shape ``(T, ..., B, size)`` turned round in time, each sequence by its own length."""
+    """``x`` of shape ``(T, ..., B, size)`` reversed in time, each sequence within its own length."""
     if back is None:
         return x.flip(0)
     return x.gather(0, back[..., None].expand_as(x))

@@ -1,0 +1,81 @@
+"""One layer in one direction, forward in time: project the input, normalise, run the cell, gather the statistics."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_bln.kernels.matmul import linear
+from lightning_bln.modes import FanOut
+from lightning_bln.recurrence.backends import run, runs_fused
+from lightning_bln.recurrence.fused import run_fused
+from lightning_bln.recurrence.parameters import Weights
+from lightning_bln.recurrence.reference import HiddenWeights, Noise, Sequences
+from lightning_bln.recurrence.regularization import Regularization
+from lightning_bln.recurrence.sequences import is_running
+
+
+def run_direction(
+    x: Tensor,
+    state: tuple[Tensor, ...],
+    weights: Weights,
+    sizes: list[int] | None,
+    *,
+    backend: str,
+    regularization: Regularization,
+    recompute: bool = False,
+    fan: FanOut | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Outputs and last states of one layer in one direction, by the backend that serves it.
+
+    Args:
+        x: The sequences, ``(T, B, input_size)``, or ``(T, modes, B, input_size)`` under a fan-out.
+        state: First states, ``(..., B, size)`` each.
+        weights: Parameters and norms.
+        sizes: Running sequences at each step, longest first; ``None`` if all run to the end.
+        backend: As in :class:`~lightning_bln.Recurrent`.
+        regularization: Dropout and zoneout.
+        recompute: Whether the fused backward pass computes products again.
+        fan: The statistics modes along the second axis of ``x``.
+    """
+    mask = regularization.mask(x[0], regularization.input_dropout)
+    x = x if mask is None else x * mask
+    if runs_fused(backend, weights.cell, x, weights):
+        return run_fused(x, state, weights, sizes, regularization, recompute=recompute, fan=fan)
+    steps, samples = x.shape[0], x.shape[-2]
+    running = [samples] * steps if sizes is None else sizes
+    gates = project_input(x, weights, sizes, running, fast=backend == "auto")
+    dtype = weights.weight_ih.dtype  # under autocast products are narrow, the state and what is done to it is not
+    gates, state = gates.to(dtype), tuple(value.to(dtype) for value in state)
+    hidden = HiddenWeights(
+        weights.weight_hh,
+        weights.bias_hh,
+        weights.weight_hr,
+        tuple(norm.sequence(steps, running) for norm in weights.norm_hh),
+        None if weights.norm_cell is None else weights.norm_cell.sequence(steps, running),
+    )
+    noise = Noise(
+        regularization.mask(state[0], regularization.recurrent_dropout), regularization.zoneout, regularization.training
+    )
+    result = run(backend, weights.cell, Sequences(gates, state, sizes), hidden, noise)
+    for norm, observed in zip(weights.norm_hh, result.norm_hh, strict=False):
+        norm.gather_steps(observed, running)
+    if weights.norm_cell is not None and result.norm_cell is not None:
+        weights.norm_cell.gather_steps(result.norm_cell, running)
+    return result.outputs, result.state
+
+
+def project_input(
+    x: Tensor, weights: Weights, sizes: list[int] | None, running: list[int], *, fast: bool = False
+) -> Tensor:
+    """Normalised products of all steps with the input weights and their bias, ``(T, ..., B, G, H)``."""
+    number = len(weights.cell.gates)
+    product = linear if fast else F.linear
+    if weights.norm_ih is None:
+        return product(x, weights.weight_ih, weights.bias_ih).unflatten(-1, (number, -1))
+    gates = product(x, weights.weight_ih, None).unflatten(-1, (number, -1))
+    is_data = None if sizes is None else is_running(sizes, gates)
+    gates, observed = weights.norm_ih.sequence(len(running), running)(gates, slice(None), is_data)
+    if observed is not None:
+        weights.norm_ih.gather_steps(observed, running)
+    return gates if weights.bias_ih is None else gates + weights.bias_ih.view(number, -1)
