@@ -139,12 +139,24 @@ def is_self(node: ast.expr) -> bool:
 @named([path for path in FILES if str(path.relative_to(PACKAGE)) not in PRIVATE_PLACES])
 def test_private_names_of_other_libraries_have_one_place(path: Path) -> None:
     own = own_private_names()
-    found = []
-    for node in ast.walk(tree(path)):
-        name = node.attr if isinstance(node, ast.Attribute) else node.value if isinstance(node, ast.Constant) else None
-        if isinstance(name, str) and re.fullmatch(r"_[a-z]\w*", name) and name not in own:
-            found.append(f"line {node.lineno}: {name}")  # type: ignore[attr-defined]
+    found = [f"line {line}: {name}" for name, line in private_names(tree(path)) if name not in own]
     assert not found
+
+
+def private_names(root: ast.AST) -> Iterator[tuple[str, int]]:
+    """Attributes with one leading underscore that are read or written, by a dot, ``getattr`` or ``__dict__``."""
+    for node in ast.walk(root):
+        if isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("attr"):
+            names = [one.value for one in node.args if isinstance(one, ast.Constant)]
+        elif (
+            isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "__dict__"
+        ):
+            names = [node.slice.value] if isinstance(node.slice, ast.Constant) else []
+        else:
+            continue
+        yield from ((name, node.lineno) for name in names if isinstance(name, str) and re.match(r"_[a-z]", name))
 
 
 def test_the_package_alone_loads_nothing_heavy() -> None:

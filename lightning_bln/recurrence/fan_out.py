@@ -1,22 +1,21 @@
-"""A recurrent layer under fan-out, one mode after the other: for compiled kernels and for packed sequences."""
+"""A recurrent layer under fan-out, one statistics mode after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_bln._scoped import setting
 from lightning_bln.modes import FanOut, mode_layers, using_mode
 
 Sequences = Tensor | PackedSequence
 
 
 def run_each_mode(layer: nn.Module, input: Sequences, hx: Any, fan: FanOut, batch_dim: int) -> tuple[Sequences, Any]:
-    """What ``layer`` returns for every mode of ``fan``, along the batch axis, mode by mode.
+    """Outputs and states of ``layer`` in every mode of ``fan``, mode by mode along the batch axis.
 
     Raises:
         ValueError: A packed input was fanned out by anything but a recurrent layer, so its order is unknown.
@@ -29,7 +28,7 @@ def run_each_mode(layer: nn.Module, input: Sequences, hx: Any, fan: FanOut, batc
         parts = list(input.chunk(number, batch_dim))
     fan.is_fanned = True
     states = split_states(hx, number, samples_of(parts[0], batch_dim))
-    with alone(layer, fan):
+    with setting(mode_layers(layer), fan=None):
         results = []
         for mode, part, state in zip(fan.modes, parts, states, strict=True):
             with using_mode(layer, mode):
@@ -42,26 +41,13 @@ def run_each_mode(layer: nn.Module, input: Sequences, hx: Any, fan: FanOut, batc
     return output, tuple(torch.cat(parts, 1) for parts in zip(*last, strict=True))
 
 
-@contextmanager
-def alone(layer: nn.Module, fan: FanOut) -> Iterator[None]:
-    """Within the context, ``layer`` knows nothing of the fan-out."""
-    norms = mode_layers(layer)
-    for norm in norms:
-        norm.fan = None
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.fan = fan
-
-
 def samples_of(part: Sequences, batch_dim: int) -> int:
-    """How many sequences there are."""
+    """Number of sequences."""
     return int(part.batch_sizes[0]) if isinstance(part, PackedSequence) else part.shape[batch_dim]
 
 
 def split_states(hx: Any, number: int, samples: int) -> list[Any]:
-    """First states for each mode: theirs if there are as many, else the same for all."""
+    """First states for each mode: its own if ``hx`` has one for each, else the same for all."""
     if hx is None:
         return [None] * number
     given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
@@ -73,7 +59,7 @@ def split_states(hx: Any, number: int, samples: int) -> list[Any]:
 
 
 def join_packed(parts: list[PackedSequence]) -> PackedSequence:
-    """Packed sequences of equal lengths as one, its order when unpacked that of the parts one after the other.
+    """One packed batch of several with equal lengths; unpacked, the parts follow one another.
 
     At each step the rows of one sequence in all parts stand side by side, so that lengths still fall.
     """
@@ -92,7 +78,7 @@ def join_packed(parts: list[PackedSequence]) -> PackedSequence:
 
 
 def split_packed(packed: PackedSequence, number: int) -> list[PackedSequence]:
-    """The parts that :func:`join_packed` made one of."""
+    """The inverse of :func:`join_packed`."""
     if packed.sorted_indices is None or packed.unsorted_indices is None:
         raise ValueError("a packed input was fanned out before it was packed; run each mode on its own")
     samples = int(packed.batch_sizes[0]) // number

@@ -30,11 +30,11 @@ class Weights(NamedTuple):
     norm_hh: tuple[GateNorm, ...]
     norm_cell: GateNorm | None
     cell: Cell
-    """The cell with its further parameters as attributes."""
+    """The cell, its further parameters as attributes."""
 
 
 class HasCells(nn.Module):
-    """A module that holds the parameters of one or more cells of a kind, and runs them.
+    """A module with the parameters and norms of one or more cells of a kind.
 
     Args:
         cell: The kind of cell.
@@ -44,9 +44,9 @@ class HasCells(nn.Module):
         proj_size: If positive, the output is projected to this size, as by :class:`torch.nn.LSTM`.
         norm: ``None``, ``"layer"``, ``"batch"`` or ``"bln"``.
         norm_input: Whether the products with the input are normalised.
-        norm_hidden: Whether the products with the hidden state are.
-        norm_cell: Whether the cell state is where it enters the output.
-        norm_options: For every :class:`~lightning_bln.recurrence.gate_norm.GateNorm`.
+        norm_hidden: Whether the products with the hidden state are normalised.
+        norm_cell: Whether the cell state is normalised where it enters the output.
+        norm_options: Options of every :class:`~lightning_bln.recurrence.gate_norm.GateNorm`.
         factory: ``device`` and ``dtype``.
     """
 
@@ -110,7 +110,7 @@ class HasCells(nn.Module):
         return self.proj_size or self.hidden_size
 
     def _register(self, suffix: str, input_size: int) -> None:
-        """Add one cell's parameters and norms, their names ending in ``suffix``."""
+        """Register one cell's parameters and norms under names that end in ``suffix``."""
         rows, hidden_rows = len(self.cell.gates), sum(map(len, self.cell.products))
         size, factory = self.hidden_size, self._factory
         shapes: dict[str, tuple[int, ...]] = {
@@ -170,7 +170,7 @@ class HasCells(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Draw the weights and biases as nn.LSTM does, uniformly within 1/sqrt(hidden_size); norms to their start."""
+        """Draw weights and biases uniformly within 1/sqrt(hidden_size), as nn.LSTM does; set norms to their start."""
         bound = 1.0 / math.sqrt(self.hidden_size)
         for name, parameter in self.named_parameters(recurse=False):
             extra = self.cell.parameters.get(name.removesuffix("_reverse").rpartition("_l")[0] or name)
@@ -183,7 +183,7 @@ class HasCells(nn.Module):
                 child.reset_parameters()
 
     def _check_input(self, x: Tensor, ranks: tuple[int, ...], axes: str) -> None:
-        """Raise unless ``x`` fits in rank, feature size and dtype, and holds something."""
+        """Raise unless ``x`` has a fitting rank, feature size and dtype, and is not empty."""
         if x.ndim not in ranks:
             raise ValueError(f"x has {x.ndim} axes of shape {tuple(x.shape)}, but {axes} is needed; add or drop axes")
         if x.shape[-1] != self.input_size:

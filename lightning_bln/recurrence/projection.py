@@ -17,16 +17,16 @@ Norm = Callable[[Tensor], Tensor]
 
 
 class Projection:
-    """``project(h)`` and ``project.gate(h)``: rows of the hidden weights times a state, normalised, plus their bias.
+    """Normalised products of a state with the hidden weights, plus their bias: ``project(h)`` and ``project.gate(h)``.
 
     Args:
         cell: Declares the products.
         weight: Hidden weights, the rows in the order of ``cell.products``; ``None`` if there are none.
         bias: Hidden bias, or ``None``.
         norms: One for each product, or none. They add the bias themselves.
-        mask: Recurrent dropout: multiplies what enters the products, or ``None``.
-        deferred: The shape ``(steps, samples)`` of the sequences to leave the weights' gradient to the end of the
-            backward pass, where it is one product over all steps; ``None`` to take it at each.
+        mask: Factors of recurrent dropout on the state, or ``None``.
+        deferred: Shape ``(T, B)`` of the sequences to take the weights' gradient by one product over all steps, at the end
+            of the backward pass; ``None`` to take it at each step.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Projection:
             self._by_gate |= dict.fromkeys(names, partial(of_gate, index))
 
     def at(self, t: int, running: int | None = None) -> Projection:
-        """Go on to step ``t``, where only the first ``running`` samples take part."""
+        """Move to step ``t``, where the first ``running`` sequences are running."""
         self._t = t
         if self._mask is not None:
             self._running = self._mask[..., :running, :]
@@ -83,7 +83,7 @@ class Projection:
 
 
 class Pending(Gates):
-    """A product that is computed when it is read, so that a sum with other gates is one operation."""
+    """A product computed on first use, so that its sum with other gates is one operation."""
 
     def __init__(self, product: Product, h: Tensor, t: int, names: tuple[str, ...]) -> None:
         super().__init__(None, names)
@@ -103,7 +103,7 @@ class Pending(Gates):
 
 
 class Product:
-    """A linear map of the states of each step, its weights' gradient taken at each step or deferred."""
+    """A linear map of the state at each step; its weights' gradient is taken at each step or deferred."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, number: int, deferred: tuple[int, int] | None) -> None:
         self.weight, self.bias, self.number, self.deferred = weight, bias, number, deferred
@@ -122,7 +122,7 @@ class Product:
         if self.terms is None or t in self.seen or adds is not self.adds:
             value = F.linear(h, self.weight, self.bias).to(h.dtype)
             return value if to is None else to.first(self.number) + value
-        # A state given from outside may be changed by its owner before the backward pass.
+        # The caller may write into a first state of its own before the backward pass.
         self.seen[t] = h.detach().clone() if t == 0 else h.detach()
         term, running = self.terms[t], h.shape[0]
         value = torch.addmm(term if term.shape[0] == running else term[:running], h, self.columns)
@@ -130,7 +130,7 @@ class Product:
 
 
 class DeferredGradient(torch.autograd.Function):
-    """What is added to a product at each step, ``(steps, samples, rows)``; its gradient is all the weights' needs."""
+    """Terms to add to the product at each step, ``(T, B, rows)``; from their gradient follows the weights'."""
 
     @staticmethod
     def forward(
@@ -142,7 +142,7 @@ class DeferredGradient(torch.autograd.Function):
         samples: int,
         seen: dict[int, Tensor],
     ) -> Tensor:
-        """``base``, if any, plus the bias; ``seen`` will hold what is multiplied at each step."""
+        """``base``, if any, plus the bias; ``seen`` is filled with the state at each step."""
         ctx.seen, ctx.columns, ctx.has_bias, ctx.has_base = seen, weight.shape[1], bias is not None, base is not None
         if base is not None:
             return base.view_as(base) if bias is None else base + bias

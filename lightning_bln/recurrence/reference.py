@@ -18,18 +18,18 @@ from lightning_bln.recurrence.projection import Projection
 
 
 class Sequences(NamedTuple):
-    """What a recurrence runs on: any number of sequences, sorted by falling length, forward in time."""
+    """Input of a recurrence: any number of sequences, longest first, forward in time."""
 
     x: Tensor
     """Projected, normalised input of all gates with its bias, ``(T, ..., B, G, H)``."""
     state: tuple[Tensor, ...]
     """First states, ``(..., B, size)`` each."""
     sizes: Sequence[int] | None
-    """How many sequences still run at each step; ``None`` if all run to the end."""
+    """Running sequences at each step; ``None`` if all run to the end."""
 
 
 class HiddenWeights(NamedTuple):
-    """What a recurrence multiplies and normalises its state by."""
+    """Parameters and norms of the products with the state."""
 
     weight_hh: Tensor | None
     bias_hh: Tensor | None
@@ -42,14 +42,14 @@ class Noise(NamedTuple):
     """Dropout inside the recurrence."""
 
     hidden_mask: Tensor | None
-    """Multiplies what enters the hidden products, one mask for all steps, ``(B, size)``."""
+    """Factors on the state where it enters the products, alike at every step, ``(B, size)``."""
     zoneout: float
     """Probability that a unit of a state keeps its value over a step."""
     training: bool
 
 
 class Result(NamedTuple):
-    """Outputs ``(T, ..., B, size)`` (zero once a sequence has ended), last states, and statistics of each norm."""
+    """Outputs ``(T, ..., B, size)``, zero after a sequence's end; last states; observed statistics of each norm."""
 
     outputs: Tensor
     state: tuple[Tensor, ...]
@@ -67,8 +67,8 @@ def recurrence(
         sequences: Projected inputs and first states.
         weights: Hidden weights and norms.
         noise: Dropout and zoneout.
-        deferred: Whether the hidden weights' gradient is taken once for all steps, which is faster, but leaves no
-            gradient of the gradient.
+        deferred: Whether the hidden weights' gradient is taken once for all steps, which is faster but has no gradient
+            of its own.
 
     Returns:
         Outputs, last states and, where norms observe, their statistics stacked over the steps.
@@ -131,7 +131,7 @@ def split_bias(cell: Cell, weights: HiddenWeights) -> list[Tensor | None]:
 
 
 class Recorder:
-    """A norm at step ``t``, with a bias added after it; what it observes is appended to ``seen``."""
+    """A norm at step ``t`` with a bias after it; observed statistics are appended to ``seen``."""
 
     def __init__(self, norm: SequenceNorm, bias: Tensor | None = None) -> None:
         self.norm = norm if bias is None else norm._replace(equation=norm.equation._replace(bias=bias))
@@ -156,7 +156,7 @@ def identity(c: Tensor) -> Tensor:
 
 
 def zone(old: Tensor, new: Tensor, noise: Noise) -> Tensor:
-    """Zoneout: units keep their old value at random; in evaluation, the expectation of that."""
+    """Zoneout: units keep their old value at random in training, by expectation in evaluation."""
     if noise.training:
         return torch.where(torch.rand_like(old) < noise.zoneout, old, new)
     return noise.zoneout * old + (1.0 - noise.zoneout) * new

@@ -1,4 +1,4 @@
-"""Linear recurrences, all steps at once."""
+"""Linear recurrences, computed for all steps at once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def linear_scan(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
 
 
 def doubling_scan(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
-    """:func:`linear_scan` in as many passes as T has binary digits, each over all steps."""
+    """:func:`linear_scan` by doubling: log2(T) passes, each over all steps."""
     b = torch.cat([a[:1] * first + b[:1], b[1:]])
     distance = 1
     while distance < len(a):
@@ -49,7 +49,7 @@ def doubling_scan(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
 
 
 class SequentialScan(torch.autograd.Function):
-    """:func:`linear_scan` step by step, in the forward and in the backward pass: the fewest operations."""
+    """:func:`linear_scan` step by step, forward and backward: the fewest operations."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, first: Tensor) -> Tensor:
