@@ -47,6 +47,9 @@ MOVED = {
 """Paths of version 0.1.0 and those of today, within the package."""
 
 
+SPECS: dict[str, ModuleSpec | None] = {}
+
+
 class MovedModules:
     """A finder and loader that imports the module of today under its earlier path."""
 
@@ -58,12 +61,12 @@ class MovedModules:
     @staticmethod
     def create_module(spec: ModuleSpec) -> ModuleType:
         module = import_module(f"{__package__}.{MOVED[spec.name.partition('.')[2]]}")
-        module.__dict__["_own_spec"] = module.__spec__
+        SPECS[module.__name__] = module.__spec__
         return module
 
     @staticmethod
     def exec_module(module: ModuleType) -> None:
-        module.__spec__ = module.__dict__.pop("_own_spec")  # the import system has put the earlier path's in its place
+        module.__spec__ = SPECS.pop(module.__name__)  # the import system has put the earlier path's in its place
 
 
 def install() -> None:

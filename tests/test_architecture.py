@@ -116,6 +116,7 @@ def test_nothing_imports_a_private_name_of_another_file(path: Path) -> None:
     assert not found
 
 
+@cache
 def own_private_names() -> set[str]:
     """Names with one leading underscore that the package defines itself."""
     found = set(HOOKS)
@@ -150,9 +151,7 @@ def private_names(root: ast.AST) -> Iterator[tuple[str, int]]:
             names = [node.attr]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("attr"):
             names = [one.value for one in node.args if isinstance(one, ast.Constant)]
-        elif (
-            isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "__dict__"
-        ):
+        elif isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("__dict__"):
             names = [node.slice.value] if isinstance(node.slice, ast.Constant) else []
         else:
             continue

@@ -25,8 +25,8 @@ class Projection:
         bias: Hidden bias, or ``None``.
         norms: One for each product, or none. They add the bias themselves.
         mask: Factors of recurrent dropout on the state, or ``None``.
-        deferred: Shape ``(T, B)`` of the sequences to take the weights' gradient by one product over all steps, at the end
-            of the backward pass; ``None`` to take it at each step.
+        deferred: Shape ``(T, B)`` of the sequences to take the weights' gradient by one product over all steps, once
+            the backward pass ends; ``None`` to take it at each step.
     """
 
     def __init__(
