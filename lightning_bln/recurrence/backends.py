@@ -17,7 +17,7 @@ from lightning_bln.cells.rnn import RNN
 from lightning_bln.kernels.library import is_built
 from lightning_bln.recurrence.inductor import inductor_recurrence
 from lightning_bln.recurrence.parameters import Weights
-from lightning_bln.recurrence.program.runtime import traced_recurrence
+from lightning_bln.recurrence.program.runtime import recorded_recurrence
 from lightning_bln.recurrence.reference import HiddenWeights, Noise, Result, Sequences, recurrence
 from lightning_bln.recurrence.scan import scan_recurrence
 
@@ -83,5 +83,5 @@ def run(backend: str, cell: Cell, sequences: Sequences, weights: HiddenWeights, 
         return scan_recurrence(copy(cell), sequences, weights)
     if backend == "compile" and sequences.sizes is None:
         return inductor_recurrence(cell, sequences, weights, noise)
-    found = traced_recurrence(cell, sequences, weights, noise)
+    found = recorded_recurrence(cell, sequences, weights, noise)
     return recurrence(cell, sequences, weights, noise, deferred=True) if found is None else found

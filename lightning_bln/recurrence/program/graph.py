@@ -11,7 +11,7 @@ from lightning_bln.cells.cell import Cell
 from lightning_bln.recurrence.reference import identity
 
 
-class Untraceable(Exception):
+class NotRecordable(Exception):
     """A step does what the compiled program has no instruction for."""
 
 
@@ -42,17 +42,17 @@ class Value:
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Value):
             return self is other
-        raise Untraceable("a comparison")
+        raise NotRecordable("a comparison")
 
     __hash__ = object.__hash__
 
     def __bool__(self) -> bool:
-        raise Untraceable("what a step does depends on the values of a tensor")
+        raise NotRecordable("what a step does depends on the values of a tensor")
 
     def __getitem__(self, index: Any) -> Value:
         if index == (Ellipsis, slice(self.shape[-1])):
             return self
-        raise Untraceable("a part of the units")
+        raise NotRecordable("a part of the units")
 
     def __add__(self, other: Any) -> Value:
         return add(self, other)
@@ -78,7 +78,7 @@ class Value:
 def is_value(x: Any) -> bool:
     """Whether ``x`` is recorded; else it must be a number."""
     if not isinstance(x, Value | int | float):
-        raise Untraceable(f"{type(x).__name__} beside the units")
+        raise NotRecordable(f"{type(x).__name__} beside the units")
     return isinstance(x, Value)
 
 
@@ -120,7 +120,7 @@ def lerp(x: Any, y: Any, weight: Any) -> Value:
 def softplus(x: Value, beta: float = 1.0, threshold: float = 20.0) -> Value:
     """``log(1 + exp(x))``, exact where torch's is linear."""
     if beta != 1:
-        raise Untraceable("softplus of another beta")
+        raise NotRecordable("softplus of another beta")
     return Value("softplus", (x,))
 
 
@@ -137,7 +137,7 @@ def hardsigmoid(x: Value, inplace: bool = False) -> Value:
 def linear(x: Value, weight: Any, bias: Any = None) -> Value:
     """A product with a matrix of the cell's own."""
     if not isinstance(weight, Value) or weight.op != "matrix" or bias is not None:
-        raise Untraceable("a product with something else than a matrix of the cell")
+        raise NotRecordable("a product with something else than a matrix of the cell")
     return Value("part", (Value("product", (x,), key=weight.key),), key=0)
 
 
@@ -153,7 +153,7 @@ OPERATIONS: dict[str, Callable[..., Value]] = {
 def operation(name: str) -> Callable[..., Value]:
     """What a function or method of torch is recorded as."""
     if name not in OPERATIONS:
-        raise Untraceable(f"{name} has no instruction")
+        raise NotRecordable(f"{name} has no instruction")
     return OPERATIONS[name]
 
 
@@ -168,7 +168,7 @@ class NamedGates:
 
     def __add__(self, other: NamedGates) -> NamedGates:
         if tuple(self._parts)[: len(other._parts)] != tuple(other._parts):
-            raise Untraceable("a sum of gates that are not the first")
+            raise NotRecordable("a sum of gates that are not the first")
         return NamedGates({name: self._parts[name] + part for name, part in other._parts.items()})
 
     def split(self) -> dict[str, Value]:
@@ -213,7 +213,7 @@ class Step(NamedTuple):
     after: dict[str, Value]
 
 
-def trace(cell: Cell, gates: Iterable[str], shapes: Mapping[str, int], *, biased: bool, masked: bool) -> Step:
+def record_step(cell: Cell, gates: Iterable[str], shapes: Mapping[str, int], *, biased: bool, masked: bool) -> Step:
     """Record ``cell.step``.
 
     Args:
@@ -227,7 +227,7 @@ def trace(cell: Cell, gates: Iterable[str], shapes: Mapping[str, int], *, biased
         The states before the step, and after it.
 
     Raises:
-        Untraceable: The step does something that has no instruction.
+        NotRecordable: The step does something that has no instruction.
     """
     cell = copy(cell)
     cell.__dict__.update(
@@ -238,7 +238,7 @@ def trace(cell: Cell, gates: Iterable[str], shapes: Mapping[str, int], *, biased
     x: Any = NamedGates({name: Value("gate", key=name) for name in gates})
     after = cell.step(x, cell.State(**before), Products(cell, biased, masked))._asdict()
     if not all(isinstance(value, Value) for value in after.values()):
-        raise Untraceable("a state that is no tensor")
+        raise NotRecordable("a state that is no tensor")
     return Step(before, after)
 
 

@@ -17,7 +17,7 @@ from lightning_bln.cells.gates import Gates
 from lightning_bln.kernels.library import DTYPES, ProgramArgs, call, is_built, pointer
 from lightning_bln.kernels.matmul import multiply
 from lightning_bln.recurrence.program.codegen import Code, Place, Program, compile_step
-from lightning_bln.recurrence.program.graph import trace
+from lightning_bln.recurrence.program.graph import record_step
 from lightning_bln.recurrence.reference import HiddenWeights, Noise, Result, Sequences, identity, unroll
 
 ROWS_OF_A_THREAD = 8
@@ -40,7 +40,7 @@ class Tensors(NamedTuple):
         return [*self.x, *self.state, self.weight_hh, self.bias_hh, *self.constants, self.mask]
 
 
-class Form(NamedTuple):
+class Signature(NamedTuple):
     """What a program is made for besides the cell; sizes are no part of it."""
 
     segments: tuple[tuple[str, ...], ...]
@@ -51,17 +51,17 @@ class Form(NamedTuple):
     masked: bool
 
 
-class Recorded(NamedTuple):
+class RecordedCell(NamedTuple):
     """A cell's program and all that is needed to call it."""
 
     cell: Cell
     """Without parameters."""
-    form: Form
+    signature: Signature
     program: Program
 
     def tensors(self, flat: Sequence[Any]) -> Tensors:
         """The opposite of :meth:`Tensors.flat`."""
-        x = len(self.form.segments)
+        x = len(self.signature.segments)
         state = x + len(self.cell.states)
         weight, bias, *constants, mask = flat[state:]
         return Tensors(tuple(flat[:x]), tuple(flat[x:state]), weight, bias, tuple(constants), mask)
@@ -82,7 +82,7 @@ class Sizes(NamedTuple):
 Buffers = dict[tuple[str, Any], Tensor]
 
 
-def traced_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result | None:
+def recorded_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result | None:
     """:func:`~lightning_bln.recurrence.reference.recurrence`, or ``None`` where the compiled library cannot run it."""
     if not fits(sequences, weights, noise):
         return None
@@ -95,13 +95,13 @@ def traced_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights, 
         isinstance(value, int | float | str | tuple) for value in options.values()
     ):
         return None
-    form = Form(
+    signature = Signature(
         tuple(segments),
         tuple((name, value.ndim) for name, value in constants.items()),
         weights.bias_hh is not None,
         noise.hidden_mask is not None,
     )
-    recorded = record(cast(Hashable, type(cell)), tuple(options.items()), form)
+    recorded = record(cast(Hashable, type(cell)), tuple(options.items()), signature)
     if recorded is None:
         return None
     tensors = Tensors(
@@ -112,7 +112,7 @@ def traced_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights, 
         tuple((v.expand(units) if v.ndim == 1 else v).to(dtype).contiguous() for v in constants.values()),
         None if noise.hidden_mask is None else noise.hidden_mask.contiguous(),
     )
-    outputs, *state = Traced.apply(recorded, sequences.sizes, *tensors.flat())
+    outputs, *state = RecordedRecurrence.apply(recorded, sequences.sizes, *tensors.flat())
     return Result(outputs, tuple(state), (), None)
 
 
@@ -142,28 +142,28 @@ def side_by_side(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def record(kind: Any, options: tuple[tuple[str, Any], ...], form: Form) -> Recorded | None:
+def record(kind: Any, options: tuple[tuple[str, Any], ...], signature: Signature) -> RecordedCell | None:
     """The program of a kind of cell; ``None`` if its step has operations that are unknown here."""
     cell = object.__new__(kind)
     cell.__dict__.update(options)
     layout = {
         name: Place(("x", index), offset)
-        for index, names in enumerate(form.segments)
+        for index, names in enumerate(signature.segments)
         for offset, name in enumerate(names)
     }
     try:
-        step = trace(cell, layout, dict(form.constants), biased=form.biased, masked=form.masked)
+        step = record_step(cell, layout, dict(signature.constants), biased=signature.biased, masked=signature.masked)
     except Exception:  # whatever a step of someone's own does to what is no tensor: it runs on torch operations
         return None
     widths = {index: len(names) for index, names in enumerate(cell.products)}
-    return Recorded(cell, form, compile_step(step, layout, widths))
+    return RecordedCell(cell, signature, compile_step(step, layout, widths))
 
 
-class Traced(torch.autograd.Function):
+class RecordedRecurrence(torch.autograd.Function):
     """The recurrence as one operation. Its gradient has a gradient too, taken step by step on torch operations."""
 
     @staticmethod
-    def forward(ctx: Any, recorded: Recorded, sizes: list[int] | None, *flat: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, recorded: RecordedCell, sizes: list[int] | None, *flat: Tensor | None) -> tuple[Tensor, ...]:
         """Outputs and last states."""
         tensors, program = recorded.tensors(flat), recorded.program
         keep = any(ctx.needs_input_grad)
@@ -194,7 +194,7 @@ class Traced(torch.autograd.Function):
 
 
 def once(
-    recorded: Recorded,
+    recorded: RecordedCell,
     tensors: Tensors,
     sizes: list[int] | None,
     at: Sizes,
@@ -202,7 +202,7 @@ def once(
     gradients: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """Gradients of all tensors, on the compiled library."""
-    (steps, samples, units), program, form = at, recorded.program, recorded.form
+    (steps, samples, units), program, signature = at, recorded.program, recorded.signature
     start = tensors.state[0]
     output, *last = gradients
     buffers["output", None] = start.new_zeros(units) if output is None else side_by_side(output)
@@ -216,11 +216,11 @@ def once(
     execute(program.backward, buffers, matrices(recorded, tensors), at, batch_sizes, reverse=True)
     constants = {
         name: buffers["constant_gradient", name].sum((0, 1)) if name in program.constants else None
-        for name, _ in form.constants
+        for name, _ in signature.constants
     }
     weight, bias = gradients_of_products(recorded, tensors, buffers, at, constants)
     return [
-        *(buffers["gate_gradient", index] for index in range(len(form.segments))),
+        *(buffers["gate_gradient", index] for index in range(len(signature.segments))),
         *(buffers["carry", name] if name in program.states else None for name in recorded.cell.states),
         weight,
         bias,
@@ -230,17 +230,17 @@ def once(
 
 
 def differentiable(
-    recorded: Recorded, flat: Sequence[Tensor | None], sizes: list[int] | None, gradients: Sequence[Tensor | None]
+    recorded: RecordedCell, flat: Sequence[Tensor | None], sizes: list[int] | None, gradients: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients of all tensors by torch operations, which have gradients themselves."""
     # Aliases, since one tensor may be made of another: each is to have its own gradient alone.
     flat = [None if value is None else value.view_as(value) for value in flat]
-    tensors, form = recorded.tensors(flat), recorded.form
+    tensors, signature = recorded.tensors(flat), recorded.signature
     cell = copy(recorded.cell)
-    names = [name for name, _ in form.constants]
+    names = [name for name, _ in signature.constants]
     cell.__dict__.update(zip(names, tensors.constants, strict=True), act=identity)
     parts: dict[str, Tensor] = {}
-    for gates, value in zip(form.segments, tensors.x, strict=True):
+    for gates, value in zip(signature.segments, tensors.x, strict=True):
         parts |= dict(zip(gates, value.chunk(len(gates), -1), strict=True))
     result = unroll(
         cell,
@@ -257,10 +257,10 @@ def differentiable(
     return [next(found) if value is not None and value.requires_grad else None for value in flat]
 
 
-def given(recorded: Recorded, tensors: Tensors) -> Buffers:
+def given(recorded: RecordedCell, tensors: Tensors) -> Buffers:
     """What the forward instructions read."""
     buffers: Buffers = {("x", index): value for index, value in enumerate(tensors.x)}
-    for (name, axes), value in zip(recorded.form.constants, tensors.constants, strict=True):
+    for (name, axes), value in zip(recorded.signature.constants, tensors.constants, strict=True):
         if axes == 1:
             buffers["constant", name] = value
     if tensors.bias_hh is not None:
@@ -271,7 +271,7 @@ def given(recorded: Recorded, tensors: Tensors) -> Buffers:
     return buffers
 
 
-def written(recorded: Recorded, tensors: Tensors, at: Sizes, keep: bool, ragged: bool) -> Buffers:
+def written(recorded: RecordedCell, tensors: Tensors, at: Sizes, keep: bool, ragged: bool) -> Buffers:
     """What they write: of every step what is kept, else of one."""
     (steps, samples, units), program = at, recorded.program
     start = tensors.state[0]
@@ -289,9 +289,9 @@ def written(recorded: Recorded, tensors: Tensors, at: Sizes, keep: bool, ragged:
     return buffers
 
 
-def matrices(recorded: Recorded, tensors: Tensors) -> dict[Any, Tensor]:
+def matrices(recorded: RecordedCell, tensors: Tensors) -> dict[Any, Tensor]:
     """The matrices of products, by the cell's products' index and by name."""
-    named = zip(recorded.form.constants, tensors.constants, strict=True)
+    named = zip(recorded.signature.constants, tensors.constants, strict=True)
     found: dict[Any, Tensor] = {name: value for (name, axes), value in named if axes == 2}
     if tensors.weight_hh is not None:
         found |= dict(enumerate(tensors.weight_hh.split(recorded.rows(tensors.state[0].shape[-1]))))
@@ -331,7 +331,7 @@ def execute(
 
 
 def gradients_of_products(
-    recorded: Recorded, tensors: Tensors, buffers: Buffers, at: Sizes, constants: dict[str, Tensor | None]
+    recorded: RecordedCell, tensors: Tensors, buffers: Buffers, at: Sizes, constants: dict[str, Tensor | None]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of hidden weights and bias, and in ``constants`` of the cell's matrices: each one product over all steps."""
     found: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -348,7 +348,7 @@ def gradients_of_products(
         if index not in found:
             found[index] = tensors.weight_hh.new_zeros(rows, at.units), tensors.weight_hh.new_zeros(rows)
     weights, biases = zip(*(found[index] for index in range(len(recorded.cell.products))), strict=True)
-    return torch.cat(weights), torch.cat(biases) if recorded.form.biased else None
+    return torch.cat(weights), torch.cat(biases) if recorded.signature.biased else None
 
 
 def all_rows(place: Place, width: int, buffers: Buffers, at: Sizes) -> Tensor:

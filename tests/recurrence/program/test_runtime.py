@@ -14,14 +14,14 @@ from lightning_bln.cells import Cell, Extra, LinearCell, registry
 from lightning_bln.kernels import library
 from lightning_bln.kernels.matmul import linear, multiply
 from lightning_bln.recurrence.backends import name_of
-from lightning_bln.recurrence.program.runtime import record, traced_recurrence
+from lightning_bln.recurrence.program.runtime import record, recorded_recurrence
 
 pytestmark = pytest.mark.skipif(not library.is_built(), reason="the compiled kernels are not built")
 
 STEPWISE = [
     name for name in registry if not issubclass(registry[name], LinearCell) and name_of(registry[name]()) is None
 ]
-TRACED = [name for name in STEPWISE if name != "slstm"]  # its stabiliser has operations without an instruction
+RECORDED = [name for name in STEPWISE if name != "slstm"]  # its stabiliser has operations without an instruction
 
 
 class Everything(Cell):
@@ -56,7 +56,7 @@ class Stateless(Cell):
         return self.State(h=a.a + a.b, c=tanh(a.a + a.b))
 
 
-class Untraceable(Cell):
+class Unrecordable(Cell):
     """A step that asks for more than there are instructions."""
 
     gates = ("hidden",)
@@ -88,44 +88,44 @@ def everything_of(layer: Recurrent, x: Tensor) -> list[Tensor]:
     return tensors + [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, gradients, strict=True)]
 
 
-def is_traced(layer: Recurrent) -> bool:
+def is_recorded(layer: Recurrent) -> bool:
     """Whether a layer's recurrence is one call of the compiled library."""
     found = []
 
     def spy(*args: Any) -> Any:
-        found.append(traced_recurrence(*args))
+        found.append(recorded_recurrence(*args))
         return found[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_bln.recurrence.backends.traced_recurrence", spy)
+        patch.setattr("lightning_bln.recurrence.backends.recorded_recurrence", spy)
         layer(torch.randn(3, 2, 3, dtype=next(layer.parameters()).dtype))
     return all(result is not None for result in found) and bool(found)
 
 
 @pytest.mark.parametrize("kind", STEPWISE)
-def test_cells_of_the_zoo_are_traced(kind) -> None:
-    assert is_traced(Recurrent(kind, 3, 4, norm=None)) == (kind in TRACED)
+def test_cells_of_the_zoo_are_recorded(kind) -> None:
+    assert is_recorded(Recurrent(kind, 3, 4, norm=None)) == (kind in RECORDED)
 
 
 @pytest.mark.parametrize("cell", [Everything, Stateless])
 @pytest.mark.parametrize("samples", [1, 5])
 def test_every_instruction_is_torchs_operation(cell, samples) -> None:
     fast, plain = pair(cell, num_layers=2)
-    assert is_traced(fast)
+    assert is_recorded(fast)
     x = torch.randn(6, samples, 3, dtype=torch.float64)
     for ours, theirs in zip(everything_of(fast, x), everything_of(plain, x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-8)  # torch's hardsigmoid has 1/6 as a float
 
 
 def test_a_step_beyond_the_instructions_runs_on_torch_operations() -> None:
-    fast, plain = pair(Untraceable)
-    assert not is_traced(fast)
+    fast, plain = pair(Unrecordable)
+    assert not is_recorded(fast)
     x = torch.randn(6, 3, 3, dtype=torch.float64)
     for ours, theirs in zip(everything_of(fast, x), everything_of(plain, x), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", TRACED)
+@pytest.mark.parametrize("kind", RECORDED)
 @pytest.mark.parametrize(("size", "samples"), [(37, 19), (128, 8), (1, 1)])
 def test_any_size_in_single_precision(kind, size, samples) -> None:
     fast, plain = pair(kind, size, torch.float32)
