@@ -1,4 +1,4 @@
-"""The gradient of a recorded step, by the chain rule: a graph of the same operations."""
+"""The gradient of a recorded step by the chain rule, itself a graph of recorded operations."""
 
 from __future__ import annotations
 
@@ -9,29 +9,33 @@ from lightning_bln.recurrence.program.graph import Step, Value, ordered
 
 
 class Adjoint(NamedTuple):
-    """Gradients of all that a step is made of, given those of its states and its output."""
+    """Gradients of a step's leaves and products; what the step does not depend on is missing."""
 
     state: dict[str, Value]
-    """Of the states before the step; of one without influence there is none."""
+    """Of the states before the step."""
     gates: dict[str, Value]
     constants: dict[str, Value]
     products: dict[Value, dict[int, Value]]
-    """Of each product of the step, those of its parts."""
+    """Of the parts of each product."""
 
     def roots(self) -> list[Value]:
-        """All of them."""
+        """All gradients, to walk the graph from."""
         parts = [part for parts in self.products.values() for part in parts.values()]
         return [*self.gates.values(), *self.constants.values(), *self.state.values(), *parts]
 
 
 def differentiate(step: Step) -> Adjoint:
-    """The gradient of a step, its leaves being ``carry`` (of a state after it), ``output`` and the step's values."""
+    """The gradient of a step.
+
+    Its leaves are ``carry``, the gradient of a state after the step from the steps that follow, and ``output``, that of
+    the step's output; besides, it reads values of the step itself.
+    """
     gradients: dict[Value, Value] = {}
     products: dict[Value, dict[int, Value]] = {}
 
     def accumulate(value: Value, gradient: Value) -> None:
-        so_far = gradients.get(value)
-        gradients[value] = gradient if so_far is None else total(so_far, gradient)
+        sum_so_far = gradients.get(value)
+        gradients[value] = gradient if sum_so_far is None else plus(sum_so_far, gradient)
 
     for index, (name, value) in enumerate(step.after.items()):
         accumulate(value, Value("carry", key=name))
@@ -47,18 +51,18 @@ def differentiate(step: Step) -> Adjoint:
         elif value.op == "part":
             products.setdefault(value.inputs[0], {})[value.key] = gradient
         else:
-            for one, part in chain_rule(value, gradient):
-                accumulate(one, part)
+            for operand, its_gradient in chain_rule(value, gradient):
+                accumulate(operand, its_gradient)
 
-    def found(op: str) -> dict[str, Value]:
+    def of_leaves(op: str) -> dict[str, Value]:
         return {value.key: gradient for value, gradient in gradients.items() if value.op == op}
 
-    return Adjoint(found("state"), found("gate"), found("constant"), products)
+    return Adjoint(of_leaves("state"), of_leaves("gate"), of_leaves("constant"), products)
 
 
-def total(x: Value, y: Value) -> Value:
-    """``x + y``, in one operation with the product that ``y`` may be."""
-    return Value("fused", (x, *y.inputs), (1.0, 0.0)) if y.op == "multiply" else Value("sum", (x, y))
+def plus(x: Value, y: Value) -> Value:
+    """``x + y``, one instruction even where ``y`` is an elementwise product."""
+    return Value("addcmul", (x, *y.inputs), (1.0, 0.0)) if y.op == "multiply" else Value("sum", (x, y))
 
 
 def scaled(x: Value, factor: float) -> Value:
@@ -72,14 +76,14 @@ def times(x: Value, y: Value) -> Value:
 
 
 def chain_rule(value: Value, gradient: Value) -> Iterator[tuple[Value, Value]]:
-    """What each input of an operation gets of its gradient."""
+    """Each operand of ``value`` with its share of the gradient of ``value``."""
     s, u = value.numbers
     match value.op, value.inputs:
         case "sum", terms:
-            yield from ((one, gradient) for one in terms)
+            yield from ((term, gradient) for term in terms)
         case "sigmoid" | "tanh" | "relu" | "softplus" | "hardsigmoid", terms:
-            inner = Value(f"{value.op}_gradient", (gradient, value))
-            yield from ((one, inner) for one in terms)
+            of_sum = Value(f"{value.op}_gradient", (gradient, value))
+            yield from ((term, of_sum) for term in terms)
         case "affine", (x,):
             yield x, scaled(gradient, s)
         case "blend", (x, y):
@@ -88,7 +92,7 @@ def chain_rule(value: Value, gradient: Value) -> Iterator[tuple[Value, Value]]:
         case "multiply", (x, y):
             yield x, times(gradient, y)
             yield y, times(gradient, x)
-        case "fused", (x, y, z):
+        case "addcmul", (x, y, z):
             yield x, gradient
             yield y, times(scaled(gradient, s), z)
             yield z, times(scaled(gradient, s), y)

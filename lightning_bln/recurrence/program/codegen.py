@@ -1,4 +1,4 @@
-"""A recorded step and its gradient as instructions for the compiled library, and the places they read and write."""
+"""Instructions of the C++ library for a recorded step and its gradient, and the buffers that they read and write."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from lightning_bln.recurrence.program.graph import SUMS, Step, Value, merge_sums
 
 OPERATIONS = (
     "product", *SUMS, "sigmoid_gradient", "tanh_gradient", "relu_gradient", "softplus_gradient", "hardsigmoid_gradient",
-    "affine", "blend", "multiply", "fused", "lerp", "difference", "divide",
+    "affine", "blend", "multiply", "addcmul", "lerp", "difference", "divide",
 )  # fmt: skip
-"""In the order of ``Operation`` in ``csrc/program.h``."""
+"""Operations in the order of ``Operation`` in ``csrc/program.h``."""
+
+Buffer = tuple[str, Any]
+"""Kind of a buffer, and its name or number among those of its kind."""
 
 
 class Place(NamedTuple):
-    """Where the units of a step and a sequence lie."""
+    """Position of a value in a buffer."""
 
-    buffer: tuple[str, Any]
-    """Its kind and its name or number."""
+    buffer: Buffer
     offset: int = 0
-    """In gates."""
+    """Gates before it in the last axis."""
     shift: int = 0
-    """In steps."""
+    """Steps between the current one and the row it lies in."""
 
 
 ZERO = Place(("zero", 0))
@@ -32,60 +34,72 @@ LEAVES = ("state", "constant", "mask", "carry", "output")
 
 
 class Transposed(NamedTuple):
-    """The matrix of a product in its gradient, and where that lies."""
+    """Key of a product of the gradient: the step's matrix, transposed, and the place of the gradient it multiplies."""
 
     matrix: Any
     gradient: Place
 
 
 class Code(NamedTuple):
-    """Instructions, which name places and matrices by their index here."""
+    """A list of instructions, which name places and matrices by their index here."""
 
     instructions: Any
+    """A ctypes array of ``Instruction``."""
     places: tuple[Place, ...]
-    matrices: tuple[Any, ...]
+    matrices: tuple[tuple[str, Any], ...]
+    """``"plain"`` or ``"transposed"``, and the matrix as in :class:`Product`."""
     registers: int
+    """Scratch buffers of one step."""
 
 
 class Product(NamedTuple):
-    """A product of the step, and what its weights' gradient is made of."""
+    """A matrix product of the step, and the places from which its weights' gradient is computed."""
 
     matrix: Any
-    """The index of the cell's product, or the name of the cell's own matrix."""
+    """Index in ``cell.products``, or the name of the cell's own matrix."""
     width: int
-    """In gates."""
+    """Gates that it computes."""
     input: Place
     gradient: Place
-    """Of the product, all gates side by side."""
+    """First gate of the product's gradient; the others follow."""
+
+
+class GradientBuffer(NamedTuple):
+    """A buffer of gradients of every step."""
+
+    buffer: Buffer
+    width: int
+    """Gates in its last axis."""
+    is_complete: bool
+    """Whether the instructions write every gate; otherwise it must start at zero."""
 
 
 class Program(NamedTuple):
-    """A step forward and backwards."""
+    """Instructions of a step and of its gradient."""
 
     forward: Code
     backward: Code
     products: tuple[Product, ...]
     tapes: int
-    """How many values of every step are kept for the gradient, besides states and products."""
+    """Intermediate values kept of every step for the gradient, besides states and products."""
     kept_products: frozenset[int]
-    """Which products are."""
-    reads: frozenset[tuple[str, Any]]
-    """What the gradient is computed from."""
-    gradients: tuple[tuple[tuple[str, Any], int, bool], ...]
-    """Buffers of gradients of every step, how many gates wide they are, and whether they are written as a whole."""
+    """Products kept of every step for the gradient."""
+    reads: frozenset[Buffer]
+    """Buffers that the gradient is computed from."""
+    gradients: tuple[GradientBuffer, ...]
     states: frozenset[str]
     """States that the step depends on."""
     constants: frozenset[str]
-    """The same for vectors of the cell's own."""
+    """The cell's own vectors that the step depends on."""
 
 
-def compile_step(step: Step, layout: Mapping[str, Place], widths: Mapping[Any, int]) -> Program:
+def generate_program(step: Step, layout: Mapping[str, Place], widths: Mapping[Any, int]) -> Program:
     """Instructions for a step and its gradient.
 
     Args:
-        step: The recorded step.
-        layout: Where each gate of the input lies.
-        widths: Gates of each of the cell's products.
+        step: The recorded step; its graph is simplified in place.
+        layout: Place of each gate of the input.
+        widths: Gates of each of the cell's products, by index.
     """
     merge_sums(step.after.values())
     adjoint = differentiate(step)
@@ -93,12 +107,12 @@ def compile_step(step: Step, layout: Mapping[str, Place], widths: Mapping[Any, i
     known = frozenset(values)
     merge_sums(adjoint.roots(), known)
     products = [value for value in values if value.op == "product"]
-    where = leaves(values, layout)
+    where = places_of_leaves(values, layout)
     where |= {value: Place(("product", index)) for index, value in enumerate(products)}
     where |= {value: where[value.inputs[0]]._replace(offset=value.key) for value in values if value.op == "part"}
-    ends = [place(value, Place(("state", name), 0, 1), where) for name, value in step.after.items()]
+    ends = [assign(value, Place(("state", name), 0, 1), where) for name, value in step.after.items()]
     users = [*ordered(adjoint.roots(), known), *products]
-    kept = dict.fromkeys(one for value in users for one in value.inputs if one in known and one.inputs)
+    kept = dict.fromkeys(operand for user in users for operand in user.inputs if operand in known and operand.inputs)
     tapes = [value for value in kept if value not in where]
     where |= {value: Place(("tape", index)) for index, value in enumerate(tapes)}
     lowered = lower_adjoint(adjoint, list(step.before), products, layout, where, known, widths)
@@ -108,15 +122,15 @@ def compile_step(step: Step, layout: Mapping[str, Place], widths: Mapping[Any, i
         products=lowered.products,
         tapes=len(tapes),
         kept_products=frozenset(where[value].buffer[1] for value in kept if value.op == "part"),
-        reads=frozenset(at.buffer for at in (*lowered.code.places, *(one.input for one in lowered.products))),
+        reads=frozenset(place.buffer for place in (*lowered.code.places, *(one.input for one in lowered.products))),
         gradients=lowered.buffers,
         states=frozenset(adjoint.state),
         constants=frozenset(adjoint.constants),
     )
 
 
-def leaves(values: Iterable[Value], layout: Mapping[str, Place]) -> dict[Value, Place]:
-    """Where values lie that are given."""
+def places_of_leaves(values: Iterable[Value], layout: Mapping[str, Place]) -> dict[Value, Place]:
+    """Places of the values that are given, not computed."""
     where = {}
     for value in values:
         if value.op == "gate":
@@ -128,20 +142,20 @@ def leaves(values: Iterable[Value], layout: Mapping[str, Place]) -> dict[Value, 
     return where
 
 
-def place(value: Value, at: Place, where: dict[Value, Place]) -> Value:
-    """What lies at a place with the number of ``value``: itself, or a copy where it already lies elsewhere."""
+def assign(value: Value, place: Place, where: dict[Value, Place]) -> Value:
+    """Have ``value`` computed into a place; returns a copy of it that is, if the value already has another place."""
     if value in where:
         value = Value("sum", (value,))
-    where[value] = at
+    where[value] = place
     return value
 
 
 class Lowered(NamedTuple):
-    """The gradient of a step, see :class:`Program`."""
+    """The gradient's part of a :class:`Program`."""
 
     code: Code
     products: tuple[Product, ...]
-    buffers: tuple[tuple[tuple[str, Any], int, bool], ...]
+    buffers: tuple[GradientBuffer, ...]
 
 
 def lower_adjoint(
@@ -153,47 +167,69 @@ def lower_adjoint(
     known: frozenset[Value],
     widths: Mapping[Any, int],
 ) -> Lowered:
-    """Instructions for the gradient, ``where`` telling where the values of the step lie."""
+    """Instructions for the gradient.
+
+    Args:
+        adjoint: The gradient; keys and inputs of its products change in place.
+        states: Names of the states.
+        products: Products of the step.
+        layout: Place of each gate of the input.
+        where: Places of the step's values.
+        known: All values of the step.
+        widths: Gates of each of the cell's products, by index.
+    """
     values = ordered(adjoint.roots(), known)
-    where = {**where, **leaves(values, layout)}
-    gates = {name: Place(("gate_gradient", at.buffer[1]), at.offset) for name, at in layout.items()}
-    slots = [place(value, gates[name], where) for name, value in adjoint.gates.items()]
-    slots += [place(value, Place(("constant_gradient", name)), where) for name, value in adjoint.constants.items()]
-    buffers: list[tuple[tuple[str, Any], int, bool]] = []
-    for buffer in dict.fromkeys(at.buffer for at in gates.values()):
-        names = [name for name, at in gates.items() if at.buffer == buffer]
-        buffers.append((buffer, len(names), all(name in adjoint.gates for name in names)))
-    buffers += [(("constant_gradient", name), 1, True) for name in adjoint.constants]
+    where = {**where, **places_of_leaves(values, layout)}
+    gates = {name: Place(("gate_gradient", place.buffer[1]), place.offset) for name, place in layout.items()}
+    results = [assign(value, gates[name], where) for name, value in adjoint.gates.items()]
+    results += [assign(value, Place(("constant_gradient", name)), where) for name, value in adjoint.constants.items()]
+    buffers: list[GradientBuffer] = []
+    for buffer in dict.fromkeys(place.buffer for place in gates.values()):
+        names = [name for name, place in gates.items() if place.buffer == buffer]
+        buffers.append(GradientBuffer(buffer, len(names), all(name in adjoint.gates for name in names)))
+    buffers += [GradientBuffer(("constant_gradient", name), 1, True) for name in adjoint.constants]
     found = []
     for index, product in enumerate(products):
         width, parts = widths.get(product.key, 1), adjoint.products.get(product, {})
-        at = beside([where.get(parts[k]) if k in parts else None for k in range(width)])
-        if at is None:
-            at = Place(("product_gradient", index))
-            parts = {k: place(part, at._replace(offset=k), where) for k, part in parts.items()}
-            slots += parts.values()
-            buffers.append((at.buffer, width, len(parts) == width))
-        found.append(Product(product.key, width, where[product.inputs[0]], at))
+        place = contiguous([where.get(parts[k]) if k in parts else None for k in range(width)])
+        if place is None:
+            place = Place(("product_gradient", index))
+            parts = {k: assign(part, place._replace(offset=k), where) for k, part in parts.items()}
+            results += parts.values()
+            buffers.append(GradientBuffer(place.buffer, width, len(parts) == width))
+        found.append(Product(product.key, width, where[product.inputs[0]], place))
         for value in values:
             if value.op == "product" and value.key is product:
-                value.key, value.inputs = Transposed(product.key, at), tuple(parts.values())
-    # A state's gradient that is another's as it came is set aside before that one is overwritten.
-    last = {name: adjoint.state.get(name, Value("zero")) for name in states}
-    last = {name: value if value.inputs else Value("sum", (value,)) for name, value in last.items()}
-    where |= {value.inputs[0]: ZERO for value in last.values() if value.inputs[0].op == "zero"}
-    order = ordered([*slots, *last.values()], known)
-    for name, value in last.items():
-        at = Place(("carry", name))
-        later = (one for user in order[order.index(value) + 1 :] for one in user.inputs)
-        if value in where or any(where.get(one) == at for one in later):
-            value = Value("sum", (value,))
-            order.append(value)
-        where[value] = at
+                value.key, value.inputs = Transposed(product.key, place), tuple(parts.values())
+    order = with_carries(adjoint, states, results, where, known)
     return Lowered(lower(order, where), tuple(found), tuple(buffers))
 
 
-def beside(places: Sequence[Place | None]) -> Place | None:
-    """Where values lie side by side, in this order; ``None`` if they do not."""
+def with_carries(
+    adjoint: Adjoint,
+    states: Sequence[str],
+    results: Sequence[Value],
+    where: dict[Value, Place],
+    known: frozenset[Value],
+) -> list[Value]:
+    """All values of the gradient in order, the states' gradients written over those that came from the next step."""
+    last = {name: adjoint.state.get(name, Value("zero")) for name in states}
+    # One that is an unchanged leaf is copied, since another may overwrite that leaf's place first.
+    last = {name: value if value.inputs else Value("sum", (value,)) for name, value in last.items()}
+    where |= {value.inputs[0]: ZERO for value in last.values() if value.inputs[0].op == "zero"}
+    order = ordered([*results, *last.values()], known)
+    for name, value in last.items():
+        place = Place(("carry", name))
+        read_later = (operand for user in order[order.index(value) + 1 :] for operand in user.inputs)
+        if value in where or any(where.get(operand) == place for operand in read_later):
+            value = Value("sum", (value,))
+            order.append(value)
+        where[value] = place
+    return order
+
+
+def contiguous(places: Sequence[Place | None]) -> Place | None:
+    """The first of ``places`` if they follow one another in a buffer of gates' gradients, else ``None``."""
     first = places[0]
     if first is None or first.buffer[0] != "gate_gradient":
         return None
@@ -201,21 +237,21 @@ def beside(places: Sequence[Place | None]) -> Place | None:
 
 
 def lower(order: Iterable[Value], where: dict[Value, Place]) -> Code:
-    """Instructions for values in order; those that have no place yet get a register."""
+    """Instructions for values in order; a value without a place gets a register, which is reused after its last use."""
     order = [value for value in order if value.inputs and value.op != "part"]
-    last_use = {one: index for index, value in enumerate(order) for one in value.inputs}
+    last_use = {operand: index for index, value in enumerate(order) for operand in value.inputs}
     places: dict[Place, int] = {ZERO: 0}
-    matrices: dict[Any, int] = {}
+    matrices: dict[tuple[str, Any], int] = {}
     instructions, free, registers = [], [], 0
     for index, value in enumerate(order):
-        inputs, matrix = [where[one] for one in value.inputs], None
-        released = [where[one] for one in dict.fromkeys(value.inputs) if last_use[one] == index]
-        released = [at for at in released if at.buffer[0] == "register"]
+        inputs, matrix = [where[operand] for operand in value.inputs], None
+        released = [where[operand] for operand in dict.fromkeys(value.inputs) if last_use[operand] == index]
+        released = [place for place in released if place.buffer[0] == "register"]
         if value.op == "product":
             is_transposed = isinstance(value.key, Transposed)
             matrix = ("transposed", value.key.matrix) if is_transposed else ("plain", value.key)
             inputs = [value.key.gradient if is_transposed else inputs[0]]
-        else:  # which goes through units one by one, and may overwrite what it reads
+        else:  # elementwise, so that the result may overwrite an operand
             free += released
         if value not in where:
             if not free:
@@ -225,7 +261,7 @@ def lower(order: Iterable[Value], where: dict[Value, Place]) -> Code:
         if matrix is not None:
             free += released
         inputs += [ZERO if value.op in SUMS else inputs[0]] * (3 - len(inputs))
-        a, b, c = (places.setdefault(one, len(places)) for one in inputs)
+        a, b, c = (places.setdefault(place, len(places)) for place in inputs)
         to = places.setdefault(where[value], len(places))
         if matrix is not None:
             c = matrices.setdefault(matrix, len(matrices))

@@ -1,4 +1,4 @@
-"""A cell's step, recorded as a graph of operations on the units of one sequence at one step."""
+"""A cell's step recorded as a graph of elementwise operations and matrix products."""
 
 from __future__ import annotations
 
@@ -12,20 +12,28 @@ from lightning_bln.recurrence.reference import identity
 
 
 class NotRecordable(Exception):
-    """A step does what the compiled program has no instruction for."""
+    """A step does something that has no instruction in a recorded program."""
 
 
 class Value:
-    """A number for every unit: the operation that makes it, and what it is made of.
+    """Node of the graph: an operation on other nodes, or a leaf, with one number for every unit.
 
-    A leaf has no inputs: a ``gate`` of the input, a ``state`` before the step, a ``constant``, the ``bias`` of a gate's
-    product or the ``mask`` of what enters products. A ``product`` is that of all gates which it serves, each of them a
-    ``part``.
+    Leaves are a ``gate`` of the input, a ``state`` before the step, a ``constant`` (a vector of the cell's own), the
+    ``bias`` of one gate of a product, and the ``mask`` that is applied before products. A ``product`` computes all the
+    gates that it serves side by side; each ``part`` of it is one gate.
+
+    It takes part in torch functions and operators as a tensor would, and records them.
+
+    Args:
+        op: Name of the operation, or kind of the leaf.
+        inputs: Operands.
+        numbers: The scalars ``s`` and ``u`` of the operation.
+        key: Which leaf of its kind, which product, or which part.
     """
 
     __slots__ = ("inputs", "key", "numbers", "op")
     dtype = None
-    shape = ("samples", "units")
+    shape = ("samples", "units")  # names, so that a slice up to ``shape[-1]`` is known to be the whole
 
     def __init__(
         self, op: str, inputs: Iterable[Value] = (), numbers: tuple[float, float] = (0.0, 0.0), key: Any = None
@@ -52,7 +60,7 @@ class Value:
     def __getitem__(self, index: Any) -> Value:
         if index == (Ellipsis, slice(self.shape[-1])):
             return self
-        raise NotRecordable("a part of the units")
+        raise NotRecordable("an index into the units")
 
     def __add__(self, other: Any) -> Value:
         return add(self, other)
@@ -76,9 +84,9 @@ class Value:
 
 
 def is_value(x: Any) -> bool:
-    """Whether ``x`` is recorded; else it must be a number."""
+    """Whether ``x`` is a node; raises unless it is that or a number."""
     if not isinstance(x, Value | int | float):
-        raise NotRecordable(f"{type(x).__name__} beside the units")
+        raise NotRecordable(f"an operand of type {type(x).__name__}")
     return isinstance(x, Value)
 
 
@@ -106,7 +114,7 @@ def mul(x: Any, y: Any) -> Value:
 def addcmul(x: Value, y: Any, z: Any, *, value: float = 1.0) -> Value:
     """``x + value y z``."""
     if is_value(x) and is_value(y) and is_value(z):
-        return Value("fused", (x, y, z), (value, 0.0))
+        return Value("addcmul", (x, y, z), (value, 0.0))
     return add(x, mul(y, z), alpha=value)
 
 
@@ -118,9 +126,9 @@ def lerp(x: Any, y: Any, weight: Any) -> Value:
 
 
 def softplus(x: Value, beta: float = 1.0, threshold: float = 20.0) -> Value:
-    """``log(1 + exp(x))``, exact where torch's is linear."""
+    """``log(1 + exp(x))``; above ``threshold``, where torch returns ``x``, it differs by rounding only."""
     if beta != 1:
-        raise NotRecordable("softplus of another beta")
+        raise NotRecordable("softplus with beta other than 1")
     return Value("softplus", (x,))
 
 
@@ -135,7 +143,7 @@ def hardsigmoid(x: Value, inplace: bool = False) -> Value:
 
 
 def linear(x: Value, weight: Any, bias: Any = None) -> Value:
-    """A product with a matrix of the cell's own."""
+    """A product with one of the cell's own matrices."""
     if not isinstance(weight, Value) or weight.op != "matrix" or bias is not None:
         raise NotRecordable("a product with something else than a matrix of the cell")
     return Value("part", (Value("product", (x,), key=weight.key),), key=0)
@@ -151,14 +159,18 @@ OPERATIONS: dict[str, Callable[..., Value]] = {
 
 
 def operation(name: str) -> Callable[..., Value]:
-    """What a function or method of torch is recorded as."""
+    """The recording of a torch function or tensor method.
+
+    Raises:
+        NotRecordable: It has no instruction.
+    """
     if name not in OPERATIONS:
         raise NotRecordable(f"{name} has no instruction")
     return OPERATIONS[name]
 
 
 class NamedGates:
-    """Recorded gates, read by name as :class:`~lightning_bln.cells.Gates` are."""
+    """Recorded stand-in for :class:`~lightning_bln.cells.Gates`."""
 
     def __init__(self, parts: dict[str, Value]) -> None:
         self._parts = parts
@@ -177,7 +189,7 @@ class NamedGates:
 
 
 class Products:
-    """Recorded products, asked for as of :class:`~lightning_bln.recurrence.projection.Projection`."""
+    """Recorded stand-in for :class:`~lightning_bln.recurrence.projection.Projection`."""
 
     def __init__(self, cell: Cell, biased: bool, masked: bool) -> None:
         self._cell, self._biased, self._mask = cell, biased, Value("mask") if masked else None
@@ -207,31 +219,28 @@ class Products:
 
 
 class Step(NamedTuple):
-    """A recorded step."""
+    """A recorded step: nodes of the states before and after it."""
 
     before: dict[str, Value]
     after: dict[str, Value]
 
 
-def record_step(cell: Cell, gates: Iterable[str], shapes: Mapping[str, int], *, biased: bool, masked: bool) -> Step:
-    """Record ``cell.step``.
+def record_step(cell: Cell, gates: Iterable[str], axes: Mapping[str, int], *, biased: bool, masked: bool) -> Step:
+    """Run ``cell.step`` on nodes in place of tensors.
 
     Args:
-        cell: The equations.
-        gates: Names of the prepared gates of the input.
-        shapes: The axes of each of the cell's further parameters.
-        biased: Whether products have a bias.
-        masked: Whether what enters them is masked.
-
-    Returns:
-        The states before the step, and after it.
+        cell: The cell, without its parameters.
+        gates: Names of the gates after ``cell.prepare``.
+        axes: Number of axes of each of the cell's parameters: 1 for a vector, 2 for a matrix.
+        biased: Whether hidden products have a bias.
+        masked: Whether a dropout mask is applied before hidden products.
 
     Raises:
         NotRecordable: The step does something that has no instruction.
     """
     cell = copy(cell)
     cell.__dict__.update(
-        {name: Value("matrix" if axes == 2 else "constant", key=name) for name, axes in shapes.items()}
+        {name: Value("matrix" if number == 2 else "constant", key=name) for name, number in axes.items()}
     )
     cell.norm_cell = identity
     before = {name: Value("state", key=name) for name in cell.states}
@@ -243,13 +252,13 @@ def record_step(cell: Cell, gates: Iterable[str], shapes: Mapping[str, int], *, 
 
 
 def ordered(roots: Iterable[Value], known: Container[Value] = ()) -> list[Value]:
-    """All that ``roots`` are made of, each after its inputs, but for what is ``known``."""
+    """All nodes that ``roots`` depend on, inputs first; ``known`` nodes and what is behind them are left out."""
     found: dict[Value, None] = {}
 
     def visit(value: Value) -> None:
         if value not in found and value not in known:
-            for one in value.inputs:
-                visit(one)
+            for operand in value.inputs:
+                visit(operand)
             found[value] = None
 
     for root in roots:
@@ -258,23 +267,24 @@ def ordered(roots: Iterable[Value], known: Container[Value] = ()) -> list[Value]
 
 
 SUMS = ("sum", "sigmoid", "tanh", "relu", "softplus", "hardsigmoid")
-"""Operations that take a sum of up to three values."""
+"""Operations that are applied to the sum of up to three operands."""
 
 
 def merge_sums(roots: Iterable[Value], known: Container[Value] = ()) -> None:
-    """Let operations on sums take the terms, where the sums serve nothing else."""
+    """Replace a sum by its terms where its only user sums its operands anyway: one instruction less."""
     roots = list(roots)
     values = ordered(roots, known)
     uses: dict[Value, int] = dict.fromkeys(roots, 1)
     for value in values:
-        for one in value.inputs:
-            uses[one] = uses.get(one, 0) + 1
+        for operand in value.inputs:
+            uses[operand] = uses.get(operand, 0) + 1
     for value in values:
         if value.op not in SUMS:
             continue
         terms = list(value.inputs)
-        for one in value.inputs:
-            if one.op == "sum" and one not in known and uses[one] == 1 and len(terms) - 1 + len(one.inputs) <= 3:
-                at = terms.index(one)
-                terms[at : at + 1] = one.inputs
+        for operand in value.inputs:
+            is_free = operand.op == "sum" and operand not in known and uses[operand] == 1
+            if is_free and len(terms) - 1 + len(operand.inputs) <= 3:
+                index = terms.index(operand)
+                terms[index : index + 1] = operand.inputs
         value.inputs = tuple(terms)

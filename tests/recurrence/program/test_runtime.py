@@ -1,4 +1,4 @@
-"""Steps of any cell, recorded and run by the compiled library, against the same steps on torch operations."""
+"""Steps of any cell, recorded and run by the C++ library, against the same steps on torch operations."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from lightning_bln.cells import Cell, Extra, LinearCell, registry
 from lightning_bln.kernels import library
 from lightning_bln.kernels.matmul import linear, multiply
 from lightning_bln.recurrence.backends import name_of
-from lightning_bln.recurrence.program.runtime import record, recorded_recurrence
+from lightning_bln.recurrence.program.recording import reason_against_recording, record
+from lightning_bln.recurrence.program.runtime import recorded_recurrence
 
-pytestmark = pytest.mark.skipif(not library.is_built(), reason="the compiled kernels are not built")
+pytestmark = pytest.mark.skipif(not library.is_built(), reason="the C++ kernels are not built")
 
 STEPWISE = [
     name for name in registry if not issubclass(registry[name], LinearCell) and name_of(registry[name]()) is None
@@ -46,7 +47,7 @@ class Everything(Cell):
 
 
 class Stateless(Cell):
-    """An output without a past, whose gates all get one and the same gradient."""
+    """An output that does not recur, and gates that share one gradient."""
 
     gates = ("a", "b")
     states = ("h", "c")
@@ -57,7 +58,7 @@ class Stateless(Cell):
 
 
 class Unrecordable(Cell):
-    """A step that asks for more than there are instructions."""
+    """A step with an operation that has no instruction."""
 
     gates = ("hidden",)
 
@@ -89,7 +90,7 @@ def everything_of(layer: Recurrent, x: Tensor) -> list[Tensor]:
 
 
 def is_recorded(layer: Recurrent) -> bool:
-    """Whether a layer's recurrence is one call of the compiled library."""
+    """Whether a layer's recurrence is one call of the C++ library."""
     found = []
 
     def spy(*args: Any) -> Any:
@@ -112,14 +113,16 @@ def test_cells_of_the_zoo_are_recorded(kind) -> None:
 def test_every_instruction_is_torchs_operation(cell, samples) -> None:
     fast, plain = pair(cell, num_layers=2)
     assert is_recorded(fast)
+    assert reason_against_recording(fast.cell) is None
     x = torch.randn(6, samples, 3, dtype=torch.float64)
     for ours, theirs in zip(everything_of(fast, x), everything_of(plain, x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-8)  # torch's hardsigmoid has 1/6 as a float
 
 
-def test_a_step_beyond_the_instructions_runs_on_torch_operations() -> None:
+def test_a_step_beyond_the_instructions_runs_on_torch_operations_and_says_why() -> None:
     fast, plain = pair(Unrecordable)
     assert not is_recorded(fast)
+    assert reason_against_recording(fast.cell) == "NotRecordable: sin has no instruction"
     x = torch.randn(6, 3, 3, dtype=torch.float64)
     for ours, theirs in zip(everything_of(fast, x), everything_of(plain, x), strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -1,0 +1,149 @@
+"""Memory of a recorded program, and the call of the C++ library that runs it over all steps."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_bln.kernels.library import ProgramArgs, call, pointer
+from lightning_bln.recurrence.program.codegen import Buffer, Code, Place
+from lightning_bln.recurrence.program.recording import RecordedCell, Tensors
+
+ROWS_OF_A_THREAD = 8
+"""Sequences below which another thread does not pay."""
+
+Buffers = dict[Buffer, Tensor]
+
+
+class Shape(NamedTuple):
+    """Sizes of a call."""
+
+    steps: int
+    samples: int
+    units: int
+
+
+def input_buffers(recorded: RecordedCell, tensors: Tensors) -> Buffers:
+    """Buffers that the step reads besides states and products."""
+    buffers: Buffers = {("x", index): value for index, value in enumerate(tensors.x)}
+    for (name, axes), value in zip(recorded.signature.constants, tensors.constants, strict=True):
+        if axes == 1:
+            buffers["constant", name] = value
+    if tensors.bias_hh is not None:
+        parts = tensors.bias_hh.split(recorded.rows(tensors.state[0].shape[-1]))
+        buffers |= {("bias", index): part for index, part in enumerate(parts)}
+    if tensors.mask is not None:
+        buffers["mask", None] = tensors.mask
+    return buffers
+
+
+def result_buffers(recorded: RecordedCell, tensors: Tensors, shape: Shape, keep: bool, ragged: bool) -> Buffers:
+    """Outputs of the step: states of all steps; the rest of all steps if kept for the gradient, else of one.
+
+    Args:
+        recorded: The cell's program.
+        tensors: Its inputs.
+        shape: Sizes of the call.
+        keep: Whether there will be a gradient.
+        ragged: Whether sequences end at different steps; what lies behind their ends is zero.
+    """
+    (steps, samples, units), program = shape, recorded.program
+    start = tensors.state[0]
+    new = start.new_zeros if ragged else start.new_empty
+    buffers: Buffers = {}
+    for name, value in zip(recorded.cell.states, tensors.state, strict=True):
+        buffers["state", name] = new(steps + 1, samples, units)
+        buffers["state", name][0] = value
+    time = (steps,) if keep else ()
+    for index in range(program.tapes):
+        buffers["tape", index] = new(*time, samples, units)
+    for index, product in enumerate(program.products):
+        leading = time if index in program.kept_products else ()
+        buffers["product", index] = new(*leading, samples, product.width * units)
+    return buffers
+
+
+def gradient_buffers(
+    recorded: RecordedCell, start: Tensor, shape: Shape, gradients: Sequence[Tensor | None], ragged: bool
+) -> Buffers:
+    """Gradients of outputs and last states, which the backward instructions read, and room for those they write."""
+    steps, samples, units = shape
+    output, *last = gradients
+    buffers: Buffers = {}
+    buffers["output", None] = start.new_zeros(units) if output is None else dense_features(output)
+    for name, gradient in zip(recorded.cell.states, last, strict=True):
+        value = start.new_empty(samples, units)
+        buffers["carry", name] = value.zero_() if gradient is None else value.copy_(gradient)
+    for buffer, width, is_complete in recorded.program.gradients:
+        make = start.new_empty if is_complete and not ragged else start.new_zeros
+        buffers[buffer] = make(steps, samples, width * units)
+    return buffers
+
+
+def dense_features(x: Tensor) -> Tensor:
+    """``x`` with stride 1 along its last axis."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def matrices(recorded: RecordedCell, tensors: Tensors) -> dict[Any, Tensor]:
+    """Matrices of the products: the hidden weights by index of the product, the cell's own by name."""
+    named = zip(recorded.signature.constants, tensors.constants, strict=True)
+    found: dict[Any, Tensor] = {name: value for (name, axes), value in named if axes == 2}
+    if tensors.weight_hh is not None:
+        found |= dict(enumerate(tensors.weight_hh.split(recorded.rows(tensors.state[0].shape[-1]))))
+    return found
+
+
+def rows_of_all_steps(place: Place, width: int, buffers: Buffers, shape: Shape) -> Tensor:
+    """Values at a place, of all steps and sequences, ``(T * B, width * H)``."""
+    steps, samples, units = shape
+    value = buffers[place.buffer][place.shift :][:steps]
+    if value.ndim == 2:
+        value = value.expand(steps, samples, -1)
+    return value[..., place.offset * units : (place.offset + width) * units].reshape(steps * samples, -1)
+
+
+def execute(
+    code: Code, buffers: Buffers, weights: dict[Any, Tensor], shape: Shape, batch_sizes: Tensor | None, *, reverse: bool
+) -> None:
+    """Run instructions over all steps in one call.
+
+    Args:
+        code: The instructions.
+        buffers: Every buffer that they name, registers and zeros aside.
+        weights: Matrices by index or name.
+        shape: Sizes of the call.
+        batch_sizes: Running sequences of each step, ``None`` if all run to the end.
+        reverse: Whether to go from the last step to the first.
+    """
+    steps, samples, units = shape
+    like = next(iter(buffers.values()))
+    registers = like.new_empty(code.registers, samples, units)
+    zero = like.new_zeros(units)
+    places, strides = array("q"), array("q")
+    for buffer, offset, shift in code.places:
+        kind, index = buffer
+        tensor = zero if kind == "zero" else registers[index] if kind == "register" else buffers[buffer]
+        step = tensor.stride(0) if tensor.ndim == 3 else 0
+        row = tensor.stride(-2) if tensor.ndim > 1 else 0
+        places.extend((tensor.data_ptr() + (offset * units + shift * step) * tensor.element_size(), step, row))
+    for form, name in code.matrices:
+        weight = weights[name]
+        rows, columns = weight.shape
+        if form == "plain":
+            strides.extend((weight.data_ptr(), columns, rows, 1, weight.stride(0)))
+        else:
+            strides.extend((weight.data_ptr(), rows, columns, weight.stride(0), 1))
+    args = ProgramArgs()
+    args.steps, args.batch, args.units, args.reversed = steps, samples, units, int(reverse)
+    args.threads = max(1, min(torch.get_num_threads(), samples // ROWS_OF_A_THREAD))
+    args.instructions, args.matrices = len(code.instructions), len(code.matrices)
+    args.batch_sizes = pointer(batch_sizes)
+    args.code = ctypes.addressof(code.instructions)
+    args.places, args.matrix = places.buffer_info()[0], strides.buffer_info()[0]
+    call("program", args, like.dtype)

@@ -1,0 +1,110 @@
+"""Recorded programs of cells: each kind of cell, with its options, is recorded once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_bln.cells.cell import Cell
+from lightning_bln.recurrence.program.codegen import Place, Program, generate_program
+from lightning_bln.recurrence.program.graph import record_step
+
+
+class Tensors(NamedTuple):
+    """Tensors that a recurrence reads, in the order of the operator's arguments."""
+
+    x: tuple[Tensor, ...]
+    """Input after ``cell.prepare``, ``(T, B, width * H)`` each, with one or more gates side by side."""
+    state: tuple[Tensor, ...]
+    weight_hh: Tensor | None
+    bias_hh: Tensor | None
+    constants: tuple[Tensor, ...]
+    """The cell's own vectors and matrices."""
+    mask: Tensor | None
+
+    def flat(self) -> list[Tensor | None]:
+        """All of them in one list."""
+        return [*self.x, *self.state, self.weight_hh, self.bias_hh, *self.constants, self.mask]
+
+
+class Signature(NamedTuple):
+    """What a program depends on besides the cell; it serves tensors of any size."""
+
+    segments: tuple[tuple[str, ...], ...]
+    """Gates of each input tensor."""
+    constants: tuple[tuple[str, int], ...]
+    """The cell's parameters, and the number of axes of each."""
+    biased: bool
+    masked: bool
+
+
+class RecordedCell(NamedTuple):
+    """A cell's program, and what is needed to call it."""
+
+    cell: Cell
+    """Without parameters."""
+    signature: Signature
+    program: Program
+
+    def tensors(self, flat: Sequence[Any]) -> Tensors:
+        """The inverse of :meth:`Tensors.flat`."""
+        x = len(self.signature.segments)
+        state = x + len(self.cell.states)
+        weight, bias, *constants, mask = flat[state:]
+        return Tensors(tuple(flat[:x]), tuple(flat[x:state]), weight, bias, tuple(constants), mask)
+
+    def rows(self, units: int) -> list[int]:
+        """Rows of the hidden weights that belong to each product."""
+        return [len(names) * units for names in self.cell.products]
+
+
+Options = tuple[tuple[str, Any], ...]
+
+_REASONS: dict[tuple[type[Cell], Options], str] = {}
+
+
+def options_of(cell: Cell) -> Options:
+    """A cell's attributes that are neither parameters nor its norm, sorted by name."""
+    return tuple((n, v) for n, v in sorted(cell.__dict__.items()) if n not in cell.parameters and n != "norm_cell")
+
+
+@lru_cache(maxsize=256)
+def record(kind: type[Cell], options: Options, signature: Signature) -> RecordedCell | None:
+    """The recorded program of a kind of cell; ``None`` if its step cannot be recorded."""
+    cell = object.__new__(kind)
+    cell.__dict__.update(options)
+    layout = {
+        name: Place(("x", index), offset)
+        for index, names in enumerate(signature.segments)
+        for offset, name in enumerate(names)
+    }
+    try:
+        step = record_step(cell, layout, dict(signature.constants), biased=signature.biased, masked=signature.masked)
+    except Exception as error:  # a user's step may raise anything on nodes; torch operations run it, or raise it again
+        message = str(error).partition("\n")[0]
+        _REASONS[kind, options] = f"{type(error).__name__}: {message}"
+        return None
+    widths = {index: len(names) for index, names in enumerate(cell.products)}
+    return RecordedCell(cell, signature, generate_program(step, layout, widths))
+
+
+def unsupported_option(options: Options) -> str | None:
+    """The first option whose value cannot identify a program; ``None`` if all can."""
+    return next((name for name, value in options if not isinstance(value, int | float | str | tuple)), None)
+
+
+def reason_against_recording(cell: Cell) -> str | None:
+    """Why layers run the steps of ``cell`` on torch operations, with equal results, in place of a recorded program.
+
+    Returns:
+        The error that recording its step raised, or the option that no program can depend on; ``None`` if the step is
+        recorded, or no layer has run it yet.
+    """
+    options = options_of(cell)
+    name = unsupported_option(options)
+    if name is not None:
+        return f"option {name} is no number, string or tuple"
+    return _REASONS.get((type(cell), options))
