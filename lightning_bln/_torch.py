@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 from torch.utils import _pytree
 
 tree_flatten, tree_map, tree_unflatten = _pytree.tree_flatten, _pytree.tree_map, _pytree.tree_unflatten
@@ -28,3 +29,8 @@ def is_autocast_enabled(device_type: str) -> bool:
 def in_function_transform() -> bool:
     """Whether a transform of ``torch.func`` runs, which an autograd function without rules of its own cannot pass."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def set_buffers(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Assign registered buffers past ``nn.Module.__setattr__``, which takes longer than to gather a short sequence."""
+    module._buffers.update(values)

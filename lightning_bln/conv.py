@@ -1,4 +1,4 @@
-"""Convolution, activation and batch layer normalization in one block."""
+"""Blocks of convolution, activation and batch layer normalization."""
 
 from __future__ import annotations
 
@@ -112,23 +112,23 @@ class ConvBLN1d(_ConvBLN):
 
 
 class ConvBLN2d(_ConvBLN):
-    """Convolution, activation and :class:`BatchLayerNorm` over the channels, in the order asked for.
+    """Convolution, activation and :class:`BatchLayerNorm` over the channels, in either order.
 
     Args:
         in_channels: Channels of the input.
-        out_channels: Channels of the output, the features that are normalised.
-        kernel_size: As for :class:`torch.nn.Conv2d`, like ``stride`` to ``padding_mode``.
-        activation: A module class (``nn.ReLU``), a module or a function (``torch.relu``), or ``None`` for none.
+        out_channels: Channels of the output, which are the features of the norm.
+        kernel_size: As for :class:`torch.nn.Conv2d`, as are ``stride`` to ``padding_mode``.
+        activation: A module class (``nn.ReLU``), a module, a function (``torch.relu``), or ``None`` for none.
         order: ``"conv-act-norm"``, the paper's, or ``"conv-norm-act"``.
-        positions: ``"separate"`` keeps batch statistics of each pixel, as the authors do, and so fixes the image size;
+        positions: ``"separate"`` takes batch statistics at each pixel, as the authors do, which fixes the image size;
             ``"shared"`` takes them over pixels too, for images of any size.
-        eps: As for :class:`BatchLayerNorm`, like the rest.
+        eps: As for :class:`BatchLayerNorm`, as are the remaining arguments.
 
     Shape:
         ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height', width')``.
 
     Raises:
-        ValueError: An option is unknown, or the input's rank or channels do not fit.
+        ValueError: An option is unknown, or the input has another number of axes or channels.
 
     Example:
         >>> block = ConvBLN2d(3, 6, 5, padding="same", activation=nn.ReLU, order="conv-norm-act")

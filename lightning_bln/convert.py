@@ -1,4 +1,4 @@
-"""Turning plain torch modules into normalised ones."""
+"""Conversion of plain torch modules to normalised ones."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ TORCH_LAYERS: dict[type[nn.RNNBase], type[Recurrent]] = {nn.LSTM: BLNLSTM, nn.GR
 
 
 def from_torch(layer: nn.LSTM | nn.GRU | nn.RNN, *, norm: str | None = "bln", **options: Any) -> Recurrent:
-    """A normalised recurrent layer with the size, weights and biases of a torch one.
+    """A normalised recurrent layer with the sizes, weights and biases of a torch one.
 
     Args:
         layer: A :class:`torch.nn.LSTM`, :class:`torch.nn.GRU` or :class:`torch.nn.RNN`.
-        norm: ``"bln"``, ``"layer"``, ``"batch"``, or ``None`` for a layer with equal outputs.
-        **options: Any other option of :class:`~lightning_bln.Recurrent`.
+        norm: ``"bln"``, ``"layer"``, ``"batch"``, or ``None`` for a layer with outputs equal to the original's.
+        **options: Further options of :class:`~lightning_bln.Recurrent`.
 
     Raises:
-        ValueError: ``layer`` is anything else.
+        ValueError: ``layer`` is none of these three.
 
     Example:
         >>> plain = nn.LSTM(4, 8)
@@ -51,22 +51,22 @@ def from_torch(layer: nn.LSTM | nn.GRU | nn.RNN, *, norm: str | None = "bln", **
 
 
 def to_bln(model: nn.Module, *, norm: str = "bln", **options: Any) -> nn.Module:
-    """Replace every BatchNorm, LayerNorm and torch recurrent layer inside ``model`` by its normalised counterpart.
+    """Replace every BatchNorm, LayerNorm and torch recurrent layer in ``model`` by its normalised counterpart.
 
-    Weights and biases are taken over. BatchNorm becomes BLN over its channels with shared positions, LayerNorm over
-    its last axis, both with scale 1 so that activations keep their size. There is no population yet: train, or call
-    :func:`~lightning_bln.recompute_population`.
+    The new layers keep weights and biases. BatchNorm becomes BLN over its channels with shared positions, LayerNorm
+    over its last axis, both with scale 1 so that activations keep their size. They have no population yet: train, or
+    call :func:`~lightning_bln.recompute_population`.
 
     Args:
-        model: Changed in place.
+        model: Module to change in place.
         norm: ``"bln"``, ``"layer"`` or ``"batch"``.
         **options: For the recurrent layers, as in :class:`~lightning_bln.Recurrent`.
 
     Returns:
-        ``model``, or its counterpart if it is such a layer itself.
+        ``model``, or its counterpart if it is itself such a layer.
 
     Raises:
-        ValueError: A LayerNorm is over several axes; nothing is replaced then.
+        ValueError: A LayerNorm is over several axes; then nothing is replaced.
 
     Example:
         >>> to_bln(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)))[1].norm
@@ -105,7 +105,7 @@ def normalization_like(module: Any, num_features: int, *, channel_dim: int, norm
         **factory,
     )
     with torch.no_grad():
-        for own, taken in ((converted.weight, module.weight), (converted.bias, module.bias)):
+        for own, original in ((converted.weight, module.weight), (converted.bias, module.bias)):
             if own is not None:
-                own.copy_(taken)
+                own.copy_(original)
     return converted.train(module.training)

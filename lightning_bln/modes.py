@@ -1,4 +1,4 @@
-"""Statistics modes: which of the four statistics come from the population at inference."""
+"""Statistics modes: the source of each of the four statistics at inference."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_bln._scoped import setting
+
 
 class StatisticsMode(str):
-    """Where each of the four statistics comes from at inference, written as four letters.
+    """Source of each of the four statistics at inference, written as four letters.
 
     The letters stand for batch mean, batch variance, feature mean and feature variance, in this order: ``p`` takes the
-    statistic from the population, ``c`` from the current input. ``cccc`` is what training computes. A mode is a
-    string, equal to its four letters.
+    statistic from the population, ``c`` from the current input. Training computes ``cccc``. A mode is a string, equal
+    to its four letters.
 
     Args:
         letters: Four letters out of ``p`` and ``c``.
@@ -31,7 +33,7 @@ class StatisticsMode(str):
     """
 
     uses_population: tuple[bool, bool, bool, bool]
-    """For each of the four statistics, whether the population gives it."""
+    """Whether the population gives each of the four statistics."""
 
     def __new__(cls, letters: str) -> StatisticsMode:
         if type(letters) is cls:
@@ -42,7 +44,7 @@ class StatisticsMode(str):
                 "for batch mean, batch variance, feature mean, feature variance: 'ppcc', say"
             )
         mode = super().__new__(cls, letters)
-        # an attribute, since torch.compile before torch 2.8 does not read the letters of a string of one's own
+        # an attribute, since torch.compile before torch 2.8 cannot index a subclass of str
         first, second, third, fourth = (letter == "p" for letter in letters)
         mode.uses_population = first, second, third, fourth
         return mode
@@ -59,10 +61,10 @@ DEFAULT_MODE = StatisticsMode("ppcc")
 
 
 class HasMode(nn.Module):
-    """A layer whose inference depends on a statistics mode; the mode is saved with the state dict as extra state.
+    """Base of layers whose inference depends on a statistics mode; the state dict holds the mode as extra state.
 
-    The default ``ppcc`` is the habit of :class:`torch.nn.BatchNorm1d` and :class:`torch.nn.LayerNorm` in one: the
-    population for the batch's statistics, the current input for its own features'.
+    The default ``ppcc`` combines what :class:`torch.nn.BatchNorm1d` and :class:`torch.nn.LayerNorm` do at inference:
+    batch statistics from the population, feature statistics from the current input.
     """
 
     def __init__(self) -> None:
@@ -87,7 +89,11 @@ class HasMode(nn.Module):
 
 
 class FanOut:
-    """Several modes at once: the first layer met repeats its input for each, later ones find groups of samples."""
+    """Several modes in one forward: the first layer repeats its input for each, later ones get one group for each.
+
+    Args:
+        modes: Statistics modes, in the order of the groups along the batch axis.
+    """
 
     def __init__(self, modes: Iterable[str]) -> None:
         self.modes = tuple(StatisticsMode(mode) for mode in modes)
@@ -95,7 +101,7 @@ class FanOut:
         self.uses: dict[torch.device, tuple[bool | Tensor, ...]] = {}
 
     def enter(self, x: Tensor, batch_dim: int) -> Tensor:
-        """``x`` with an axis of modes before its batch axis, along which it is expanded unless a layer has been met."""
+        """``x`` with an axis of modes before its batch axis: repeated at the first layer, split at later ones."""
         if self.is_fanned:
             return x.unflatten(batch_dim, (len(self.modes), -1))
         self.is_fanned = True
@@ -104,7 +110,7 @@ class FanOut:
         return x.unsqueeze(batch_dim).expand(sizes)
 
     def uses_population(self, device: torch.device) -> tuple[bool | Tensor, ...]:
-        """For each statistic, whether the population gives it: one answer, or one for each mode where they differ."""
+        """Whether the population gives each statistic: a bool, or one for each mode ``(modes,)`` where they differ."""
         if device not in self.uses:
             columns = zip(*(mode.uses_population for mode in self.modes), strict=True)
             self.uses[device] = tuple(
@@ -115,10 +121,10 @@ class FanOut:
 
 @contextmanager
 def fan_out(model: nn.Module, modes: Iterable[str]) -> Iterator[FanOut]:
-    """Within the context, one evaluation forward computes every mode: the output's batch is mode by mode.
+    """Context in which one evaluation forward computes every mode; the output holds one batch after another.
 
-    Holds for one forward, or for several after ``fan.is_fanned = False`` in between. Layers between those with a mode
-    must treat samples one by one, as layers in evaluation do.
+    It serves one forward, or several with ``fan.is_fanned = False`` between them. Layers between those with a mode
+    must treat samples independently, as layers in evaluation do.
 
     Example:
         >>> from lightning_bln import BatchLayerNorm
@@ -129,29 +135,24 @@ def fan_out(model: nn.Module, modes: Iterable[str]) -> Iterator[FanOut]:
     """
     layers = require_mode_layers(model)
     fan = FanOut(modes)
-    for layer in layers:
-        layer.fan = fan
-    try:
+    with setting(layers, fan=fan):
         yield fan
-    finally:
-        for layer in layers:
-            layer.fan = None
 
 
 def mode_layers(model: nn.Module) -> list[HasMode]:
-    """Every layer of ``model`` that has a statistics mode, in the order of ``model.modules()``."""
+    """Layers of ``model`` that have a statistics mode, in the order of ``model.modules()``."""
     return [module for module in model.modules() if isinstance(module, HasMode)]
 
 
 def set_mode(model: nn.Module, mode: str) -> None:
-    """Set the statistics mode of every layer inside ``model``.
+    """Set the statistics mode of every layer in ``model``.
 
     Args:
         model: A module with at least one layer that has a mode.
         mode: Four letters, see :class:`StatisticsMode`.
 
     Raises:
-        ValueError: ``mode`` is no statistics mode, or ``model`` has no layer with one; nothing is set then.
+        ValueError: ``mode`` is no statistics mode, or ``model`` has no layer with one; then nothing is set.
 
     Example:
         >>> from lightning_bln import BatchLayerNorm
@@ -167,7 +168,7 @@ def set_mode(model: nn.Module, mode: str) -> None:
 
 @contextmanager
 def using_mode(model: nn.Module, mode: str) -> Iterator[None]:
-    """Within the context, ``mode`` is the mode of every layer inside ``model``; then each has its own again.
+    """Context in which every layer in ``model`` has this statistics mode; afterwards each has its own again.
 
     Args:
         model: A module with at least one layer that has a mode.
@@ -185,24 +186,18 @@ def using_mode(model: nn.Module, mode: str) -> Iterator[None]:
         >>> layer.mode
         'ppcc'
     """
-    layers = require_mode_layers(model)
-    before = [layer.mode for layer in layers]
-    set_mode(model, mode)
-    try:
+    with setting(require_mode_layers(model), mode=StatisticsMode(mode)):
         yield
-    finally:
-        for layer, own in zip(layers, before, strict=True):
-            layer.mode = own
 
 
 def assign_modes(layers: Iterable[HasMode], modes: Iterable[StatisticsMode]) -> None:
-    """Give each of ``layers`` its mode, past nn.Module's search for parameters: done twice for a batch and mode."""
+    """Set each layer's mode past ``nn.Module.__setattr__``, too slow for twice per batch and mode."""
     for layer, mode in zip(layers, modes, strict=True):
         layer.__dict__["_mode"] = mode
 
 
 def require_mode_layers(model: nn.Module) -> list[HasMode]:
-    """:func:`mode_layers`, or an error where there is none."""
+    """:func:`mode_layers`; raises ValueError if there is none."""
     layers = mode_layers(model)
     if not layers:
         raise ValueError(

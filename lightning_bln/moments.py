@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    r"""Count, mean and :math:`M_2 = \sum (x - \bar x)^2` of the numbers seen so far; merging loses no precision.
+    r"""Count, mean and :math:`M_2 = \sum (x - \bar x)^2` of the numbers seen so far, merged without cancellation.
 
     .. math::
         n = n_a + n_b, \quad \delta = \bar x_b - \bar x_a, \quad
         \bar x = \bar x_a + \delta \frac{n_b}{n}, \quad M_2 = M_{2,a} + M_{2,b} + \delta^2 \frac{n_a n_b}{n}
 
     Args:
-        count: Numbers seen, shape ``(*positions)``, integers.
-        mean: Their mean, shape ``(*positions, k)`` for ``k`` quantities.
-        m2: Their sum of squared deviations from the mean, shape ``(*positions, k)``.
+        count: Numbers seen, integers ``(*positions)``.
+        mean: Their mean, ``(*positions, k)`` for ``k`` quantities.
+        m2: Sum of their squared deviations from the mean, ``(*positions, k)``.
 
     Example:
         >>> a, b = Moments.of(torch.tensor([[1.0], [2.0]])), Moments.of(torch.tensor([[6.0]]))
@@ -35,7 +35,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> Moments:
-        """The moments over the first axis of ``x``, shape ``(samples, *positions, k)``."""
+        """Moments over the first axis of ``x``, ``(samples, *positions, k)``."""
         if x.ndim < 2 or len(x) == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}, but samples come first; pass (samples, *positions, k)")
         var, mean = torch.var_mean(x, 0, correction=0)
@@ -43,7 +43,7 @@ class Moments(NamedTuple):
         return cls(count, mean, var * len(x))
 
     def merge(self, other: Moments) -> Moments:
-        """The moments of both sets of numbers together (Chan's formula); shapes broadcast."""
+        """Moments of both sets of numbers together; shapes broadcast."""
         count = self.count + other.count
         share = (other.count.to(self.mean.dtype) / count.clamp(min=1))[..., None]
         delta = other.mean - self.mean
@@ -51,7 +51,7 @@ class Moments(NamedTuple):
         return Moments(count, self.mean + delta * share, m2)
 
     def merge_positions(self) -> Moments:
-        """The moments over the first position axis, as if its numbers had been seen at one position."""
+        """Moments pooled over the first position axis."""
         count = self.count.sum(0)
         weight = self.count[..., None].to(self.mean.dtype)
         mean = (self.mean * weight).sum(0) / count[..., None].clamp(min=1)
@@ -60,14 +60,13 @@ class Moments(NamedTuple):
 
     def var(self, correction: int = 1) -> Tensor:
         """Variance with divisor ``count - correction``, or ``count`` where that would be zero."""
-        return (
-            self.m2 / torch.where(self.count > correction, self.count - correction, self.count.clamp(min=1))[..., None]
-        )
+        divisor = torch.where(self.count > correction, self.count - correction, self.count.clamp(min=1))
+        return self.m2 / divisor[..., None]
 
     def all_reduce(self) -> Moments:
-        """The moments of all ranks together, the same bits on each; without a process group, these.
+        """Moments of all ranks together, bitwise equal on each; without a process group, these.
 
-        Ranks may have seen different numbers of leading positions (sequences of different lengths), or none.
+        Ranks may differ in length along the first position axis (sequences of different lengths), or be empty.
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self
@@ -83,7 +82,7 @@ class Moments(NamedTuple):
         return Moments(*(part.to(self.mean.device) for part in total))
 
     def grown(self, length: int) -> Moments:
-        """These moments with empty ones appended until there are ``length`` leading positions."""
+        """These moments with empty ones appended along the first position axis, up to ``length``."""
         missing = length - len(self.count)
         if missing <= 0:
             return self

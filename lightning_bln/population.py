@@ -1,4 +1,4 @@
-"""The population a layer normalises by at inference: gathered from batches, then frozen."""
+"""Population statistics of a layer: gathered from batches, then frozen for inference."""
 
 from __future__ import annotations
 
@@ -10,44 +10,49 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_bln._torch import set_buffers
 from lightning_bln.distributed import in_step, is_distributed
 from lightning_bln.functional import Statistics, check_choice
 from lightning_bln.moments import Moments
 
 ESTIMATORS = ("pooled", "paper")
 FROZEN = (*Statistics._fields, "batch_size")
-
+"""Buffers that are frozen."""
 POSITIONAL = ("count", "feature_mean", "feature_var", "batch_size")
+"""Buffers without a feature axis."""
 
 
 class Observed(NamedTuple):
-    """What one batch shows of a layer: batch statistics ``(*positions, d)``, all else ``(*positions)``."""
+    """Statistics of one batch at every position: ``(*positions, d)`` over the batch, ``(*positions)`` otherwise."""
 
     batch_mean: Tensor
     batch_var: Tensor
     feature_mean: Tensor
+    """Mean over the samples, as ``feature_var``."""
     feature_var: Tensor
     seen: Tensor
+    """Numbers that each batch statistic was taken over."""
     batch_size: Tensor
+    """Samples."""
 
 
 class Population(nn.Module):
-    r"""A layer's statistics for each position, gathered batch by batch and frozen for inference.
+    r"""A layer's statistics at each position, gathered batch by batch and frozen for inference.
 
-    What is being gathered (``count``, ``mean``, ``m2``) lies apart from what is frozen (``batch_mean``, ``batch_var``,
-    ``feature_mean``, ``feature_var``, ``batch_size``); both are in the state dict. Positions are sized by the
-    first batch and grow along the first position axis; a position beyond those seen takes the last one's statistics.
+    Gathered moments (``count``, ``mean``, ``m2``) and frozen statistics (``batch_mean``, ``batch_var``,
+    ``feature_mean``, ``feature_var``, ``batch_size``) are separate buffers, all in the state dict. The first batch sets
+    the positions, and longer ones extend the first position axis; positions beyond it use the last one's statistics.
 
-    The equation weighs its parts by :math:`1/m`; the frozen ``batch_size`` is the one whose inverse is the mean of that
-    over all samples: samples divided by batches.
+    The equation weighs its terms by :math:`1/m`; the inverse of the frozen ``batch_size`` is the mean of :math:`1/m`
+    over all samples, so that it equals samples divided by batches.
 
     Args:
         num_features: Size of the feature axis.
         estimator: ``"pooled"`` for mean and unbiased variance over all samples seen (Chan's merge), or ``"paper"`` for
             the average of the batches' means and of their variances times :math:`m/(m-1)`, as the authors compute it.
         momentum: If given, every batch moves the frozen population this far towards its own statistics.
-        device: Where the statistics lie.
-        dtype: Their dtype; at least float32 whatever the module is converted to.
+        device: Device of the statistics.
+        dtype: Their dtype; conversions of the module to half precision leave them in float32.
         merge_positions: Keep one set of statistics for all positions along the first position axis.
 
     Raises:
@@ -79,8 +84,8 @@ class Population(nn.Module):
             raise ValueError(f"momentum={momentum}, but it must lie in (0, 1], or be None to gather and freeze")
         self.num_features, self.estimator, self.momentum = num_features, estimator, momentum
         self.merge_positions = merge_positions
-        self.is_joint = False  # whether all ranks gather the same batches, so that there is nothing to merge
-        self.takes_part = True  # not where this rank only keeps step with others that have more batches
+        self.is_joint = False  # with joint batches all ranks gather the same, so that freezing merges nothing
+        self.takes_part = True  # False while this rank repeats a batch to keep step with the others, see ``idle``
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         quantities = (1 if estimator == "pooled" else 2) * num_features + 3
         self.register_buffer("count", torch.zeros(0, dtype=torch.long, device=device))
@@ -92,7 +97,7 @@ class Population(nn.Module):
 
     @property
     def is_frozen(self) -> bool:
-        """Whether there is a population to normalise by."""
+        """Whether there are statistics to normalise by."""
         return self.batch_mean.shape[0] > 0
 
     @property
@@ -107,19 +112,23 @@ class Population(nn.Module):
         return tuple(seen.shape)
 
     def gather(self, observed: Observed) -> None:
-        """Take in one batch; with ``momentum``, let the frozen population follow it."""
+        """Add one batch; with ``momentum``, also move the frozen statistics towards it."""
         if not self.takes_part:
             return
         moments = self._moments(observed)
         if self.merge_positions:
             moments = Moments(*(part[None] for part in moments.merge_positions()))
-        gathered = self._gathered()
-        self._assign(moments if gathered is None else merge_grown(gathered, moments))
+        total = merge_grown(Moments(self.count, self.mean, self.m2), moments) if self.is_gathering else moments
+        self.assign(total)
         if self.momentum is not None:
             self._follow(self._values(moments), self.momentum)
 
+    def assign(self, moments: Moments) -> None:
+        """Put ``moments`` in place of those gathered so far."""
+        self._replace(dict(zip(Moments._fields, moments, strict=True)))
+
     def freeze(self) -> None:
-        """Make what has been gathered, on all ranks together, the population; keeps what was gathered.
+        """Freeze the statistics of all that has been gathered, over all ranks; the gathered moments stay.
 
         Raises:
             RuntimeError: Nothing has been gathered.
@@ -135,11 +144,11 @@ class Population(nn.Module):
         self._assign_frozen(self._values(moments))
 
     def reset(self) -> None:
-        """Forget what has been gathered; what is frozen stays."""
-        self._buffers.update({name: getattr(self, name)[:0] for name in Moments._fields})
+        """Empty the gathered moments; frozen statistics stay."""
+        set_buffers(self, {name: getattr(self, name)[:0] for name in Moments._fields})
 
     def at(self, positions: tuple[int, ...]) -> tuple[Statistics, Tensor]:
-        """Frozen statistics and batch size at the leading ``positions``, each with a feature axis, if of size one."""
+        """Frozen statistics and batch size at the leading ``positions``, with a feature axis of size 1 or ``d``."""
         if tuple(self.feature_mean.shape[1:]) != positions[1:]:
             raise ValueError(position_mismatch(positions, tuple(self.feature_mean.shape)))
         last = self.feature_mean.shape[0] - 1
@@ -152,7 +161,7 @@ class Population(nn.Module):
         return Statistics(batch_mean, batch_var, feature_mean, feature_var), batch_size
 
     def _moments(self, observed: Observed) -> Moments:
-        """The batch as moments of one vector of quantities for each position: every number that will be frozen."""
+        """The batch as moments of all that will be frozen, one vector for each position."""
         dtype = self.mean.dtype
         mean, var, feature_mean, feature_var, inverse = (
             value.to(dtype) for value in (*tuple(observed)[:4], 1.0 / observed.batch_size.to(dtype))
@@ -175,19 +184,13 @@ class Population(nn.Module):
         feature_mean, feature_var, inverse = moments.mean[..., -3:].unbind(-1)
         return [mean, var, feature_mean, feature_var, 1.0 / inverse]
 
-    def _gathered(self) -> Moments | None:
-        return Moments(self.count, self.mean, self.m2) if self.is_gathering else None
-
-    def _assign(self, moments: Moments) -> None:
-        self._replace(dict(zip(Moments._fields, moments, strict=True)))
-
     def _assign_frozen(self, values: list[Tensor]) -> None:
         self._replace({name: value.clone() for name, value in zip(FROZEN, values, strict=True)})
 
     def _replace(self, values: dict[str, Tensor]) -> None:
-        """New buffers, since those before may be kept by someone, to go back to.
+        """Put new buffers in place of the old ones, which a snapshot may still hold.
 
-        While a CUDA graph is captured they are written into: a replay runs the graph and none of this.
+        During the capture of a CUDA graph they are written in place: a replay repeats kernels, not assignments.
         """
         if is_capturing(self.count.device):
             pairs = [(getattr(self, name), value.detach()) for name, value in values.items()]
@@ -195,11 +198,10 @@ class Population(nn.Module):
                 for buffer, value in pairs:
                     buffer.copy_(value)
                 return
-        # past nn.Module's look for a parameter of that name, which takes longer than to gather a short sequence
-        self._buffers.update({name: lasting(value) for name, value in values.items()})
+        set_buffers(self, {name: lasting(value) for name, value in values.items()})
 
     def _follow(self, values: list[Tensor], momentum: float) -> None:
-        """Move the frozen population towards ``values``; positions it has not seen yet take theirs."""
+        """Move the frozen statistics towards ``values``; positions that only one of them has are taken as they are."""
         if not self.is_frozen:
             return self._assign_frozen(values)
         moved = []
@@ -232,20 +234,21 @@ class Population(nn.Module):
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether what is done on ``device`` is being captured in a CUDA graph."""
+    """Whether a CUDA graph is being captured on ``device``."""
     return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def lasting(value: Tensor) -> Tensor:
-    """``value`` without history, and fit to serve a later training even if computed in inference mode."""
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():  # which a compiler cannot ask
+    """``value`` detached, and no inference tensor, which training could not use later."""
+    # the order matters: torch.compile cannot trace the second question
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return value.detach()
     with torch.inference_mode(False):
         return value.clone()
 
 
 def merge_grown(a: Moments, b: Moments) -> Moments:
-    """Merge moments that may have seen different numbers of leading positions."""
+    """Merge moments that may differ in length along the first position axis."""
     if a.count.shape[1:] != b.count.shape[1:]:
         raise ValueError(position_mismatch(tuple(b.count.shape), tuple(a.count.shape)))
     longest = max(len(a.count), len(b.count))
@@ -253,7 +256,7 @@ def merge_grown(a: Moments, b: Moments) -> Moments:
 
 
 def position_mismatch(positions: tuple[int, ...], known: tuple[int, ...]) -> str:
-    """Why statistics of positions shaped ``positions`` cannot meet a population shaped ``known``."""
+    """The error message for an input whose positions do not fit the population's."""
     return (
         f"x has positions of shape {positions}, but the population has {known}, and only the first position axis may "
         "change its length; use positions='shared' for inputs of any size, or reset the population"
@@ -261,9 +264,12 @@ def position_mismatch(positions: tuple[int, ...], known: tuple[int, ...]) -> str
 
 
 def check_state_dict(module: nn.Module, state_dict: dict, prefix: str) -> None:
-    """Raise if something in ``state_dict`` cannot be loaded into ``module``, before any of it is.
+    """Check every shape in ``state_dict`` before any of it is loaded.
 
-    Populations take any number of positions, but no other number of features.
+    Populations load any number of positions, but only their own number of features.
+
+    Raises:
+        ValueError: A shape does not fit ``module``.
     """
     needed = {name: parameter.shape for name, parameter in module.named_parameters()}
     for path, child in module.named_modules():
@@ -281,12 +287,12 @@ def check_state_dict(module: nn.Module, state_dict: dict, prefix: str) -> None:
 
 
 def populations(model: nn.Module) -> list[Population]:
-    """Every population inside ``model``."""
+    """Every population in ``model``."""
     return [module for module in model.modules() if isinstance(module, Population)]
 
 
 def require_populations(model: nn.Module) -> list[Population]:
-    """:func:`populations`, or an error where there is none."""
+    """:func:`populations`; raises ValueError if there is none."""
     found = populations(model)
     if not found:
         raise ValueError(
@@ -297,18 +303,17 @@ def require_populations(model: nn.Module) -> list[Population]:
 
 
 def freeze_population(model: nn.Module) -> None:
-    """Make what every layer of ``model`` has gathered its population.
+    """Freeze the gathered statistics of every layer in ``model`` as its population.
 
     Raises:
         ValueError: ``model`` has no layer with a population.
-        RuntimeError: A layer has gathered nothing; none is frozen then.
+        RuntimeError: A layer has gathered nothing; then no layer is frozen.
     """
     found = require_populations(model)
     empty = [
         name for name, module in model.named_modules() if isinstance(module, Population) and not module.is_gathering
     ]
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if empty and not distributed:
+    if empty and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise RuntimeError(
             f"{empty[0]} has gathered no statistics to freeze; run batches through it in training mode first, or "
             "call recompute_population(model, batches)"
@@ -318,24 +323,24 @@ def freeze_population(model: nn.Module) -> None:
 
 
 def reset_population(model: nn.Module) -> None:
-    """Forget what every layer of ``model`` has gathered; what is frozen stays."""
+    """Empty the gathered statistics of every layer in ``model``; frozen ones stay."""
     for population in require_populations(model):
         population.reset()
 
 
 @contextmanager
 def gathering(model: nn.Module) -> Iterator[None]:
-    """Within the context nothing in ``model`` trains, but its layers gather their statistics afresh.
+    """Context in which forward passes of ``model`` do nothing but gather statistics, from an empty start.
 
-    Everything is in evaluation mode (no dropout), except that layers with a population normalise by the current batch
-    and gather. Weights, gradients and every module's own mode are untouched; if the body raises, so is the population.
+    All modules are in evaluation mode (no dropout), except for layers with a population, which normalise by the current
+    batch. Gradients are off. Afterwards every module has its own mode again, and after an error its population too.
     """
     found = require_populations(model)
     holders = [
         module for module in model.modules() if any(isinstance(child, Population) for child in module.children())
     ]
     before = [dict(population.named_buffers()) for population in found]
-    training = {module: module.training for module in model.modules()}
+    training = {module: module.training for module in model.modules()}  # scripted modules too, unlike ``setting``
     reset_population(model)
     model.eval()
     for holder in holders:
@@ -356,18 +361,18 @@ def gathering(model: nn.Module) -> Iterator[None]:
 def recompute_population(
     model: nn.Module, batches: Iterable[Any], *, predict: Callable[[Any], Any] | None = None, limit: int | None = None
 ) -> None:
-    """Compute the population of every layer of ``model`` over ``batches``, at its weights as they are.
+    """Compute the population of every layer in ``model`` over ``batches``, at its current weights.
 
     Args:
-        model: Any module with layers that have a population. It is run without dropout and without gradients.
-        batches: What to run it on, training batches as a rule; about 20 do (see ``docs/statistics.md``).
-        predict: Called with each batch; left out, the model is called with the batch, or with its first entry where the
-            batch is a tuple or a list.
-        limit: Use no more than this many batches.
+        model: Module with layers that have a population. It runs without dropout and gradients.
+        batches: Training batches as a rule; about 20 suffice (see ``docs/statistics.md``).
+        predict: Function to call with each batch. By default the model is called with the batch, or with its first
+            entry if the batch is a tuple or list.
+        limit: Largest number of batches to use.
 
     Raises:
-        ValueError: ``model`` has no layer with a population, or ``batches`` is empty. The population is as before then,
-            as it is after any error on the way.
+        ValueError: ``model`` has no layer with a population, or ``batches`` is empty. After this and any other error
+            the population is as before.
 
     Example:
         >>> from lightning_bln import BatchLayerNorm
@@ -386,7 +391,7 @@ def recompute_population(
             else:
                 model(batch[0] if isinstance(batch, (tuple, list)) else batch)
             seen += 1
-        # a rank may have none where others have some: then it takes the statistics of theirs
+        # one rank may have no batch: its population is merged from the other ranks'
         if not seen and not is_distributed():
             raise ValueError("batches is empty, so there is nothing to compute a population from; pass at least one")
         freeze_population(model)

@@ -67,7 +67,7 @@ def merge_fused(
     assert library is not None
     merge = library.bln_gather_float if moments.dtype == torch.float32 else library.bln_gather_double
     merge(ctypes.byref(args))
-    population._assign(Moments(count, mean, m2))
+    population.assign(Moments(count, mean, m2))
 
 
 def observed(moments: Tensor, norm: SequenceNorm, steps: int, samples: int, sizes: Sequence[int] | None) -> Statistics:
