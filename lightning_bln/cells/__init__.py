@@ -1,4 +1,4 @@
-"""Recurrent cells: one file a cell, each a gate equation and nothing else."""
+"""Recurrent cells: the equations of one step, in one file for each cell or family."""
 
 from importlib import import_module
 from typing import Any
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 MODULES = ("BLNGRUCell", "BLNLSTMCell", "BLNRNNCell", "RecurrentCell")
-"""Modules of a single step, found here too, though they are built on this package."""
+"""Single-step modules, imported on first use because they are built on this package."""
 
 
 def __getattr__(name: str) -> Any:

@@ -11,12 +11,14 @@ from lightning_bln.cells.gates import Gates
 
 
 class AntisymmetricRNN(Cell):
-    r"""Antisymmetric RNN, whose step is one of Euler's method for a stable differential equation.
+    r"""Antisymmetric RNN: Euler's method on a stable differential equation.
 
     .. math::
         h_t = h_{t-1} + \epsilon \tanh((W_h - W_h^T - \gamma I) h_{t-1} + V_h x_t + b_h)
 
-    Options: ``epsilon``, the size of a step, and ``gamma``, the diffusion.
+    Args:
+        epsilon: Step size.
+        gamma: Diffusion.
 
     Source:
         Chang et al., "AntisymmetricRNN: A Dynamical System View on Recurrent Neural Networks", 2019, arXiv 1902.09689.
@@ -28,7 +30,7 @@ class AntisymmetricRNN(Cell):
     gamma: float
 
     def act(self, weight: Tensor) -> Tensor:
-        """Antisymmetric but for the diffusion."""
+        """The antisymmetric matrix that ``weight`` parametrises, less the diffusion."""
         return weight - weight.t() - self.gamma * eye(len(weight), dtype=weight.dtype, device=weight.device)
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
@@ -42,7 +44,9 @@ class GatedAntisymmetricRNN(AntisymmetricRNN):
         z_t &= \sigma((W_h - W_h^T - \gamma I) h_{t-1} + V_z x_t + b_z) \\
         h_t &= h_{t-1} + \epsilon z_t \circ \tanh((W_h - W_h^T - \gamma I) h_{t-1} + V_h x_t + b_h)
 
-    Options: ``epsilon``, the size of a step, and ``gamma``, the diffusion.
+    Args:
+        epsilon: Step size.
+        gamma: Diffusion.
 
     Source:
         Chang et al., "AntisymmetricRNN: A Dynamical System View on Recurrent Neural Networks", 2019, arXiv 1902.09689.

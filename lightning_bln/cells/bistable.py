@@ -11,7 +11,7 @@ from lightning_bln.cells.gates import Gates
 
 
 class BR(Cell):
-    r"""Bistable recurrent cell: each unit remembers by itself.
+    r"""Bistable recurrent cell, in which each unit has a memory of its own.
 
     .. math::
         a_t &= 1 + \tanh(U_a x_t + w_a \circ h_{t-1}) \\

@@ -1,4 +1,4 @@
-"""What a recurrent cell is: gates, states and one step."""
+"""Base classes of recurrent cells."""
 
 from __future__ import annotations
 
@@ -12,37 +12,45 @@ from lightning_bln.cells.gates import Gates
 
 
 class Extra(NamedTuple):
-    """A parameter of a cell besides the weights and biases of its projections."""
+    """Parameter of a cell besides the weights and biases of its products."""
 
     shape: tuple[str | int, ...] = ("hidden_size",)
-    """Numbers, ``"input_size"`` and ``"hidden_size"``."""
+    """Axes: numbers, ``"input_size"`` or ``"hidden_size"``."""
     start: float | None = None
-    """Where it starts; ``None`` to draw it as the other weights are."""
+    """Initial value; ``None`` to draw it as the other weights are drawn."""
     read: Callable[[Tensor], Tensor] | None = None
-    """What the equations read in its place, computed once for all steps."""
+    """Function whose result the equations read in its place, computed once for all steps."""
 
 
 class Cell:
-    """A recurrent cell: names of its gates and states, and a pure step; all else is written once, outside.
+    """Base of recurrent cells: names of gates and states, and the equations of one step.
 
-    A subclass declares ``gates`` (the order of the weight rows), ``states`` (the first is the output), and ``step``.
-    In ``step``, ``x.gate`` is a gate's normalised projection of the input with its bias, ``project(h)`` the same for
-    all gates of the hidden state, ``self.norm_cell(c)`` the norm of a cell state (with ``has_norm_cell``), and
-    ``self.State(...)`` makes the next state. Options, by name with their defaults, are read as attributes.
+    :class:`~lightning_bln.Recurrent` takes a subclass and adds weights, time, layers, directions, norms and dropout.
+    The subclass declares
 
-    Where the equations ask for more, a cell also declares
+    - ``gates``: names of the gates, in the order of the rows of ``weight_ih``;
+    - ``states``: names of the states, ``("h",)`` by default; the first is the output;
+    - ``step(x, state, project)``: the next state, made with ``self.State(h=..., ...)``. ``x.gate`` is the input's
+      projection for a gate, ``project(h).gate`` the hidden product, both with bias and norm, and ``state.name`` a
+      state, each ``(..., B, hidden_size)``. ``x + project(h)`` adds all gates at once.
 
-    - ``products``: the products with the state, each by the names of the gates it serves (they need not be gates of
-      the input). ``project(h)`` is the first, ``project.gate(h)`` the one that serves ``gate``, and gives that gate
-      alone if it serves no other. Where it serves the first of the input's gates, ``x + project(h)`` are those.
-      Without products, ``()``, a cell has no hidden weights.
-    - ``parameters``: further parameters by name, each an :class:`Extra`, read as attributes.
-    - ``unbiased``: the last of the gates, where those take no bias; ``biased = False`` where no projection does.
-    - ``zoned``: the states that zoneout acts on, if not all.
-    - ``has_projection``: whether ``proj_size`` may project the output, which then enters no equation but the products.
+    Where the equations need more, it also declares
 
-    and overrides ``state_size`` for states of another size, ``prepare`` for what can be done to all steps at once, and
-    ``act`` for hidden weights of a special form.
+    - ``options``: arguments by name with their defaults, given as ``Recurrent(..., name=value)``, read as attributes;
+    - ``products``: the hidden products, each a tuple of the gates it serves, which need not be gates of the input; by
+      default one product for all gates. ``project(h)`` takes the first, and ``x + project(h)`` requires that its gates
+      are the first of ``gates``; ``project.gate(h)`` takes the one that serves ``gate``, and returns a tensor if it
+      serves no other. With ``()`` there are no hidden weights;
+    - ``parameters``: further parameters by name, each an :class:`Extra`, read as attributes;
+    - ``unbiased``: the last of the gates, if their input projections have no bias; ``biased = False`` if no projection
+      has one;
+    - ``has_norm_cell = True``: the cell state may have a norm, ``self.norm_cell(c)``, for where it enters the output;
+      the state that is carried on is ``c`` itself;
+    - ``has_projection = True``: ``proj_size`` may project the output ``h``, which then enters nothing but products;
+    - ``zoned``: the states that zoneout acts on, if not all;
+
+    and overrides :meth:`state_size`, :meth:`prepare` or :meth:`act`. A linear recurrence derives from
+    :class:`LinearCell`. ``docs/cells.md`` names a cell of the package as an example of each.
 
     Example:
         >>> import torch
@@ -81,7 +89,7 @@ class Cell:
         cls.State = namedtuple("State", cls.states)  # type: ignore[misc]
         if "gates" in own and "products" not in own:
             cls.products = (cls.gates,)
-        # torch.compile before torch 2.5 reads a flag of a class, but not whether a dictionary is empty
+        # a flag, since torch.compile before torch 2.5 cannot read whether a dictionary is empty
         cls.has_parameters = bool(cls.parameters)
         if cls.unbiased and cls.gates[-len(cls.unbiased) :] != cls.unbiased:
             raise TypeError(f"{cls.__name__}: unbiased={cls.unbiased}, but the last gates are not these: {cls.gates}")
@@ -94,31 +102,38 @@ class Cell:
         self.__dict__.update({**self.options, **options})
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
-        """The next state from the input's gates, the state, and products with the state."""
+        """The next state, from the input's gates, the state, and the hidden products."""
         raise NotImplementedError
 
     def state_size(self, state: str, hidden_size: int) -> int:
-        """Features of a state."""
+        """Features of a state; override it for states of another size, such as delay lines."""
         return hidden_size
 
     def prepare(self, x: Gates, state: Any) -> Gates:
-        """What ``step`` reads as ``x``, from the projected input of all steps, time first, and the first state."""
+        """Compute what needs no state for all steps at once.
+
+        Args:
+            x: The projected input, ``(T, B, hidden_size)`` a gate.
+            state: The first state.
+
+        Returns:
+            The gates that ``step`` reads, see :meth:`Gates.replace`.
+        """
         return x
 
     def act(self, weight: Tensor) -> Tensor:
-        """The hidden weights as they act on the state."""
+        """The hidden weights of a special form, such as antisymmetric, from the parameter that is learned."""
         return weight
 
 
 class LinearCell(Cell):
-    r"""A cell whose recurrence is linear and elementwise, so that a scan over time computes all steps at once:
+    r"""Base of cells with a linear, elementwise recurrence, which a scan computes for all steps at once.
 
     .. math::
         s_t = a_t \circ s_{t-1} + b_t
 
-    A subclass declares ``gates``, ``states``, which of them is ``linear``, and two functions that work on one step and
-    on a whole sequence alike: ``coefficients(x)``, the pair :math:`(a, b)`, and ``readout(x, s)``, all states from the
-    linear one.
+    A subclass declares ``gates``, ``states`` and the name of the ``linear`` one, and overrides :meth:`coefficients` and
+    :meth:`readout`, both for one step ``(B, hidden_size)`` and for all ``(T, B, hidden_size)``.
     """
 
     products = ()
@@ -127,17 +142,16 @@ class LinearCell(Cell):
     def __init_subclass__(cls) -> None:
         cls.products = ()
         super().__init_subclass__()
-        cls.products = ()
 
     def coefficients(self, x: Gates) -> tuple[Tensor, Tensor]:
-        """:math:`a` and :math:`b`."""
+        """The pair :math:`(a, b)`."""
         raise NotImplementedError
 
     def readout(self, x: Gates, s: Tensor) -> Any:
-        """The states, given the linear one."""
+        """All states, from the linear one."""
         return self.State(s)
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
-        """One step of the recurrence."""
+        """One step of the recurrence, for where no scan runs."""
         a, b = self.coefficients(x)
         return self.readout(x, a * getattr(state, self.linear) + b)

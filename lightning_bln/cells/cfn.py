@@ -11,7 +11,7 @@ from lightning_bln.cells.gates import Gates
 
 
 class CFN(Cell):
-    r"""Chaos-free network: without input its state decays.
+    r"""Chaos-free network, whose state decays without input.
 
     .. math::
         \theta_t &= \sigma(U_\theta h_{t-1} + V_\theta x_t + b_\theta), \qquad

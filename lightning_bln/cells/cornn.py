@@ -18,7 +18,10 @@ class CoRNN(Cell):
         - \gamma h_{t-1} - \epsilon c_{t-1}) \\
         h_t &= h_{t-1} + \Delta t c_t
 
-    Options: ``dt``, ``gamma`` and ``epsilon``.
+    Args:
+        dt: Time step.
+        gamma: Oscillation frequency.
+        epsilon: Damping.
 
     Source:
         Rusch and Mishra, "Coupled Oscillatory Recurrent Neural Network (coRNN)", 2021, arXiv 2010.00951.

@@ -1,4 +1,4 @@
-"""The gates of a cell, read by name."""
+"""Gates of a cell, read by name, of all steps or of one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Gates:
-    """A tensor ``(..., gates * hidden_size)`` whose gates are read by name; two of them add up.
+    """A tensor ``(..., gates * hidden_size)`` whose gates are read by name; ``+`` adds gate by gate.
 
     Example:
         >>> gates = Gates(torch.tensor([1.0, 2.0]), ("forget", "cell"))
@@ -37,11 +37,11 @@ class Gates:
         return Gates(other.plus(self), other._names)
 
     def plus(self, other: Gates) -> Tensor:
-        """The sum of these gates and the first gates of the other."""
+        """The sum of these gates and the first gates of ``other``, side by side."""
         return other.first(len(self._names)) + self.joint()
 
     def replace(self, **gates: Tensor) -> Gates:
-        """The same gates with some of them changed."""
+        """Gates with some of them exchanged or added."""
         kept = next((k for k, name in enumerate(self._names) if name in gates), len(self._names))
         first = self.first(kept) if kept else None
         new = Gates(None, self._names, {**self.split(), **gates})
@@ -49,7 +49,7 @@ class Gates:
         return new
 
     def first(self, number: int) -> Tensor:
-        """The first gates, ``(..., number * hidden_size)``, cut off so that they have one gradient."""
+        """The first gates side by side, ``(..., number * hidden_size)``, split off so that they get one gradient."""
         if number == len(self._names):
             return self.joint()
         if self._first and self._first[0].shape[-1] * len(self._names) == self._width() * number:
@@ -63,7 +63,7 @@ class Gates:
         return first
 
     def segments(self) -> dict[tuple[str, ...], Tensor]:
-        """All gates as few tensors, each by the names of the gates that stand in it."""
+        """All gates in as few tensors as possible, by the names of the gates in each."""
         if self._value is not None:
             return {self._names: self._value}
         parts = dict(self.split())
@@ -75,20 +75,20 @@ class Gates:
         return found | {(name,): part for name, part in parts.items()}
 
     def _width(self) -> int:
-        """How many features all gates have."""
+        """Features of all gates together."""
         if self._value is not None:
             return self._value.shape[-1]
         parts = self.split()
         return sum(parts[name].shape[-1] for name in self._names)
 
     def split(self) -> dict[str, Tensor]:
-        """Each gate on its own, ``(..., hidden_size)``."""
+        """Gates by name, ``(..., hidden_size)`` each."""
         if self._parts is None:
             self._parts = dict(zip(self._names, self.joint().chunk(len(self._names), -1), strict=True))
         return self._parts
 
     def joint(self) -> Tensor:
-        """All gates, ``(..., gates * hidden_size)``."""
+        """All gates side by side, ``(..., gates * hidden_size)``."""
         if self._value is None:
             parts = self.split()
             self._value = torch.cat([parts[name] for name in self._names], -1)
@@ -96,7 +96,13 @@ class Gates:
 
 
 class Steps:
-    """The gates of each step, time being their first axis; cut in the form that the step reads, once for all steps."""
+    """Iterator over the gates of each step; time is split once, in the form in which the cell reads its gates.
+
+    Args:
+        gates: Gates of all steps, time first.
+        steps: Number of steps.
+        sizes: Running sequences of each step, ``None`` if all run to the end.
+    """
 
     def __init__(self, gates: Gates, steps: int, sizes: Sequence[int] | None) -> None:
         self.gates, self.steps, self.sizes = gates, steps, sizes
@@ -107,20 +113,20 @@ class Steps:
         return (Step(self, t, None if self.sizes is None else self.sizes[t]) for t in range(self.steps))
 
     def first(self, number: int, t: int) -> Tensor:
-        """The first gates of a step, of all samples."""
+        """The first gates of a step, of all sequences."""
         if number not in self._first:
             self._first[number] = self.gates.first(number).unbind(0)
         return self._first[number][t]
 
     def part(self, name: str, t: int) -> Tensor:
-        """One gate of a step, of all samples."""
+        """One gate of a step, of all sequences."""
         if name not in self._split:
             self._split[name] = getattr(self.gates, name).unbind(0)
         return self._split[name][t]
 
 
 class Step(Gates):
-    """The gates of step ``t``, of the first ``running`` samples."""
+    """The gates of step ``t``, of the first ``running`` sequences."""
 
     def __init__(self, steps: Steps, t: int, running: int | None) -> None:
         super().__init__(None, steps.gates._names)
@@ -130,17 +136,17 @@ class Step(Gates):
         return self.cut(self.steps.part(name, self.t))
 
     def split(self) -> dict[str, Tensor]:
-        """Each gate on its own."""
+        """Gates by name."""
         return {name: getattr(self, name) for name in self._names}
 
     def joint(self) -> Tensor:
-        """All gates."""
+        """All gates side by side."""
         return self.first(len(self._names))
 
     def first(self, number: int) -> Tensor:
-        """The first gates."""
+        """The first gates side by side."""
         return self.cut(self.steps.first(number, self.t))
 
     def cut(self, value: Tensor) -> Tensor:
-        """Those samples of ``value`` that still run."""
+        """The running sequences of ``value``."""
         return value if self.running is None else value[..., : self.running, :]

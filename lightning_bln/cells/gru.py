@@ -11,7 +11,7 @@ from lightning_bln.cells.gates import Gates
 
 
 class GRU(Cell):
-    r"""Gated recurrent unit, the reset gate after the product, as in :class:`torch.nn.GRU`.
+    r"""Gated recurrent unit with the reset gate applied after the product, as in :class:`torch.nn.GRU`.
 
     .. math::
         r, z &= \sigma(W x_t + U h_{t-1} + b), \qquad n = \tanh(W_n x_t + b_n + r \circ (U_n h_{t-1} + d_n)) \\

@@ -12,12 +12,13 @@ from lightning_bln.cells.rnn import NONLINEARITIES, RNN
 
 
 class IndRNN(RNN):
-    r"""Independently recurrent network: a unit sees no other's past.
+    r"""Independently recurrent network, in which a unit sees no other's past.
 
     .. math::
         h_t = \phi(W x_t + u \circ h_{t-1} + b)
 
-    Option: ``nonlinearity``, ``"tanh"`` or ``"relu"``.
+    Args:
+        nonlinearity: ``"tanh"`` or ``"relu"``.
 
     Source:
         Li et al., "Independently Recurrent Neural Network (IndRNN): Building A Longer and Deeper RNN", 2018,

@@ -21,7 +21,7 @@ class IntersectionRNN(Cell):
         y_t &= g^y_t \circ x_t + (1 - g^y_t) \circ y^{in}_t, \qquad
         h_t = g^h_t \circ h_{t-1} + (1 - g^h_t) \circ h^{in}_t
 
-    The paper asks for inputs of the hidden size; here :math:`x_t` in the last line is the input projected to that size.
+    The paper has inputs of the hidden size; here :math:`x_t` in the last line is the input projected to that size.
 
     Source:
         Collins et al., "Capacity and Trainability in Recurrent Neural Networks", 2017, arXiv 1611.09913.

@@ -20,7 +20,10 @@ class LEM(Cell):
         h_t &= (1 - \overline{\Delta t}_t) \circ h_{t-1}
         + \overline{\Delta t}_t \circ \tanh(W_y z_t + V_y x_t + b_y)
 
-    Option: ``dt``. The paper writes :math:`y` for the output ``h``.
+    The paper writes :math:`y` for the output ``h``.
+
+    Args:
+        dt: Upper bound of both time steps.
 
     Source:
         Rusch et al., "Long Expressive Memory for Sequence Modeling", 2022, arXiv 2110.04744.

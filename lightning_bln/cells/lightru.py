@@ -11,7 +11,7 @@ from lightning_bln.cells.gates import Gates
 
 
 class LightRU(Cell):
-    r"""Light recurrent unit: one gate, and a candidate that sees the input alone.
+    r"""Light recurrent unit, with one gate and a candidate that sees the input alone.
 
     .. math::
         \tilde{h}_t &= \tanh(W_h x_t + b_h), \qquad f_t = \sigma(W_f x_t + U_f h_{t-1} + b_f) \\

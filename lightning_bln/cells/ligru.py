@@ -11,15 +11,15 @@ from lightning_bln.cells.gates import Gates
 
 
 class LiGRU(Cell):
-    r"""Light gated recurrent unit: no reset gate, ReLU.
+    r"""Light gated recurrent unit, with ReLU and without a reset gate.
 
     .. math::
         z_t &= \sigma(\mathrm{BN}(W_z x_t) + U_z h_{t-1}), \qquad
         \tilde{h}_t = \mathrm{ReLU}(\mathrm{BN}(W_h x_t) + U_h h_{t-1}) \\
         h_t &= z_t \circ h_{t-1} + (1 - z_t) \circ \tilde{h}_t
 
-    The paper's batch norm, and SpeechBrain's, stands on the input's products alone:
-    ``Recurrent("ligru", ..., norm="batch", norm_hidden=False)``; its statistics are those of each step.
+    The paper and SpeechBrain normalise the input's products alone, as
+    ``Recurrent("ligru", ..., norm="batch", norm_hidden=False)`` does, with statistics of each step.
 
     Source:
         Ravanelli et al., "Light Gated Recurrent Units for Speech Recognition", 2018, arXiv 1803.10225.

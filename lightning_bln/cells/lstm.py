@@ -11,7 +11,7 @@ from lightning_bln.cells.gates import Gates
 
 
 class LSTM(Cell):
-    r"""Long short-term memory, with a forget gate.
+    r"""Long short-term memory with a forget gate.
 
     .. math::
         i, f, o &= \sigma(W x_t + U h_{t-1} + b), \qquad g = \tanh(W_g x_t + U_g h_{t-1} + b_g) \\

@@ -12,7 +12,7 @@ from lightning_bln.cells.gates import Gates
 
 
 class OriginalLSTM(Cell):
-    r"""The LSTM of 1997, without a forget gate.
+    r"""Original LSTM, without a forget gate.
 
     .. math::
         i, o &= \sigma(W x_t + U h_{t-1} + b), \qquad g = \tanh(W_g x_t + U_g h_{t-1} + b_g) \\
@@ -56,7 +56,7 @@ class CoupledLSTM(Cell):
 
 
 class PeepholeLSTM(Cell):
-    r"""LSTM whose gates see the cell state.
+    r"""LSTM with peepholes: the gates see the cell state.
 
     .. math::
         i &= \sigma(W_i x_t + U_i h_{t-1} + p_i \circ c_{t-1} + b_i), \qquad

@@ -11,7 +11,7 @@ from lightning_bln.cells.gates import Gates
 
 
 class MCLSTM(Cell):
-    r"""LSTM whose gates are driven by a control vector ``v`` of its own in place of the output.
+    r"""LSTM whose gates read a control vector ``v`` in place of the output.
 
     .. math::
         f, i, o, m &= \sigma(W x_t + U v_{t-1} + b), \qquad n = \tanh(W_n x_t + U_n v_{t-1} + b_n) \\

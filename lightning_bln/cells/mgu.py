@@ -11,7 +11,7 @@ from lightning_bln.cells.gates import Gates
 
 
 class MGU(Cell):
-    r"""Minimal gated unit: one gate in both places of the GRU's two.
+    r"""Minimal gated unit, with one gate in place of the GRU's two.
 
     .. math::
         f_t &= \sigma(W_f x_t + U_f h_{t-1} + b_f), \qquad

@@ -10,14 +10,15 @@ from lightning_bln.cells.gates import Gates
 
 
 class MinGRU(LinearCell):
-    r"""GRU stripped of all that hinders a parallel scan.
+    r"""Minimal GRU, whose gate and candidate see the input alone.
 
     .. math::
         z_t &= \sigma(W_z x_t), \qquad \tilde{h}_t = W_h x_t \\
         h_t &= (1 - z_t) \circ h_{t-1} + z_t \circ \tilde{h}_t
 
-    Option: ``positive``, for :math:`\tilde{h}_t = g(W_h x_t)` with :math:`g(a) = a + 0.5` if :math:`a \geq 0`, else
-    :math:`\sigma(a)`, as in the paper's form in logarithms.
+    Args:
+        positive: Whether :math:`\tilde{h}_t = g(W_h x_t)` with :math:`g(a) = a + 0.5` if :math:`a \geq 0`, else
+            :math:`\sigma(a)`, as in the paper's logarithmic form.
 
     Source:
         Feng et al., "Were RNNs All We Needed?", 2024, arXiv 2410.01201.
@@ -33,13 +34,14 @@ class MinGRU(LinearCell):
 
 
 class MinLSTM(LinearCell):
-    r"""LSTM stripped of all that hinders a parallel scan.
+    r"""Minimal LSTM, whose gates and candidate see the input alone.
 
     .. math::
         f_t &= \sigma(W_f x_t), \qquad i_t = \sigma(W_i x_t), \qquad \tilde{h}_t = W_h x_t \\
         h_t &= \frac{f_t}{f_t + i_t} \circ h_{t-1} + \frac{i_t}{f_t + i_t} \circ \tilde{h}_t
 
-    Option: ``positive``, as of :class:`MinGRU`.
+    Args:
+        positive: As for :class:`MinGRU`.
 
     Source:
         Feng et al., "Were RNNs All We Needed?", 2024, arXiv 2410.01201.
@@ -55,5 +57,5 @@ class MinLSTM(LinearCell):
 
 
 def candidate(a: Tensor, positive: bool) -> Tensor:
-    """The candidate state, as it is or made positive."""
+    """The candidate state, unchanged or made positive."""
     return where(a >= 0, a + 0.5, sigmoid(a)) if positive else a

@@ -12,13 +12,13 @@ from lightning_bln.cells.gates import Gates
 
 
 class MinimalRNN(Cell):
-    r"""Minimal RNN: inputs are mapped to a latent space, where the state only moves towards them.
+    r"""Minimal RNN, whose state moves towards a latent representation of the input.
 
     .. math::
         z_t &= \tanh(W_x x_t + b_z), \qquad u_t = \sigma(U_h h_{t-1} + U_z z_t + b_u) \\
         h_t &= u_t \circ h_{t-1} + (1 - u_t) \circ z_t
 
-    :math:`U_z z_t` needs no state, so it is computed for all steps at once, and carries no norm.
+    :math:`U_z z_t` needs no state: it is computed for all steps at once and has no norm.
 
     Source:
         Chen, "MinimalRNN: Toward More Interpretable and Trainable Recurrent Neural Networks", 2017, arXiv 1711.06788.

@@ -18,7 +18,8 @@ class MiRU1(Cell):
         \tilde{h}_t = \tanh(W_h x_t + U_h (r_t \circ h_{t-1}) + b_h) \\
         h_t &= \lambda h_{t-1} + (1 - \lambda) \tilde{h}_t
 
-    Option: ``update``, the paper's :math:`\lambda`.
+    Args:
+        update: The paper's :math:`\lambda`.
 
     Source:
         Zyarah and Kudithipudi, "Minion Gated Recurrent Unit for Continual Learning", 2025, arXiv 2503.06175.
@@ -42,7 +43,9 @@ class MiRU2(Cell):
         \tilde{h}_t &= \tanh(W_h x_t + U_h (\theta h_{t-1}) + b_h) \\
         h_t &= \lambda h_{t-1} + (1 - \lambda) \tilde{h}_t
 
-    Options: ``update``, the paper's :math:`\lambda`, and ``reset``, its :math:`\theta`.
+    Args:
+        update: The paper's :math:`\lambda`.
+        reset: The paper's :math:`\theta`.
 
     Source:
         Zyarah and Kudithipudi, "Minion Gated Recurrent Unit for Continual Learning", 2025, arXiv 2503.06175.

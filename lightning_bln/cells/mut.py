@@ -11,13 +11,13 @@ from lightning_bln.cells.gates import Gates
 
 
 class MUT1(Cell):
-    r"""The first of three cells found by a search over architectures.
+    r"""First of three cells found by a search over architectures.
 
     .. math::
         z_t &= \sigma(W_z x_t + b_z), \qquad r_t = \sigma(W_r x_t + U_r h_{t-1} + b_r) \\
         h_t &= \tanh(U_h (r_t \circ h_{t-1}) + \tanh(x_t) + b_h) \circ z_t + h_{t-1} \circ (1 - z_t)
 
-    A bare :math:`x_t` is the input projected to the hidden size.
+    :math:`x_t` without a matrix is the input projected to the hidden size.
 
     Source:
         Jozefowicz et al., "An Empirical Exploration of Recurrent Network Architectures", 2015.
@@ -35,13 +35,13 @@ class MUT1(Cell):
 
 
 class MUT2(Cell):
-    r"""The second of three cells found by a search over architectures.
+    r"""Second of three cells found by a search over architectures.
 
     .. math::
         z_t &= \sigma(W_z x_t + U_z h_{t-1} + b_z), \qquad r_t = \sigma(x_t + U_r h_{t-1} + b_r) \\
         h_t &= \tanh(U_h (r_t \circ h_{t-1}) + W_h x_t + b_h) \circ z_t + h_{t-1} \circ (1 - z_t)
 
-    A bare :math:`x_t` is the input projected to the hidden size.
+    :math:`x_t` without a matrix is the input projected to the hidden size.
 
     Source:
         Jozefowicz et al., "An Empirical Exploration of Recurrent Network Architectures", 2015.
@@ -57,7 +57,7 @@ class MUT2(Cell):
 
 
 class MUT3(Cell):
-    r"""The third of three cells found by a search over architectures.
+    r"""Third of three cells found by a search over architectures.
 
     .. math::
         z_t &= \sigma(W_z x_t + U_z \tanh(h_{t-1}) + b_z), \qquad r_t = \sigma(W_r x_t + U_r h_{t-1} + b_r) \\

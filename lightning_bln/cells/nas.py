@@ -11,15 +11,16 @@ from lightning_bln.cells.gates import Gates
 
 
 class NAS(Cell):
-    r"""The cell that neural architecture search found for language modelling; with :math:`a = W x_t + U h_{t-1} + b`,
+    r"""Cell found by neural architecture search for language modelling.
 
     .. math::
+        a &= W x_t + U h_{t-1} + b \\
         l_1 &= \tanh(\sigma(a_0) \circ \mathrm{ReLU}(a_1)), \qquad
         l_2 = \tanh(\sigma(a_2) + \mathrm{ReLU}((W_3 x_t + b_3) \circ U_3 h_{t-1})) \\
         l_3 &= \tanh(\tanh(a_4) \circ \sigma(a_5)), \qquad l_4 = \sigma(\tanh(a_6) + \sigma(a_7)) \\
         c_t &= \tanh(l_1 + c_{t-1}) \circ l_2, \qquad h_t = \tanh(c_t \circ \tanh(l_3 + l_4))
 
-    The product in :math:`l_2` is the authors' own (``NASCell`` of TensorFlow).
+    The product in :math:`l_2` is that of the authors' code (``NASCell`` of TensorFlow).
 
     Source:
         Zoph and Le, "Neural Architecture Search with Reinforcement Learning", 2017, arXiv 1611.01578.

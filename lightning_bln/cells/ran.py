@@ -11,7 +11,7 @@ from lightning_bln.cells.gates import Gates
 
 
 class RAN(Cell):
-    r"""Recurrent additive network: its state is a weighted sum of inputs.
+    r"""Recurrent additive network, whose state is a weighted sum of inputs.
 
     .. math::
         \tilde{c}_t &= W_c x_t, \qquad i_t = \sigma(W_i x_t + U_i h_{t-1} + b_i), \qquad

@@ -1,4 +1,4 @@
-"""Names of the cells."""
+"""Registry of the cells by name."""
 
 from __future__ import annotations
 
@@ -46,10 +46,11 @@ MODULES = {
     "ugrnn": "UGRNN",
     "unicornn": "UnICORNN",
 }
+"""Classes of each file of this package; a new cell needs its file, and its name here."""
 
 
 class Registry(Mapping[str, type[Cell]]):
-    """Cells by the name of their class in lower case; a cell's file is imported when it is first asked for.
+    """Cells by the name of their class in lower case; a cell's file is imported on first use.
 
     Example:
         >>> registry["mgu"]
@@ -78,7 +79,14 @@ registry = Registry(MODULES)
 
 
 def build(cell: str | type[Cell], **options: Any) -> Cell:
-    """A cell by its name in the registry, or of a class of one's own.
+    """An instance of a cell.
+
+    Args:
+        cell: A name in the registry, or a subclass of :class:`Cell`.
+        **options: Options of the cell.
+
+    Raises:
+        ValueError: ``cell`` is neither, or has no such option.
 
     Example:
         >>> build("rnn", nonlinearity="relu").nonlinearity

@@ -11,14 +11,17 @@ from lightning_bln.cells.gates import Gates
 
 
 class RHN(Cell):
-    r"""Recurrent highway network: ``depth`` highway layers within a step, :math:`s_0 = h_{t-1}`, :math:`h_t = s_L`.
+    r"""Recurrent highway network, with several highway layers in each step.
 
     .. math::
         n_l &= \tanh([l = 1] W_n x_t + R_{n,l} s_{l-1} + b_{n,l}), \qquad
         z_l = \sigma([l = 1] W_z x_t + R_{z,l} s_{l-1} + b_{z,l}) \\
-        s_l &= n_l \circ z_l + s_{l-1} \circ (1 - z_l)
+        s_l &= n_l \circ z_l + s_{l-1} \circ (1 - z_l), \qquad s_0 = h_{t-1}, \qquad h_t = s_L
 
-    Option: ``depth``, the paper's :math:`L`. Transform and carry gates are coupled, as in all of its experiments.
+    Transform and carry gates are coupled, as in all of the paper's experiments.
+
+    Args:
+        depth: The paper's :math:`L`.
 
     Source:
         Zilly et al., "Recurrent Highway Networks", 2017, arXiv 1607.03474.

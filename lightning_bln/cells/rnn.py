@@ -19,7 +19,8 @@ class RNN(Cell):
     .. math::
         h_t = \phi(W x_t + U h_{t-1} + b)
 
-    Option: ``nonlinearity``, ``"tanh"`` or ``"relu"``.
+    Args:
+        nonlinearity: ``"tanh"`` or ``"relu"``.
 
     Source:
         Elman, "Finding Structure in Time", 1990.

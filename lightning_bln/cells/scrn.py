@@ -11,15 +11,18 @@ from lightning_bln.cells.gates import Gates
 
 
 class SCRN(Cell):
-    r"""Structurally constrained network: a slow context ``s`` beside a hidden state ``h``; the output ``y`` sees both.
+    r"""Structurally constrained network, whose output ``y`` sees a hidden state ``h`` and a slow context ``s``.
 
     .. math::
         s_t &= (1 - \alpha) B x_t + \alpha s_{t-1} \\
         h_t &= \sigma(P s_t + A x_t + R h_{t-1}) \\
         y_t &= f(U h_t + V s_t)
 
-    In the paper :math:`f` is the softmax over the words; here it is tanh, for the layers that follow to read. The
-    context is as large as the hidden state. Option: ``alpha``.
+    In the paper :math:`f` is the softmax over the words; here it is tanh, as an input of further layers. The context is
+    as large as the hidden state.
+
+    Args:
+        alpha: Share of the context that is kept over a step.
 
     Source:
         Mikolov et al., "Learning Longer Memory in Recurrent Neural Networks", 2015, arXiv 1412.7753.

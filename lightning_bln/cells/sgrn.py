@@ -11,7 +11,7 @@ from lightning_bln.cells.gates import Gates
 
 
 class SGRN(Cell):
-    r"""Simple gated recurrent network: gate and candidate share one projection.
+    r"""Simple gated recurrent network, whose gate and candidate share one projection.
 
     .. math::
         f_t &= \sigma(W x_t + U h_{t-1} + b) \\

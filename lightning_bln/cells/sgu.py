@@ -12,7 +12,7 @@ from lightning_bln.cells.gates import Gates
 
 
 class SGU(Cell):
-    r"""Simple gated unit: the input gates the state multiplicatively.
+    r"""Simple gated unit, whose input gates the state multiplicatively.
 
     .. math::
         x_g &= W_x x_t + b_g, \qquad z_g = \tanh(W_g (x_g \circ h_{t-1})) \\
@@ -38,7 +38,7 @@ class SGU(Cell):
 
 
 class DSGU(SGU):
-    r"""Deep simple gated unit: :class:`SGU` with one more layer on the way out.
+    r"""Deep simple gated unit: :class:`SGU` with a further layer before the output.
 
     .. math::
         z_{out} = \sigma(W_{go} (z_g \circ h_{t-1}))

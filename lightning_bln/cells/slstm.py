@@ -12,7 +12,7 @@ from lightning_bln.cells.gates import Gates
 
 
 class SLSTM(Cell):
-    r"""Scalar LSTM of the xLSTM: exponential gates, a normaliser ``n`` and a stabiliser ``m``.
+    r"""Scalar LSTM of the xLSTM, with exponential gates, a normaliser ``n`` and a stabiliser ``m``.
 
     .. math::
         m_t &= \max(\log \sigma(\tilde{f}_t) + m_{t-1}, \tilde{i}_t), \qquad
@@ -20,8 +20,8 @@ class SLSTM(Cell):
         c_t &= f_t \circ c_{t-1} + i_t \circ \tanh(\tilde{z}_t), \qquad n_t = f_t \circ n_{t-1} + i_t \\
         h_t &= \sigma(\tilde{o}_t) \circ c_t / n_t
 
-    with :math:`\tilde{z}, \tilde{i}, \tilde{f}, \tilde{o} = W x_t + R h_{t-1} + b`; one head, so that :math:`R` is
-    dense. The norm of the cell state, where there is one, is that of :math:`c_t / n_t`.
+    with :math:`\tilde{z}, \tilde{i}, \tilde{f}, \tilde{o} = W x_t + R h_{t-1} + b`. There is one head, so that
+    :math:`R` is dense. The norm of the cell state acts on :math:`c_t / n_t`.
 
     Source:
         Beck et al., "xLSTM: Extended Long Short-Term Memory", 2024, arXiv 2405.04517.
@@ -35,7 +35,7 @@ class SLSTM(Cell):
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         a = x + project(state.h)
         log_f = F.logsigmoid(a.forget) + state.m
-        m = where(state.n == 0, a.input, maximum(log_f, a.input))  # before the first step there is nothing to outweigh
+        m = where(state.n == 0, a.input, maximum(log_f, a.input))  # at the first step there is no past to stabilise
         i, f = exp(a.input - m), exp((log_f - m).clamp(max=0))
         c, n = addcmul(f * state.c, i, tanh(a.cell)), addcmul(i, f, state.n)
         return self.State(h=sigmoid(a.output) * self.norm_cell(c / n), c=c, n=n, m=m)

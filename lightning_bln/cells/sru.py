@@ -11,14 +11,14 @@ from lightning_bln.cells.gates import Gates
 
 
 class SRU(Cell):
-    r"""Simple recurrent unit: all matrices act on the input alone.
+    r"""Simple recurrent unit, whose matrices act on the input alone.
 
     .. math::
         f_t &= \sigma(W_f x_t + v_f \circ c_{t-1} + b_f), \qquad r_t = \sigma(W_r x_t + v_r \circ c_{t-1} + b_r) \\
         c_t &= f_t \circ c_{t-1} + (1 - f_t) \circ W x_t \\
         h_t &= r_t \circ c_t + (1 - r_t) \circ W_s x_t
 
-    :math:`W_s x_t` is the paper's bare :math:`x_t`, projected to the hidden size.
+    :math:`W_s x_t` stands for the paper's :math:`x_t`, projected to the hidden size.
 
     Source:
         Lei et al., "Simple Recurrent Units for Highly Parallelizable Recurrence", 2018, arXiv 1709.02755.

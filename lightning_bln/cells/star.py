@@ -11,7 +11,7 @@ from lightning_bln.cells.gates import Gates
 
 
 class STAR(Cell):
-    r"""Stackable recurrent cell, made so that gradients keep their size over layers as well as steps.
+    r"""Stackable recurrent cell, whose gradients keep their size over layers as well as steps.
 
     .. math::
         z_t &= \tanh(W_z x_t + b_z), \qquad k_t = \sigma(W_x x_t + W_h h_{t-1} + b_k) \\

@@ -11,14 +11,15 @@ from lightning_bln.cells.gates import Gates
 
 
 class TauGRU(Cell):
-    r"""Gated unit with weighted feedback from ``delay`` steps before, kept in the state ``past``.
+    r"""Gated unit with weighted feedback from ``delay`` steps before, which the state ``past`` holds.
 
     .. math::
         u_n &= \tanh(W_1 h_n + U_1 x_n), \qquad z_n = \tanh(W_2 h_{n - \tau} + U_2 x_n) \\
         g_n &= \sigma(W_3 h_n + U_3 x_n), \qquad a_n = \sigma(W_4 h_n + U_4 x_n) \\
         h_{n + 1} &= (1 - g_n) \circ h_n + g_n \circ (u_n + a_n \circ z_n)
 
-    Option: ``delay``, the paper's :math:`\tau` in steps.
+    Args:
+        delay: The paper's :math:`\tau`, in steps.
 
     Source:
         Erichson et al., "Gated Recurrent Neural Networks with Weighted Time-Delay Feedback", 2022, arXiv 2212.00228.

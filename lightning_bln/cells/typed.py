@@ -1,4 +1,4 @@
-"""Strongly-typed and quasi-recurrent networks: gates of the input alone, recurrences linear."""
+"""Strongly-typed and quasi-recurrent networks, whose gates see the input alone."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class TRNN(LinearCell):
         return f, (1 - f) * x.hidden
 
 
-class Pairs(LinearCell):
-    """A linear cell whose gates are projections of two inputs, this step's and the last one's.
+class TwoInputs(LinearCell):
+    """Linear cell whose gates see two inputs, this step's and the one before.
 
-    The state ``before`` holds what the last input adds to each gate.
+    The state ``before`` holds the share of each gate that comes from the input before.
     """
 
     gates = ("hidden", "forget", "output", "hidden_before", "forget_before", "output_before")
@@ -49,11 +49,11 @@ class Pairs(LinearCell):
         return x.replace(**{name: getattr(x, name) + part for name, part in zip(names, last, strict=True)})
 
     def before(self, x: Gates) -> Tensor:
-        """What this step's input adds to the next step's gates."""
+        """The share of the next step's gates that comes from this step's input."""
         return cat([x.hidden_before, x.forget_before, x.output_before], -1)
 
 
-class TGRU(Pairs):
+class TGRU(TwoInputs):
     r"""Strongly-typed GRU.
 
     .. math::
@@ -72,7 +72,7 @@ class TGRU(Pairs):
         return self.State(h=s, before=self.before(x))
 
 
-class TLSTM(Pairs):
+class TLSTM(TwoInputs):
     r"""Strongly-typed LSTM.
 
     .. math::

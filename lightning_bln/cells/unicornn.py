@@ -17,7 +17,9 @@ class UnICORNN(Cell):
         z_t &= z_{t-1} - \Delta t\, \sigma(c) \circ (\tanh(w \circ h_{t-1} + V x_t + b) + \alpha h_{t-1}) \\
         h_t &= h_{t-1} + \Delta t\, \sigma(c) \circ z_t
 
-    Options: ``dt`` and ``alpha``.
+    Args:
+        dt: Time step.
+        alpha: Strength of the linear restoring force.
 
     Source:
         Rusch and Mishra, "UnICORNN: A recurrent model for learning very long time dependencies", 2021,
