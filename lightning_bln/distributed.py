@@ -90,14 +90,7 @@ def joint_batch(x: Tensor, shared: bool, takes_part: bool = True) -> JointBatch:
 
 
 def over_positions(x: Tensor, features: Tensor, shapes: list[list[int]], weight: float) -> JointBatch:
-    """:func:`joint_batch` with one set of statistics for all positions.
-
-    Args:
-        x: This rank's part.
-        features: Mean and variance over the features, ``(m, *positions, 2)``.
-        shapes: Shape of every rank's part, 0 samples where it does not count.
-        weight: 1, or 0 where this rank's part does not count.
-    """
+    """:func:`joint_batch` over all positions, from feature statistics ``(m, *positions, 2)`` and the parts' shapes."""
     samples = sum(shape[0] for shape in shapes)
     seen = sum(torch.Size(shape[:-1]).numel() for shape in shapes)
     over = tuple(range(x.ndim - 1))
@@ -118,7 +111,7 @@ def over_positions(x: Tensor, features: Tensor, shapes: list[list[int]], weight:
 
 
 def at_each_position(x: Tensor, features: Tensor, shapes: list[list[int]], weight: float) -> JointBatch:
-    """:func:`joint_batch` at each position, over the ranks that reach it; arguments as in :func:`over_positions`."""
+    """:func:`joint_batch` at each position, over the ranks that reach it."""
     length, *further = x.shape[1:-1]
     longest = max(shape[1] for shape in shapes)
     sizes = torch.zeros(longest, *further, dtype=torch.long, device=x.device)
@@ -196,10 +189,6 @@ _END = object()
 
 def idle(model: nn.Module) -> AbstractContextManager[None]:
     """Context in which this rank's inputs are neither gathered nor counted in joint statistics."""
-    layers = [
-        layer
-        for layer in model.modules()
-        # a joint population gathers the batch of all ranks, and must do so on this rank too
-        if hasattr(layer, "takes_part") and not getattr(layer, "is_joint", False)
-    ]
-    return setting(layers, takes_part=False)
+    layers = [layer for layer in model.modules() if hasattr(layer, "takes_part")]
+    # a joint population gathers the batch of all ranks, and must do so on this rank too
+    return setting([layer for layer in layers if not getattr(layer, "is_joint", False)], takes_part=False)

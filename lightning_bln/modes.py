@@ -89,11 +89,7 @@ class HasMode(nn.Module):
 
 
 class FanOut:
-    """Several modes in one forward: the first layer repeats its input for each, later ones get one group for each.
-
-    Args:
-        modes: Statistics modes, in the order of the groups along the batch axis.
-    """
+    """Several modes in one forward: the first layer repeats its input for each, later ones get a group for each."""
 
     def __init__(self, modes: Iterable[str]) -> None:
         self.modes = tuple(StatisticsMode(mode) for mode in modes)

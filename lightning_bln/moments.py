@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -76,9 +77,7 @@ class Moments(NamedTuple):
         if not parts:
             return self
         longest = max(len(part.count) for part in parts)
-        total = parts[0].grown(longest)
-        for part in parts[1:]:
-            total = total.merge(part.grown(longest))
+        total = reduce(Moments.merge, (part.grown(longest) for part in parts))
         return Moments(*(part.to(self.mean.device) for part in total))
 
     def grown(self, length: int) -> Moments:

@@ -96,13 +96,7 @@ class Gates:
 
 
 class Steps:
-    """Iterator over the gates of each step; time is split once, in the form in which the cell reads its gates.
-
-    Args:
-        gates: Gates of all steps, time first.
-        steps: Number of steps.
-        sizes: Running sequences of each step, ``None`` if all run to the end.
-    """
+    """Gates of one step after the other; time is split once, in the form in which the cell reads its gates."""
 
     def __init__(self, gates: Gates, steps: int, sizes: Sequence[int] | None) -> None:
         self.gates, self.steps, self.sizes = gates, steps, sizes

@@ -43,15 +43,7 @@ def input_buffers(recorded: RecordedCell, tensors: Tensors) -> Buffers:
 
 
 def result_buffers(recorded: RecordedCell, tensors: Tensors, shape: Shape, keep: bool, ragged: bool) -> Buffers:
-    """Outputs of the step: states of all steps; the rest of all steps if kept for the gradient, else of one.
-
-    Args:
-        recorded: The cell's program.
-        tensors: Its inputs.
-        shape: Sizes of the call.
-        keep: Whether there will be a gradient.
-        ragged: Whether sequences end at different steps; what lies behind their ends is zero.
-    """
+    """Buffers that the step writes: all steps of what is kept for the gradient, else one; zero where ``ragged``."""
     (steps, samples, units), program = shape, recorded.program
     start = tensors.state[0]
     new = start.new_zeros if ragged else start.new_empty
@@ -111,16 +103,7 @@ def rows_of_all_steps(place: Place, width: int, buffers: Buffers, shape: Shape) 
 def execute(
     code: Code, buffers: Buffers, weights: dict[Any, Tensor], shape: Shape, batch_sizes: Tensor | None, *, reverse: bool
 ) -> None:
-    """Run instructions over all steps in one call.
-
-    Args:
-        code: The instructions.
-        buffers: Every buffer that they name, registers and zeros aside.
-        weights: Matrices by index or name.
-        shape: Sizes of the call.
-        batch_sizes: Running sequences of each step, ``None`` if all run to the end.
-        reverse: Whether to go from the last step to the first.
-    """
+    """Run instructions over all steps in one call, with ``batch_sizes`` running sequences at each."""
     steps, samples, units = shape
     like = next(iter(buffers.values()))
     registers = like.new_empty(code.registers, samples, units)

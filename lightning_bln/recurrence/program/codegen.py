@@ -167,17 +167,7 @@ def lower_adjoint(
     known: frozenset[Value],
     widths: Mapping[Any, int],
 ) -> Lowered:
-    """Instructions for the gradient.
-
-    Args:
-        adjoint: The gradient; keys and inputs of its products change in place.
-        states: Names of the states.
-        products: Products of the step.
-        layout: Place of each gate of the input.
-        where: Places of the step's values.
-        known: All values of the step.
-        widths: Gates of each of the cell's products, by index.
-    """
+    """Instructions for the gradient of a step whose ``known`` values have their places in ``where``."""
     values = ordered(adjoint.roots(), known)
     where = {**where, **places_of_leaves(values, layout)}
     gates = {name: Place(("gate_gradient", place.buffer[1]), place.offset) for name, place in layout.items()}

@@ -22,13 +22,8 @@ class Value:
     ``bias`` of one gate of a product, and the ``mask`` that is applied before products. A ``product`` computes all the
     gates that it serves side by side; each ``part`` of it is one gate.
 
-    It takes part in torch functions and operators as a tensor would, and records them.
-
-    Args:
-        op: Name of the operation, or kind of the leaf.
-        inputs: Operands.
-        numbers: The scalars ``s`` and ``u`` of the operation.
-        key: Which leaf of its kind, which product, or which part.
+    Torch functions and operators on nodes record an operation. ``numbers`` are its scalars ``s`` and ``u``; ``key``
+    tells leaves, products and parts of a kind apart.
     """
 
     __slots__ = ("inputs", "key", "numbers", "op")
@@ -132,16 +127,6 @@ def softplus(x: Value, beta: float = 1.0, threshold: float = 20.0) -> Value:
     return Value("softplus", (x,))
 
 
-def relu(x: Value, inplace: bool = False) -> Value:
-    """``max(x, 0)``."""
-    return Value("relu", (x,))
-
-
-def hardsigmoid(x: Value, inplace: bool = False) -> Value:
-    """``clamp(x / 6 + 1 / 2, 0, 1)``."""
-    return Value("hardsigmoid", (x,))
-
-
 def linear(x: Value, weight: Any, bias: Any = None) -> Value:
     """A product with one of the cell's own matrices."""
     if not isinstance(weight, Value) or weight.op != "matrix" or bias is not None:
@@ -152,18 +137,16 @@ def linear(x: Value, weight: Any, bias: Any = None) -> Value:
 OPERATIONS: dict[str, Callable[..., Value]] = {
     "sigmoid": lambda x: Value("sigmoid", (x,)),
     "tanh": lambda x: Value("tanh", (x,)),
+    "relu": lambda x, inplace=False: Value("relu", (x,)),
+    "hardsigmoid": lambda x, inplace=False: Value("hardsigmoid", (x,)),
     "to": lambda x, dtype: x,
     "div": Value.__truediv__,
-    **{f.__name__: f for f in (add, sub, mul, addcmul, lerp, softplus, relu, hardsigmoid, linear)},
+    **{f.__name__: f for f in (add, sub, mul, addcmul, lerp, softplus, linear)},
 }
 
 
 def operation(name: str) -> Callable[..., Value]:
-    """The recording of a torch function or tensor method.
-
-    Raises:
-        NotRecordable: It has no instruction.
-    """
+    """The recording of a torch function or tensor method by its name."""
     if name not in OPERATIONS:
         raise NotRecordable(f"{name} has no instruction")
     return OPERATIONS[name]

@@ -66,9 +66,10 @@ Options = tuple[tuple[str, Any], ...]
 _REASONS: dict[tuple[type[Cell], Options], str] = {}
 
 
-def options_of(cell: Cell) -> Options:
-    """A cell's attributes that are neither parameters nor its norm, sorted by name."""
-    return tuple((n, v) for n, v in sorted(cell.__dict__.items()) if n not in cell.parameters and n != "norm_cell")
+def options_of(cell: Cell) -> Options | None:
+    """A cell's attributes besides parameters and norm; ``None`` if one is no number, string or tuple."""
+    own = {name: value for name, value in cell.__dict__.items() if name not in cell.parameters and name != "norm_cell"}
+    return tuple(sorted(own.items())) if all(isinstance(v, int | float | str | tuple) for v in own.values()) else None
 
 
 @lru_cache(maxsize=256)
@@ -91,20 +92,7 @@ def record(kind: type[Cell], options: Options, signature: Signature) -> Recorded
     return RecordedCell(cell, signature, generate_program(step, layout, widths))
 
 
-def unsupported_option(options: Options) -> str | None:
-    """The first option whose value cannot identify a program; ``None`` if all can."""
-    return next((name for name, value in options if not isinstance(value, int | float | str | tuple)), None)
-
-
 def reason_against_recording(cell: Cell) -> str | None:
-    """Why layers run the steps of ``cell`` on torch operations, with equal results, in place of a recorded program.
-
-    Returns:
-        The error that recording its step raised, or the option that no program can depend on; ``None`` if the step is
-        recorded, or no layer has run it yet.
-    """
+    """The reason why layers run ``cell`` on torch operations; ``None`` if it is recorded, or none has run it yet."""
     options = options_of(cell)
-    name = unsupported_option(options)
-    if name is not None:
-        return f"option {name} is no number, string or tuple"
-    return _REASONS.get((type(cell), options))
+    return "an option is no number, string or tuple" if options is None else _REASONS.get((type(cell), options))

@@ -24,23 +24,12 @@ from lightning_bln.recurrence.program.buffers import (
     result_buffers,
     rows_of_all_steps,
 )
-from lightning_bln.recurrence.program.recording import (
-    RecordedCell,
-    Signature,
-    Tensors,
-    options_of,
-    record,
-    unsupported_option,
-)
+from lightning_bln.recurrence.program.recording import RecordedCell, Signature, Tensors, options_of, record
 from lightning_bln.recurrence.reference import HiddenWeights, Noise, Result, Sequences, identity, unroll
 
 
 def recorded_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result | None:
-    """The recurrence by the cell's recorded program, as :func:`~lightning_bln.recurrence.reference.recurrence` runs it.
-
-    Returns:
-        The result, or ``None`` where no program can run this recurrence.
-    """
+    """:func:`~lightning_bln.recurrence.reference.recurrence` by a recorded program; ``None`` if there is none."""
     if not is_supported(sequences, weights, noise):
         return None
     x = cell.prepare(Gates(sequences.x.flatten(-2), cell.gates), cell.State(*sequences.state))
@@ -48,9 +37,7 @@ def recorded_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights
     dtype, units = sequences.x.dtype, sequences.x.shape[-1]
     constants = {name: getattr(cell, name) for name in cell.parameters}
     options = options_of(cell)
-    if any(value.shape not in ((1,), (units,), (units, units)) for value in constants.values()):
-        return None
-    if unsupported_option(options) is not None:
+    if options is None or any(value.shape not in ((1,), (units,), (units, units)) for value in constants.values()):
         return None
     signature = Signature(
         tuple(segments),
