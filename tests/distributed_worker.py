@@ -1,4 +1,4 @@
-"""What each rank runs for test_distributed.py; the same functions give one process's answer for the joined batches."""
+"""Cases that each rank of test_distributed.py runs; with ``rank=None``, one process runs them on the joined batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_bln.callbacks import BLNStatsCallback
 from lightning_bln.population import FROZEN, populations
 
 SIZES = {2: (3, 5), 3: (2, 4, 1)}
-"""Samples on each rank."""
+"""Samples on each rank, by the number of ranks."""
 
 LAYERS: dict[str, dict[str, Any]] = {
     "flat": {"shape": (6,)},
@@ -34,7 +34,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 
 def part(x: Tensor, rank: int | None, world: int) -> Tensor:
-    """A rank's part of a batch; the batch itself for one process."""
+    """A rank's part of a batch; the whole batch for one process."""
     return x if rank is None else x.split(SIZES[world])[rank]
 
 
@@ -66,7 +66,7 @@ def layer_case(name: str, rank: int | None, world: int) -> dict[str, Any]:
 
 
 def longer_case(rank: int, world: int) -> dict[str, Any]:
-    """Sequences of another length on each rank: statistics at a step are over the ranks that reach it."""
+    """Sequences that differ in length between ranks: a step's statistics are over the ranks that reach it."""
     torch.manual_seed(2)
     sequences = [torch.randn(size, 3 + place, 6, dtype=torch.float64) for place, size in enumerate(SIZES[world])]
     layer = BatchLayerNorm(6, sync_batch_stats=True, dtype=torch.float64)
@@ -91,7 +91,7 @@ def training_case(rank: int | None, world: int) -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for x in batches:
         optimizer.zero_grad()
-        # DDP averages over ranks, so that a sum over samples divided by all of them needs the number of ranks
+        # DDP averages gradients over ranks; times the number of ranks that is their sum
         (trained(part(x, rank, world)).square().sum() / total * (1 if rank is None else world)).backward()
         optimizer.step()
     own = batches[:2]
@@ -104,7 +104,7 @@ def training_case(rank: int | None, world: int) -> dict[str, Any]:
 
 
 class Shares(Sampler):
-    """Each rank's batches: those of one process, dealt out in turn."""
+    """Each rank's batches: those of one process, dealt in turn."""
 
     def __init__(self, batches: list[list[int]], rank: int, world: int) -> None:
         self.batches = batches[rank::world]

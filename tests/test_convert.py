@@ -1,4 +1,4 @@
-"""Plain torch modules made into normalised ones."""
+"""Conversion of plain torch modules to normalised ones."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 LIMIT = 300
 
 
-def test_weights_sharded_by_the_second_fsdp_are_seen_in_every_torch() -> None:
+def test_weights_sharded_by_fsdp2_are_seen_in_every_torch() -> None:
     try:
         from torch.distributed.fsdp import FSDPModule as Sharded
     except ImportError:  # before torch 2.6
@@ -41,9 +41,9 @@ def test_weights_sharded_by_the_second_fsdp_are_seen_in_every_torch() -> None:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory):
-    """What every rank of a run has computed."""
+    """Results of every rank."""
     world = request.param
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # the processes of one run of the tests share what is computed
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # processes of one xdist run share the results
     base = tmp_path_factory.getbasetemp()
     folder = (base if run is None else base.parent) / f"ranks{world}-{run}"
     folder.mkdir(exist_ok=True)
@@ -69,7 +69,7 @@ def launch(world: int, folder: Path) -> None:
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
         "GROUP_RANK": "0",
-        "TORCHELASTIC_RUN_ID": "tests",  # by this Lightning knows that the processes are there already
+        "TORCHELASTIC_RUN_ID": "tests",  # tells Lightning not to start processes itself
     }
     processes = [
         subprocess.Popen(

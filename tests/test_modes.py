@@ -1,4 +1,4 @@
-"""Modes as values, and setting them on models."""
+"""Statistics modes as values and on models, one at a time and fanned out."""
 
 from __future__ import annotations
 

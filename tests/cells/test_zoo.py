@@ -20,7 +20,7 @@ Weights = dict[str, Tensor]
 
 
 class Peer(NamedTuple):
-    """A torchrecurrent layer, and how its weights, options and states are ours."""
+    """A torchrecurrent layer, and the translation of its weights, options and states to ours."""
 
     layer: str
     weights: Callable[[Weights], Weights] = lambda w: w
@@ -35,7 +35,7 @@ def cat(*tensors: Tensor) -> Tensor:
 
 
 def change(**new: Callable[[Weights], Tensor]) -> Callable[[Weights], Weights]:
-    """Their weights with some changed or added."""
+    """Translation that changes or adds weights."""
     return lambda w: {**w, **{name: make(w) for name, make in new.items()}}
 
 
@@ -51,7 +51,7 @@ def peepholes(w: Weights) -> Weights:
 
 
 def two_inputs(w: Weights) -> Weights:
-    """Their second set of weights acts on the last input; its bias is one with the first's."""
+    """Their second set of weights acts on the input before; its bias adds to the first's."""
     return {"weight_ih": cat(w["weight_ih"], w["weight_hh"]), "bias_ih": w["bias_ih"] + w["bias_hh"]}
 
 
@@ -67,7 +67,7 @@ def bistable(w: Weights) -> Weights:
 
 
 def one_bias(w: Weights) -> Weights:
-    """The recurrent bias is missing in their gate alone; the paper has one bias a gate, so only sums matter."""
+    """Their gate lacks the recurrent bias; the paper has one bias for each gate, so only sums matter."""
     bias = w["bias_ih"] + cat(torch.zeros(HIDDEN).double(), w["bias_hh"])
     return {**w, "bias_ih": bias, "bias_hh": torch.zeros(HIDDEN).double()}
 
@@ -87,7 +87,7 @@ def multiplier_last(w: Weights) -> Weights:
 
 
 def delayed(w: Weights) -> Weights:
-    """The delayed part comes last."""
+    """Their delayed gate is the second, ours the last."""
     return {key: rows(value, 0, 2, 3, 1) for key, value in w.items()}
 
 
@@ -156,7 +156,7 @@ PEERS = {
 
 
 def peer(name: str, it: Peer) -> tuple[Recurrent, nn.Module, Weights, Callable[[Weights], Weights]]:
-    """Our layer, theirs, their weights drawn at random, and the way from those to ours."""
+    """Our layer, theirs, their weights drawn at random, and their translation to ours."""
     theirs = getattr(torchrecurrent, it.layer)(it.inputs, HIDDEN, **it.theirs).double()
     ours = Recurrent(name, it.inputs, HIDDEN, norm=None, dtype=torch.float64, **it.ours)
     wanted = {key.removesuffix("_l0") for key, _ in ours.named_parameters()}
@@ -220,8 +220,8 @@ DEPARTS = {
 
 
 @pytest.mark.parametrize("name", DEPARTS)
-def test_where_torchrecurrent_departs_from_the_paper_so_do_we_from_it(name: str) -> None:
-    """Ours equal the papers' equations in test_loops; see there what differs."""
+def test_cells_that_torchrecurrent_departs_from_the_paper_in_differ_from_ours(name: str) -> None:
+    """In test_loops ours equal the papers' equations."""
     ours, theirs = compare(name, DEPARTS[name], False)[0]
     assert not torch.allclose(ours, theirs, atol=1e-3)
 
