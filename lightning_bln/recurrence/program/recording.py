@@ -31,7 +31,7 @@ class Tensors(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What a program depends on besides the cell; it serves tensors of any size."""
+    """Properties of a call, besides the cell, that its program depends on; sizes are none."""
 
     segments: tuple[tuple[str, ...], ...]
     """Gates of each input tensor."""
