@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_bln._torch import set_buffers
 from lightning_bln.distributed import in_step, is_distributed
-from lightning_bln.functional import Statistics, check_choice
+from lightning_bln.equation import Statistics
+from lightning_bln.functional import check_choice
 from lightning_bln.moments import Moments
 
 ESTIMATORS = ("pooled", "paper")
