@@ -1,4 +1,4 @@
-"""The main job on real data: a BLN-LSTM reads handwritten digits row by row, and the callback picks its mode."""
+"""The main use on real data: a BLN-LSTM reads handwritten digits row by row, and the callback chooses its mode."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class DigitRows(L.LightningDataModule):
     """The 1,797 scanned digits that scikit-learn bundles (Alpaydin and Kaynak 1998): 8 rows of 8 pixels each.
 
     Args:
-        batch_size: Images a batch.
-        seed: Fixes the split into 1,197 training, 300 validation and 300 test images, stratified by digit.
+        batch_size: Images per batch.
+        seed: Seed of the split into 1,197 training, 300 validation and 300 test images, stratified by digit.
     """
 
     def __init__(self, batch_size: int = 32, seed: int = 0) -> None:
@@ -62,7 +62,7 @@ class DigitRows(L.LightningDataModule):
         return self.test_dataloader()
 
     def sorted_by_class(self, split: str) -> DataLoader:
-        """The same images, all zeros first and all nines last."""
+        """Loader of a split's images ordered by digit."""
         rows, labels = self.splits[split].tensors
         order = labels.argsort(stable=True)
         return DataLoader(TensorDataset(rows[order], labels[order]), self.batch_size)
@@ -74,7 +74,7 @@ class RowClassifier(L.LightningModule):
     Args:
         hidden_size: Units of the LSTM.
         norm: ``"bln"``, ``"layer"``, ``"batch"`` or ``None``.
-        lr: Learning rate of Adam.
+        lr: Adam's learning rate.
     """
 
     def __init__(self, hidden_size: int = 64, norm: str | None = "bln", lr: float = 3e-3) -> None:
@@ -112,19 +112,19 @@ class RowClassifier(L.LightningModule):
 
 
 def demo(output: Path = Path("runs/demo"), epochs: int = 8, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Train, choose the mode on validation data, and compare modes on test data, loaded as usual and sorted by class.
+    """Train, choose the statistics mode on validation data, and compare modes on test data in two orders.
 
     Args:
-        output: Where the heat map, the scores and the checkpoint go.
+        output: Folder for the heat map, the scores and the checkpoint.
         epochs: Epochs of training.
-        seed: Fixes split, weights and shuffling.
+        seed: Seed of split, weights and shuffling.
 
     Returns:
-        For each mode compared, its test accuracies.
+        For each compared mode, the test accuracy on data as loaded and on data sorted by class.
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # lightning 2.6 on torch 2.13
-    torch.set_num_threads(1)  # so small a network gains nothing from more, and suffers where others use the cores
+    torch.set_num_threads(1)  # so small a network is not faster with more, and slower on a busy machine
     torch.manual_seed(seed)
     data, model = DigitRows(seed=seed), RowClassifier()
     statistics = BLNStatsCallback(monitor="val_loss", save_dir=output)
@@ -139,7 +139,7 @@ def demo(output: Path = Path("runs/demo"), epochs: int = 8, seed: int = 0) -> di
     )
     trainer.fit(model, datamodule=data)
 
-    saved = RowClassifier.load_from_checkpoint(checkpoint.best_model_path)  # the mode is part of it
+    saved = RowClassifier.load_from_checkpoint(checkpoint.best_model_path)  # with its mode
     chosen = saved.lstm.mode
     assert chosen is not None
     tester = L.Trainer(
@@ -168,7 +168,7 @@ def demo(output: Path = Path("runs/demo"), epochs: int = 8, seed: int = 0) -> di
 
 
 def guards_note(model: RowClassifier, loader: DataLoader) -> str | None:
-    """What the callback's guard says of ``cccc`` on these batches, once it has scored their samples in other ones."""
+    """The guard's note on mode ``cccc`` for a loader's batches, which it compares with regrouped ones."""
     guarded = BLNStatsCallback(candidates=["cccc"], guard="warn", log=False)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -179,7 +179,7 @@ def guards_note(model: RowClassifier, loader: DataLoader) -> str | None:
         enable_checkpointing=False,
     )
     with using_mode(model, "cccc"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what it says is returned
+        warnings.simplefilter("ignore")  # the note is returned instead
         trainer.validate(model, loader, verbose=False)
     assert guarded.result is not None
     return guarded.result.note

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_bln._files import replacing
 from lightning_bln.modes import HasMode
 
 
@@ -63,21 +61,5 @@ def write_mode(
     saved = checkpoint.get("callbacks", {}).get(callback.state_key) if callback is not None else None
     if saved is not None:
         saved["result"] = callback.state_dict()["result"]
-    save_atomically(checkpoint, Path(path if output is None else output), like=Path(path))
-
-
-def save_atomically(content: Any, path: Path, like: Path) -> None:
-    """``torch.save`` to a file beside ``path`` that then takes its place, with the permissions of ``like``."""
-    path = path.resolve()  # a link to a checkpoint stays a link
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.copymode(like, name)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path if output is None else output, like=path) as file:
+        torch.save(checkpoint, file)

@@ -1,4 +1,4 @@
-"""Data modules and readers for the formats people have."""
+"""Data modules and readers for images, labelled texts and language modelling."""
 
 from lightning_bln.data.batching import LengthBuckets, pad_batch, pad_to_length, seeded_split
 from lightning_bln.data.files import DataError, Remote, data_dir, download

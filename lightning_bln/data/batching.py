@@ -1,4 +1,4 @@
-"""Splits, batches of like length, and padding: what every data module shares."""
+"""Splits, batches of similar length and padding, shared by the data modules."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ def seeded_split(length: int, sizes: Sequence[int | float], seed: int) -> list[T
     """Divide ``range(length)`` at random, the same way for the same seed.
 
     Args:
-        length: number of samples.
-        sizes: the size of each part: a count, or a fraction of ``length``. What is left over is in no part.
-        seed: the split's own seed; the global generator is neither read nor moved.
+        length: Number of samples.
+        sizes: The size of each part: a count, or a fraction of ``length``. The rest is in no part.
+        seed: The split's own seed; the global generator is not touched.
 
     Returns:
-        One tensor of shuffled indices a part, no index twice.
+        One tensor of shuffled indices per part; the parts are disjoint.
 
     Raises:
-        ValueError: the parts are larger than the whole, or a size is negative.
+        ValueError: The parts are larger than the whole, or a size is negative.
 
     Example:
         >>> [part.tolist() for part in seeded_split(5, [0.4, 3], seed=1)]
@@ -35,19 +35,27 @@ def seeded_split(length: int, sizes: Sequence[int | float], seed: int) -> list[T
     return list(order[: sum(counts)].split(counts))
 
 
-class LengthBuckets(Sampler[list[int]]):
-    """Batches of samples of like length, so that padding is short, in an order that is still random.
+def train_validation_split(length: int, validation: int | float, seed: int) -> tuple[Tensor, Tensor]:
+    """:func:`seeded_split` of all samples into training and validation, given the validation part's size."""
+    held_out = round(validation * length) if isinstance(validation, float) else validation
+    train, valid = seeded_split(length, [length - held_out, held_out], seed)
+    return train, valid
 
-    Samples are shuffled, cut into windows of ``window`` batches, sorted by length within a window, cut into batches,
-    and the batches shuffled. Lightning calls ``set_epoch``, so each epoch has its own order and a resumed run the same.
+
+class LengthBuckets(Sampler[list[int]]):
+    """Batches of samples of similar length, which need little padding, in a random order.
+
+    Samples are shuffled, cut into windows of ``window`` batches, sorted by length within each window and cut into
+    batches, which are shuffled. Lightning calls ``set_epoch``, so that each epoch has an order of its own, also when
+    training is resumed.
 
     Args:
-        lengths: the length of every sample.
-        batch_size: samples a batch.
-        shuffle: ``False`` sorts nothing and shuffles nothing.
-        seed: the order's seed.
-        drop_last: drop a smaller last batch.
-        window: batches that are sorted together; larger means less padding and less randomness.
+        lengths: The length of every sample.
+        batch_size: Samples per batch.
+        shuffle: Whether to sort and shuffle; otherwise samples keep their order.
+        seed: Seed of the order.
+        drop_last: Whether to drop a smaller last batch.
+        window: Batches that are sorted together; a larger window means less padding and less randomness.
 
     Example:
         >>> [sorted(batch) for batch in LengthBuckets([9, 1, 8, 2], 2, shuffle=True, seed=0)]
@@ -101,14 +109,14 @@ class LengthBuckets(Sampler[list[int]]):
 
 
 def pad_batch(samples: Sequence[tuple[Tensor, int]], padding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Collate sequences of different length.
+    """Collate sequences of different lengths.
 
     Args:
-        samples: pairs of token ids ``[length]`` and a label.
-        padding: the id that fills up shorter sequences.
+        samples: Pairs of token ids ``(T,)`` and a label.
+        padding: The id appended to shorter sequences.
 
     Returns:
-        Token ids ``[batch, longest]``, lengths ``[batch]`` and labels ``[batch]``.
+        Token ids ``(B, T)`` with the longest sequence's ``T``, lengths ``(B,)`` and labels ``(B,)``.
 
     Example:
         >>> tokens, lengths, labels = pad_batch([(torch.tensor([5, 6]), 1), (torch.tensor([7]), 0)])
@@ -121,10 +129,10 @@ def pad_batch(samples: Sequence[tuple[Tensor, int]], padding: int = 0) -> tuple[
 
 
 def pad_to_length(sequences: Sequence[Sequence[int]], length: int, padding: int = 0) -> Tensor:
-    """Pad in front and cut in front, as Keras's ``pad_sequences`` does: the end of every sequence is kept.
+    """Pad or cut sequences at the front, as Keras's ``pad_sequences`` does; the end of every sequence is kept.
 
     Returns:
-        A tensor ``[number, length]``.
+        A tensor ``(N, length)``.
 
     Example:
         >>> pad_to_length([[1, 2, 3], [4]], 2).tolist()

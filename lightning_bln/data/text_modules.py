@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_bln.data.batching import LengthBuckets, pad_batch, pad_to_length, seeded_split
+from lightning_bln.data.batching import LengthBuckets, pad_batch, pad_to_length, seeded_split, train_validation_split
 from lightning_bln.data.data_module import DataModule
 from lightning_bln.data.files import DataError, PathLike, read_text
 from lightning_bln.data.language import TokenWindows, read_penn_treebank, read_tiny_shakespeare, words_by_line
@@ -30,29 +30,29 @@ class _Texts(Dataset[tuple[Tensor, int]]):
 
 
 class TextData(DataModule):
-    """Labelled texts from a folder a class, CSV, TSV or JSON lines.
+    """Labelled texts from one folder per class, CSV, TSV or JSON lines.
 
-    Batches are ``(tokens [batch, longest], lengths [batch], labels [batch])``, samples of like length together; with
-    ``fixed_length`` they are ``(tokens [batch, fixed_length], labels [batch])``, padded and cut in front. Validation
-    and test samples come in a seeded random order, never class by class: a statistics mode that uses the current batch
-    would read the labels from it.
+    Batches are tokens ``(B, T)``, lengths ``(B,)`` and labels ``(B,)``, with samples of similar length together; with
+    ``fixed_length`` they are tokens ``(B, fixed_length)``, padded or cut at the front, and labels ``(B,)``. Validation
+    and test samples come in a seeded random order, never class by class: in batches of one class, the statistics of
+    the current batch would give the label away.
 
     Args:
-        train: a file ending in ``.csv``, ``.tsv``, ``.jsonl`` or ``.ndjson``, or a folder of folders.
-        test: the same for test data, if there is any.
-        batch_size: samples a batch.
-        validation: samples taken off the training data, a count or a fraction.
-        tokenizer: a name of :func:`~lightning_bln.data.get_tokenizer`, or a callable from a string to tokens.
-        vocabulary: called with tokens, returns ids (a ``torchtext.vocab.Vocab``, say); built from the training texts
-            without one.
-        max_tokens: size of a vocabulary that is built.
-        min_freq: rarer tokens are left out of a vocabulary that is built.
-        max_length: longer texts are cut, their end kept.
-        fixed_length: pad or cut every text to this length.
-        text: column or key of the text.
-        label: column or key of the label.
-        num_workers: loader processes.
-        seed: of the split and of the order.
+        train: A file that ends in ``.csv``, ``.tsv``, ``.jsonl`` or ``.ndjson``, or a folder with a folder per class.
+        test: The same for test data, if there is any.
+        batch_size: Samples per batch.
+        validation: Size of the validation part of the training data, a count or a fraction.
+        tokenizer: A name for :func:`~lightning_bln.data.get_tokenizer`, or a callable from a string to tokens.
+        vocabulary: A callable from tokens to ids, such as a ``torchtext.vocab.Vocab``; by default built from the
+            training texts.
+        max_tokens: Largest size of the vocabulary, if it is built.
+        min_freq: Tokens rarer than this are not in the vocabulary, if it is built.
+        max_length: Longer texts keep their last ``max_length`` tokens.
+        fixed_length: Length to which every text is padded or cut.
+        text: Column or key of the text.
+        label: Column or key of the label.
+        num_workers: Number of loader processes.
+        seed: Seed of the split and of the order.
     """
 
     def __init__(
@@ -101,14 +101,10 @@ class TextData(DataModule):
             raise DataError(f"{self.test_path}: classes {test.classes}, but training has {train.classes}")
         tokenize = get_tokenizer(self.tokenizer)
         tokens = [tokenize(text) for text in train.texts]
-        if not isinstance(self.validation, float):
-            sizes: list[int | float] = [len(tokens) - self.validation, self.validation]
-        else:
-            taken = round(self.validation * len(tokens))
-            sizes = [len(tokens) - taken, taken]
-        train_index, validation_index = (index.tolist() for index in seeded_split(len(tokens), sizes, self.seed))
+        split = train_validation_split(len(tokens), self.validation, self.seed)
+        train_index, validation_index = (index.tolist() for index in split)
         if self.vocabulary is None:
-            # From the training part alone: the validation part must be as foreign to the model as the test set.
+            # From the training part alone: validation texts must be as unknown to the model as test texts.
             self.vocabulary = build_vocabulary(
                 (tokens[index] for index in train_index), min_freq=self.min_freq, max_tokens=self.max_tokens
             )
@@ -126,7 +122,7 @@ class TextData(DataModule):
 
     @property
     def padding(self) -> int:
-        """The id that fills up shorter texts."""
+        """The id that pads shorter texts."""
         assert self.vocabulary is not None
         has_padding = PAD in self.vocabulary
         return self.vocabulary[PAD] if has_padding else 0
@@ -136,7 +132,7 @@ class TextData(DataModule):
         ids = [self.vocabulary(tokens) for tokens in texts]
         if self.fixed_length is not None:
             return TensorDataset(pad_to_length(ids, self.fixed_length, self.padding), torch.tensor(labels))
-        # A text without a single token still is one step long: a sequence of length 0 cannot be packed.
+        # An empty text becomes one step of padding: torch cannot pack a sequence of length 0.
         kept = [sequence[-self.max_length :] if self.max_length else sequence for sequence in ids]
         return _Texts([torch.tensor(sequence or [self.padding], dtype=torch.long) for sequence in kept], labels)
 
@@ -150,7 +146,7 @@ class TextData(DataModule):
 
 
 class _Padding:
-    """Collates with :func:`~lightning_bln.data.pad_batch`; a class, since loader workers cannot be sent a lambda."""
+    """Collates with :func:`~lightning_bln.data.pad_batch`; a class, since a lambda cannot be sent to loader workers."""
 
     def __init__(self, padding: int) -> None:
         self.padding = padding
@@ -162,12 +158,12 @@ class _Padding:
 class IMDBData(TextData):
     """The IMDB reviews, from ``aclImdb_v1.tar.gz`` or the folder ``aclImdb``.
 
-    With ``tokenizer="keras"``, ``fixed_length=80`` it feeds :class:`~lightning_bln.models.PaperIMDB`.
+    With ``tokenizer="keras"`` and ``fixed_length=80`` its batches fit :class:`~lightning_bln.models.PaperIMDB`.
 
     Args:
-        data_dir: the folder that holds either; ``BLN_DATA_DIR``, or ``./data``, without one.
-        download: fetch the archive if neither is there.
-        **options: see :class:`TextData`.
+        data_dir: The folder that holds either; by default ``BLN_DATA_DIR`` or ``./data``.
+        download: Whether to download the archive if neither exists.
+        **options: See :class:`TextData`.
     """
 
     def __init__(
@@ -210,23 +206,23 @@ class IMDBData(TextData):
 
 
 class LanguageData(DataModule):
-    """Text for a language model, in batches that go on where the last ones stopped.
+    """Text for a language model, in batches that continue one another.
 
-    Batches are ``(inputs [batch, window], targets [batch, window])``; row ``r`` of a batch continues row ``r`` of the
-    one before, so a model carries its hidden state from batch to batch, as :class:`~lightning_bln.models.LanguageModel`
+    Batches are inputs and targets of shape ``(B, window)``. Row ``r`` of a batch continues row ``r`` of the one before,
+    so that a model can carry its hidden state from batch to batch, as :class:`~lightning_bln.models.LanguageModel`
     does. Nothing is shuffled.
 
     Args:
-        source: ``"ptb"`` or ``"tinyshakespeare"`` to look for under ``data_dir``, or the path of a training text.
-        data_dir: where the named ones are.
-        validation: path of a validation text, for a training text given by path.
-        test: path of a test text.
+        source: ``"ptb"`` or ``"tinyshakespeare"``, read from ``data_dir``, or the path of a training text.
+        data_dir: The folder of the named texts.
+        validation: Path of a validation text, if ``source`` is a path.
+        test: Path of a test text, if ``source`` is a path.
         level: ``"word"`` or ``"character"``; Penn Treebank's words count line ends as ``<eos>``.
-        batch_size: rows.
-        window: tokens of a row in a batch.
-        max_tokens: size of the vocabulary.
-        download: fetch the named files that are missing.
-        num_workers: loader processes.
+        batch_size: Rows per batch.
+        window: Tokens per row and batch.
+        max_tokens: Largest size of the vocabulary.
+        download: Whether to download missing files of a named text.
+        num_workers: Number of loader processes.
     """
 
     def __init__(

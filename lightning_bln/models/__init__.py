@@ -1,4 +1,4 @@
-"""The paper's networks, and ours."""
+"""The paper's networks, a sequence classifier and a language model."""
 
 from lightning_bln.models.paper import (
     AUTHORS_THRESHOLD,

@@ -1,4 +1,4 @@
-"""A classifier and a language model on normalised recurrent layers."""
+"""A sequence classifier and a language model on normalised recurrent layers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lightning_bln.recurrent import Recurrent
 
 
 class RecurrentNetwork(nn.Module):
-    """Sequences to logits: an embedding where the input is token ids, a recurrent layer, and a linear one on its end.
+    """Sequences to logits: an embedding for token ids, a recurrent layer and a linear layer on its last state.
 
     Args:
-        input_size: features of a step, or with ``embedding`` the number of token ids.
-        classes: number of classes.
-        hidden_size: units of the state.
-        embedding: size of the embedding; ``None`` where steps are vectors already.
-        cell: a name in :data:`lightning_bln.cells.registry`.
-        dropout: before the linear layer.
-        **options: see :class:`~lightning_bln.Recurrent`.
+        input_size: Features per step, or with ``embedding`` the number of token ids.
+        classes: Number of classes.
+        hidden_size: Features of the state.
+        embedding: Size of the embedding; ``None`` if the steps are vectors.
+        cell: A name in :data:`lightning_bln.cells.registry`.
+        dropout: Dropout before the linear layer.
+        **options: See :class:`~lightning_bln.Recurrent`.
 
     Example:
         >>> RecurrentNetwork(10, 3, 8, embedding=4)(torch.zeros(2, 5, dtype=torch.long), torch.tensor([5, 3])).shape
@@ -50,11 +50,11 @@ class RecurrentNetwork(nn.Module):
         self.linear = nn.Linear(hidden_size * self.recurrent.num_directions, classes)
 
     def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Return logits ``[batch, classes]``.
+        """Return logits ``(B, classes)``.
 
         Args:
-            inputs: token ids ``[batch, time]``, or vectors ``[batch, time, input_size]``.
-            lengths: how many steps of each sequence are data; all without it.
+            inputs: Token ids ``(B, T)``, or vectors ``(B, T, input_size)``.
+            lengths: Length of each sequence without its padding, ``(B,)``; by default ``T``.
         """
         x: Any = inputs if self.embedding is None else self.embedding(inputs)
         if lengths is not None:
@@ -65,25 +65,43 @@ class RecurrentNetwork(nn.Module):
         return self.linear(self.dropout(ends))
 
 
-class SequenceClassifier(Classifier):
-    """A classifier of sequences on an in-cell normalised recurrent layer; logs loss and accuracy.
+class ClippedAdam(LightningModule):
+    """Adam at ``self.learning_rate``, with gradients clipped to the norm ``self.max_norm`` unless the Trainer clips."""
+
+    learning_rate: float
+    max_norm: float | None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        if gradient_clip_val is None and self.max_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters(), self.max_norm)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+
+class SequenceClassifier(ClippedAdam, Classifier):
+    """A sequence classifier on a recurrent layer with norms inside the cell; logs loss and accuracy.
 
     Batches are ``(inputs, labels)`` or ``(inputs, lengths, labels)``, as
     :class:`~lightning_bln.data.TextData` and :class:`~lightning_bln.data.MNISTData` give them.
 
     Args:
-        input_size: features of a step, or with ``embedding`` the number of token ids.
-        classes: number of classes.
-        hidden_size: units of the state.
-        embedding: size of the embedding; ``None`` where steps are vectors already.
-        cell: a name in :data:`lightning_bln.cells.registry`.
-        num_layers: layers stacked.
-        bidirectional: whether a second set of cells reads backwards.
-        dropout: before the linear layer.
+        input_size: Features per step, or with ``embedding`` the number of token ids.
+        classes: Number of classes.
+        hidden_size: Features of the state.
+        embedding: Size of the embedding; ``None`` if the steps are vectors.
+        cell: A name in :data:`lightning_bln.cells.registry`.
+        num_layers: Number of stacked layers.
+        bidirectional: Whether a second set of cells reads the sequence backwards.
+        dropout: Dropout before the linear layer.
         norm: ``"bln"``, ``"layer"``, ``"batch"`` or ``None``.
-        scale: what the norm's weight starts at; ``None`` for the norm's own default.
-        learning_rate: Adam's.
-        max_norm: gradients are clipped to this norm; ``None`` for no clipping.
+        scale: Initial value of the norm's weight; ``None`` for the norm's own default.
+        learning_rate: Adam's learning rate.
+        max_norm: Norm to which gradients are clipped; ``None`` for no clipping.
     """
 
     def __init__(
@@ -119,39 +137,28 @@ class SequenceClassifier(Classifier):
         self.save_hyperparameters()
 
     def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Return logits ``[batch, classes]``; see :class:`RecurrentNetwork`."""
+        """Return logits ``(B, classes)``; see :class:`RecurrentNetwork`."""
         return self.network(inputs, lengths)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
-    ) -> None:
-        if gradient_clip_val is None and self.max_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters(), self.max_norm)
-        else:
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+class LanguageModel(ClippedAdam):
+    """A language model on a recurrent layer with norms inside the cell, which carries its state between batches.
 
-
-class LanguageModel(LightningModule):
-    """A language model on an in-cell normalised recurrent layer that carries its state from batch to batch.
-
-    Logs ``{train,val,test}_loss`` in nats a token, and ``_perplexity``. Batches are those of
-    :class:`~lightning_bln.data.LanguageData`: each row goes on where it stopped, so the state is kept, without its
-    gradient, and forgotten at the start of every epoch.
+    Logs ``{train,val,test}_loss`` in nats per token, and ``_perplexity``. In the batches of
+    :class:`~lightning_bln.data.LanguageData` each row continues that of the batch before, so the state is kept, without
+    its gradient, until the epoch ends.
 
     Args:
-        vocabulary: number of token ids.
-        hidden_size: units of the state.
-        embedding: size of the embedding.
-        cell: a name in :data:`lightning_bln.cells.registry`.
-        num_layers: layers stacked.
-        dropout: on the embedding, between layers and before the output.
+        vocabulary: Number of token ids.
+        hidden_size: Features of the state.
+        embedding: Size of the embedding.
+        cell: A name in :data:`lightning_bln.cells.registry`.
+        num_layers: Number of stacked layers.
+        dropout: Dropout on the embedding, between layers and before the output.
         norm: ``"bln"``, ``"layer"``, ``"batch"`` or ``None``.
-        scale: what the norm's weight starts at; ``None`` for the norm's own default.
-        learning_rate: Adam's.
-        max_norm: gradients are clipped to this norm; ``None`` for no clipping.
+        scale: Initial value of the norm's weight; ``None`` for the norm's own default.
+        learning_rate: Adam's learning rate.
+        max_norm: Norm to which gradients are clipped; ``None`` for no clipping.
 
     Example:
         >>> model = LanguageModel(10, hidden_size=8, embedding=4)
@@ -186,11 +193,11 @@ class LanguageModel(LightningModule):
         self._state: Any = None
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Return logits ``[batch, time, vocabulary]`` and the state after the last step.
+        """Return logits ``(B, T, vocabulary)`` and the state after the last step.
 
         Args:
-            tokens: token ids ``[batch, time]``.
-            state: the state before the first step; zeros without it.
+            tokens: Token ids ``(B, T)``.
+            state: The state before the first step; zeros by default.
         """
         output, state = self.recurrent(self.dropout(self.embedding(tokens)), state)
         return self.linear(self.dropout(output)), state
@@ -213,7 +220,7 @@ class LanguageModel(LightningModule):
             logits, state = self(inputs, self._carried(self._state, inputs))
             self._state = _detached(state)
         else:
-            # Kept apart: validation may come in the middle of a training epoch.
+            # A state of its own, since validation may interrupt a training epoch.
             logits, state = self(inputs, None if batch_idx == 0 else self._carried(self._held_out, inputs))
             self._held_out = _detached(state)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -237,20 +244,9 @@ class LanguageModel(LightningModule):
             self.log(f"{stage}_perplexity", torch.exp(loss), prog_bar=True)
 
     def _carried(self, state: Any, inputs: Tensor) -> Any:
-        """The state, unless the batch has another number of rows (a sweep may repeat them, a sanity check may not)."""
+        """The state, or None if the batch has another number of rows, which a sweep may repeat for several modes."""
         first = state[0] if isinstance(state, tuple) else state
         return state if first is not None and first.shape[1] == len(inputs) else None
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
-    ) -> None:
-        if gradient_clip_val is None and self.max_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters(), self.max_norm)
-        else:
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
 
 def _detached(state: Any) -> Any:

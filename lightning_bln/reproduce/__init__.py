@@ -1,4 +1,4 @@
-"""``bln reproduce``: the paper's experiments, with more seeds, the missing control and selection on validation data."""
+"""``bln reproduce``: the paper's experiments with several seeds, a control norm, and selection on validation data."""
 
 from lightning_bln.reproduce.command import main
 

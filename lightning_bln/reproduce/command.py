@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_bln.data import DataError, data_dir
+from lightning_bln.data.files import DataError, data_dir
 from lightning_bln.models.paper.networks import PAPER_NORMS
 from lightning_bln.reproduce.experiments import EXPERIMENTS
 from lightning_bln.reproduce.report import write_report
 from lightning_bln.reproduce.training import Settings, run
 
-DESCRIPTION = """Train the paper's networks with BLN and what it is compared with, over several seeds, and print tables
-with the paper's own numbers beside ours: the best epoch's validation scores, and test scores for statistics modes named
+DESCRIPTION = """Train the paper's networks with BLN and the norms it is compared with, over several seeds, and print
+tables of our numbers beside the paper's: the best epoch's validation scores, and test scores of statistics modes named
 in advance, chosen on validation data, and (labelled so) best on test data."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to a parser."""
+    """Add the command's arguments to ``parser``."""
     parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
     parser.add_argument(
         "--norms",
@@ -31,22 +31,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"which of {', '.join(PAPER_NORMS)}; all by default",
     )
     parser.add_argument("--fraction", type=float, default=0.2, help="share of the training set (the paper: 0.2 and 1)")
-    parser.add_argument("--batch-size", type=int, default=25, help="samples a batch (the paper: 25 and 1)")
+    parser.add_argument("--batch-size", type=int, default=25, help="samples per batch (the paper: 25 and 1)")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0")
-    parser.add_argument("--epochs", type=int, help="epochs a run; the authors' 10 (imdb) or 15 (cifar10) by default")
+    parser.add_argument(
+        "--epochs", type=int, help="epochs of training; the authors' 10 (imdb) or 15 (cifar10) by default"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke test: few batches, 2 epochs, 1 seed")
     parser.add_argument("--data-dir", type=Path, help="folder that holds the data; BLN_DATA_DIR by default")
     parser.add_argument("--download", action="store_true", help="fetch the data first if it is not there")
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder for state, JSON, table and figures; a run that is there is "
-        "taken up where it stopped (default: reproduction/EXPERIMENT-FRACTION-bsSIZE)",
+        help="folder for state, JSON, table and figures; training runs found there are continued "
+        "(default: reproduction/EXPERIMENT-FRACTION-bsSIZE)",
     )
 
 
 def reproduce(arguments: argparse.Namespace) -> int:
-    """Carry out the command; return its exit status."""
+    """Carry out the command and return its exit status."""
     for name in ("fraction", "batch_size", "seeds", "epochs"):
         value = getattr(arguments, name)
         if value is not None and value <= 0:
@@ -68,7 +70,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
             for norm in arguments.norms:
                 settings = Settings(norm, seed, **shared)
                 results.append(run(experiment, pool, test, settings, output / settings.name))
-                # After every run, so that what is there can be looked at while the rest goes on.
+                # After every training run, so that results can be read while the others go on.
                 table = write_report(results, output)
     except (DataError, ValueError) as error:
         print(f"bln reproduce: {error}", file=sys.stderr)
@@ -82,7 +84,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse a command line and carry it out; return the exit status."""
+    """Parse and carry out a command line, and return the exit status."""
     parser = argparse.ArgumentParser(prog="bln reproduce", description=DESCRIPTION)
     add_arguments(parser)
     return reproduce(parser.parse_args(arguments))

@@ -1,4 +1,4 @@
-"""The two experiments: their data, as fixed batches, and their networks."""
+"""The two experiments: their data and their networks."""
 
 from __future__ import annotations
 
@@ -9,27 +9,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_bln.data import (
-    TextPipeline,
-    build_vocabulary,
-    get_tokenizer,
-    pad_to_length,
-    read_cifar10,
-    read_imdb,
-    seeded_split,
-    standardise,
-)
+from lightning_bln.data.batching import pad_to_length, seeded_split
+from lightning_bln.data.image_modules import standardise
+from lightning_bln.data.images import read_cifar10
+from lightning_bln.data.reviews import read_imdb
+from lightning_bln.data.text import TextPipeline, build_vocabulary, get_tokenizer
 from lightning_bln.models.paper.modules import Classifier, PaperCIFAR10, PaperIMDB
 
 VALIDATION_POOL = 5_000
 VOCABULARY, REVIEW_LENGTH = 20_000, 80
-# Keras's IMDB files: 0 pads, 1 starts a review, 2 stands for any other word, 3 is never used.
 SPECIALS = ("<pad>", "<start>", "<unk>", "<unused>")
+"""Ids 0 to 3 of Keras's IMDB files: padding, start of a review, any other word, and one that is never used."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs and labels, one entry a sample."""
+    """Inputs and labels, one entry per sample."""
 
     inputs: Tensor
     labels: Tensor
@@ -38,7 +33,7 @@ class Samples:
         return Samples(self.inputs[index], self.labels[index])
 
     def batches(self, size: int, limit: int | None = None) -> list[tuple[Tensor, Tensor]]:
-        """Cut into whole batches in the given order; a smaller last one is dropped, as the authors do."""
+        """Cut into batches in the given order; a smaller last one is dropped, as by the authors."""
         count = len(self.labels) // size
         count = count if limit is None else min(count, limit)
         return list(zip(self.inputs[: count * size].split(size), self.labels[: count * size].split(size), strict=True))
@@ -50,10 +45,10 @@ class Experiment:
 
     Attributes:
         name: ``"imdb"`` or ``"cifar10"``.
-        full_size: training samples of the whole data set, before validation samples are taken off.
-        epochs: how many the authors train.
-        read: loads training pool and test set from a folder, fetching the files first if asked to.
-        build: makes the module for a norm and an estimator of the population.
+        full_size: Training samples of the whole data set, validation samples included.
+        epochs: The authors' number of epochs.
+        read: Reads the training pool and the test set from a folder, and downloads them if the second argument is true.
+        build: Builds the module for a norm and a population estimator.
     """
 
     name: str
@@ -63,9 +58,9 @@ class Experiment:
     build: Callable[[str, str], Classifier]
 
     def split(self, pool: Samples, test: Samples, fraction: float, seed: int) -> tuple[Samples, Samples, Samples]:
-        """Return training, validation and test samples in the order of one run.
+        """Return training, validation and test samples in the order of one training run.
 
-        Everything is drawn anew for every seed: which samples train and validate, and in which batches all are.
+        Each seed draws its own training and validation samples, and its own order of all three.
         """
         train_size = round(fraction * (self.full_size - VALIDATION_POOL))
         sizes = [train_size, round(fraction * VALIDATION_POOL)]
@@ -97,7 +92,7 @@ def read_imdb_samples(directory: Path | None, fetch: bool = False) -> tuple[Samp
 
 
 def read_cifar10_samples(directory: Path | None, fetch: bool = False) -> tuple[Samples, Samples]:
-    """Read the images, every pixel and channel standardised by the training pool, as the authors do."""
+    """Read the images, each pixel and channel standardised over the training pool, as by the authors."""
     train, test = read_cifar10(directory, fetch=fetch)
     inputs, test_inputs = standardise(train.pixels, test.pixels)
     return Samples(inputs, train.labels), Samples(test_inputs, test.labels)

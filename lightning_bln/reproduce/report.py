@@ -1,4 +1,4 @@
-"""Tables and figures from finished runs, beside the paper's own numbers."""
+"""Tables and figures from finished training runs, beside the paper's own numbers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ COLOURS = {"bln": "C0", "batch": "C1", "layer": "C2", "layer-scaled": "C3"}
 def published() -> dict[str, Any]:
     """Return the authors' histories and test scores (github.com/A2Amir/Batch-Layer-Normalization, Apache-2.0).
 
-    Keys are ``experiment-fraction-bsSIZE`` and then the norm. Test scores are pairs of loss and accuracy, with the loss
-    ``None`` where theirs is NaN; modes are written our way.
+    Keys are ``experiment-fraction-bsSIZE`` and then the norm. Test scores are pairs of loss and accuracy by mode; a
+    NaN loss is ``None``.
     """
     return json.loads(files("lightning_bln.reproduce").joinpath("published.json").read_text())
 
@@ -34,8 +34,8 @@ def write_report(results: list[Result], folder: Path) -> str:
     """Write ``results.json``, ``table.md``, ``convergence.png`` and ``modes.png``; return the tables.
 
     Args:
-        results: what :func:`~lightning_bln.reproduce.training.run` returned, one a run, of one experiment.
-        folder: where to write.
+        results: Results of :func:`~lightning_bln.reproduce.training.run` for one experiment.
+        folder: The folder to write to.
     """
     text = tables(results)
     (folder / "results.json").write_text(json.dumps(results))
@@ -63,13 +63,13 @@ def tables(results: list[Result]) -> str:
 
 
 def chosen_mode(result: Result, statistics: str, *, split: str = "validation", among: Iterable[str] = ALL_MODES) -> str:
-    """Return the mode with the lowest loss on a split; of equal ones, a batch-independent one.
+    """Return the mode with the lowest loss on a split; ties go to a batch-independent mode.
 
     Args:
-        result: a finished run.
+        result: Result of a training run.
         statistics: ``"paper"`` or ``"recomputed"``.
-        split: ``"validation"``; ``"test"`` only to show what choosing on test data would give.
-        among: the modes to choose from.
+        split: ``"validation"``, or ``"test"`` to show the bias of choosing on test data.
+        among: The modes to choose from.
     """
     scores = result[split][statistics]
     modes = dict.fromkeys(canonical_mode(result["norm"], mode) for mode in among)
@@ -77,7 +77,7 @@ def chosen_mode(result: Result, statistics: str, *, split: str = "validation", a
 
 
 def unusable_modes(result: Result) -> list[str]:
-    """Return the modes whose loss on test data is not finite, under either kind of statistics."""
+    """Return the modes whose loss on test data is not finite with either statistics."""
     return [
         mode
         for mode in result["test"]["paper"]
@@ -154,7 +154,7 @@ def _draw_convergence(results: list[Result], path: Path) -> None:
                 axis.plot(range(1, len(theirs) + 1), theirs, COLOURS[norm] + "--", linewidth=0.8)
         axis.set(xlabel="epoch", ylabel=label)
         if key == "val_loss":
-            # One diverging norm (the paper's BatchNorm at batch size 1) must not flatten all others.
+            # A norm that diverges, as BatchNorm does at batch size 1, must not flatten all other curves.
             own = [entry[key] for result in results for entry in result["history"]]
             axis.set_ylim(0.95 * min(own), min(max(own), 3 * median(own)) * 1.05)
     axes[0].legend(title="ours; dashed: paper", fontsize=8, title_fontsize=8)

@@ -1,33 +1,33 @@
-"""One run of an experiment: train, keep the best epoch, score every statistics mode. Resumable after every epoch."""
+"""One training run of an experiment, resumable after every epoch: train, keep the best epoch, score every mode."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_bln._files import replacing
 from lightning_bln.models.paper.modules import AUTHORS_THRESHOLD, Classifier
-from lightning_bln.models.paper.networks import PaperCNN, PaperLSTM
-from lightning_bln.modes import ALL_MODES, fan_out
+from lightning_bln.modes import ALL_MODES
 from lightning_bln.population import freeze_population, recompute_population, reset_population
 from lightning_bln.reproduce.experiments import Experiment, Samples
+from lightning_bln.sweep.evaluate import sweep_modes
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 Scores = dict[str, dict[str, float]]
 
 RECOMPUTE_SAMPLES = 1_250
-FANNED_ROWS = 64
+"""Training samples over which statistics are recomputed."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What tells one run of an experiment from another."""
+    """The settings by which training runs of an experiment differ."""
 
     norm: str
     seed: int
@@ -42,7 +42,7 @@ class Settings:
 
 
 def canonical_mode(norm: str, mode: str) -> str:
-    """Return the mode that stands for ``mode`` where a norm uses two of the four statistics only.
+    """Return the one mode scored for all that are equal to ``mode`` under a norm that uses two of the four statistics.
 
     Example:
         >>> canonical_mode("layer", "pppp"), canonical_mode("batch", "pppp"), canonical_mode("bln", "pppp")
@@ -59,26 +59,26 @@ def modes_of(norm: str) -> list[str]:
 
 
 def paper_mode(norm: str) -> str:
-    """Return the mode that the authors validate in: current statistics, except that Keras's BatchNorm has its own."""
+    """Return the mode in which the authors validate: current statistics, but BatchNorm's running ones."""
     return "ppcc" if norm == "batch" else "cccc"
 
 
 def run(experiment: Experiment, pool: Samples, test: Samples, settings: Settings, folder: Path) -> dict[str, Any]:
-    """Carry out one run, or what is left of it.
+    """Carry out one training run, or what is left of it.
 
     Args:
-        experiment: which network and data.
-        pool: what training and validation samples are drawn from.
-        test: the test samples.
-        settings: what tells the run from others.
-        folder: where the run keeps its state (removed at the end) and its result.
+        experiment: The network and the data set.
+        pool: Samples to draw training and validation samples from.
+        test: The test samples.
+        settings: The settings of this training run.
+        folder: Folder for the state, which is removed at the end, and the result.
 
     Returns:
-        History of every epoch; at the best one the scores of every mode on validation and test data, for the paper's
-        statistics (averages over the epoch) and recomputed ones.
+        History of every epoch, and at the best one the scores of every mode on validation and test data, for the
+        paper's statistics (averages over the epoch) and for recomputed ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    finished, last, best = folder / "result.json", folder / "last.pt", folder / "best.pt"
+    finished = folder / "result.json"
     if finished.exists():
         result = json.loads(finished.read_text())
         _check_same(settings, result, folder)
@@ -89,123 +89,135 @@ def run(experiment: Experiment, pool: Samples, test: Samples, settings: Settings
     torch.manual_seed(settings.seed)
     model = experiment.build(settings.norm, "paper")
     twin = _sharing_weights(model, experiment.build(settings.norm, "pooled"))
+    history = _train(experiment, model, twin, train, valid, settings, folder)
+    model.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["model"])
+    _recompute(twin, train, settings)
+    result = {"experiment": experiment.name, **asdict(settings), "history": history}
+    result["best_epoch"] = 1 + min(range(len(history)), key=lambda index: history[index]["val_loss"])
+    limit = None if settings.limit is None else 2 * settings.limit
+    for split, batches in (("validation", valid), ("test", test_set.batches(settings.batch_size, limit))):
+        paper, recomputed = evaluate([model, twin], batches, modes_of(settings.norm))
+        result[split] = {"paper": paper, "recomputed": recomputed}
+    with replacing(finished) as file:
+        file.write(json.dumps(result, indent=1).encode())
+    for name in ("last.pt", "best.pt"):
+        (folder / name).unlink(missing_ok=True)
+    return result
+
+
+def _train(
+    experiment: Experiment,
+    model: Classifier,
+    twin: Classifier,
+    train: Batches,
+    valid: Batches,
+    settings: Settings,
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """Train from the last epoch saved in ``folder`` on; return the history, and leave the best epoch in ``best.pt``."""
     optimizer = model.configure_optimizers()
     assert isinstance(optimizer, torch.optim.Optimizer)
     history: list[dict[str, Any]] = []
-    if last.exists():
-        state = torch.load(last, weights_only=True)
+    if (folder / "last.pt").exists():
+        state = torch.load(folder / "last.pt", weights_only=True)
         _check_same(settings, state["settings"], folder)
-        _load(model, state["model"])
+        model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
+    recomputed_modes = list(dict.fromkeys(canonical_mode(settings.norm, mode) for mode in ("cccc", "ppcc", "pppp")))
     for epoch in range(len(history), settings.epochs):
-        # Seeded by epoch, so that a resumed run draws what an uninterrupted one would have drawn.
+        # Seeded by epoch, so that a resumed training run draws the same numbers as an uninterrupted one.
         torch.manual_seed(settings.seed * 1_000 + epoch + 1)
         record: dict[str, Any] = {"epoch": epoch + 1, **_train_epoch(model, optimizer, train)}
         if settings.norm != "batch":
             freeze_population(model)
-        record |= _prefixed("val", evaluate(model, [model], valid, [paper_mode(settings.norm)])[0])
+        (scores,) = evaluate([model], valid, [paper_mode(settings.norm)])[0].values()
+        record |= {f"val_{name}": value for name, value in scores.items()}
         _recompute(twin, train, settings)
-        record["recomputed"] = evaluate(
-            model,
-            [twin],
-            valid,
-            dict.fromkeys(canonical_mode(settings.norm, mode) for mode in ("cccc", "ppcc", "pppp")),
-        )[0]
+        record["recomputed"] = evaluate([twin], valid, recomputed_modes)[0]
         history.append(record)
         if record["val_loss"] <= min(entry["val_loss"] for entry in history):
-            _save(best, {"model": model.state_dict()})
-        kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-        _save(last, {**kept, "settings": asdict(settings)})
+            _save(folder / "best.pt", model=model.state_dict())
+        kept = {"optimizer": optimizer.state_dict(), "history": history, "settings": asdict(settings)}
+        _save(folder / "last.pt", model=model.state_dict(), **kept)
         print(
             f"{experiment.name} {settings.name} epoch {epoch + 1}/{settings.epochs}: train loss "
             f"{record['train_loss']:.4f}, val loss {record['val_loss']:.4f}, val acc {record['val_acc']:.4f}",
             flush=True,
         )
-    _load(model, torch.load(best, weights_only=True)["model"])
-    _recompute(twin, train, settings)
-    modes = modes_of(settings.norm)
-    result = {"experiment": experiment.name, **asdict(settings), "history": history}
-    result["best_epoch"] = 1 + min(range(len(history)), key=lambda index: history[index]["val_loss"])
-    limit = None if settings.limit is None else 2 * settings.limit
-    for split, batches in (("validation", valid), ("test", test_set.batches(settings.batch_size, limit))):
-        paper, recomputed = evaluate(model, [model, twin], batches, modes)
-        result[split] = {"paper": paper, "recomputed": recomputed}
-    _write(finished, json.dumps(result, indent=1))
-    last.unlink(missing_ok=True)
-    best.unlink(missing_ok=True)
-    return result
+    return history
 
 
-def evaluate(model: Classifier, variants: Sequence[Classifier], batches: Batches, modes: Iterable[str]) -> list[Scores]:
-    """Score modes in one pass over the data; what no statistic touches is computed once for all.
+def evaluate(variants: Sequence[Classifier], batches: Batches, modes: Iterable[str]) -> list[Scores]:
+    """Score statistics modes of modules on the same data.
 
     Args:
-        model: whose features are computed.
-        variants: modules with the same weights and different populations.
-        batches: inputs and labels.
-        modes: the modes to score.
+        variants: Modules with the same weights and different populations.
+        batches: Inputs and labels.
+        modes: The modes to score.
 
     Returns:
         For each variant a dict from mode to loss, accuracy and, with two classes, the authors' accuracy.
     """
     modes = list(modes)
-    totals = [torch.zeros(len(modes), 3, dtype=torch.float64) for _ in variants]
-    for module in (model, *variants):
-        module.eval()
-    count = 0
-    with torch.inference_mode():
-        for inputs, labels in batches:
-            features = _paper_network(model).features(inputs)
-            count += len(labels)
-            # Modes side by side save calls where batches are small, and cost cache where they are not.
-            width = max(1, FANNED_ROWS // len(labels))
-            for variant, total in zip(variants, totals, strict=True):
-                for start in range(0, len(modes), width):
-                    group = modes[start : start + width]
-                    with fan_out(variant.network, group):
-                        logits = _paper_network(variant).head(features)
-                    total[start : start + width] += _sums(
-                        variant, logits.view(len(group), len(labels), *logits.shape[1:]), labels
-                    )
-    names = ("loss", "acc", "acc_authors") if model.is_binary else ("loss", "acc")
-    return [
-        {mode: dict(zip(names, row, strict=False)) for mode, row in zip(modes, (total / count).tolist(), strict=True)}
-        for total in totals
-    ]
+    return [_sweep(variant, batches, modes) for variant in variants]
 
 
-def _paper_network(model: Classifier) -> PaperLSTM | PaperCNN:
-    return cast(PaperLSTM | PaperCNN, model.network)
+def _sweep(model: Classifier, batches: Batches, modes: list[str]) -> Scores:
+    def predict(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        inputs, labels = batch
+        return model.network(inputs), labels
+
+    result = sweep_modes(model.network, batches, predict, _metrics(model), modes)
+    return {str(mode): dict(scores) for mode, scores in result.scores.items()}
 
 
-def _sums(module: Classifier, logits: Tensor, labels: Tensor) -> Tensor:
-    """Loss, right answers and right answers at the authors' threshold, summed over a batch, one row a mode."""
-    losses = torch.stack([module.loss(rows, labels) * len(labels) for rows in logits])
-    answer = logits > 0 if module.is_binary else logits.argmax(-1)
-    theirs = torch.sigmoid(logits) > AUTHORS_THRESHOLD if module.is_binary else answer
-    right = [(guess == labels).sum(-1) for guess in (answer, theirs)]
-    return torch.stack([losses, *right], -1).double()
+class _Mean:
+    """A metric: a sum over each batch's samples, divided by the number of all of them."""
+
+    def __init__(self, summed: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.summed, self.total, self.count = summed, 0.0, 0
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        self.total += float(self.summed(logits, labels))
+        self.count += len(labels)
+
+    def compute(self) -> float:
+        return self.total / self.count
+
+
+def _metrics(model: Classifier) -> dict[str, _Mean]:
+    """Loss, accuracy and, with two classes, accuracy at the authors' threshold."""
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return model.loss(logits, labels) * len(labels)
+
+    def right(logits: Tensor, labels: Tensor) -> Tensor:
+        answer = logits > 0 if model.is_binary else logits.argmax(-1)
+        return (answer == labels).sum()
+
+    def right_for_authors(logits: Tensor, labels: Tensor) -> Tensor:
+        return ((torch.sigmoid(logits) > AUTHORS_THRESHOLD) == labels).sum()
+
+    metrics = {"loss": _Mean(loss), "acc": _Mean(right)}
+    return metrics | {"acc_authors": _Mean(right_for_authors)} if model.is_binary else metrics
 
 
 def _train_epoch(model: Classifier, optimizer: torch.optim.Optimizer, batches: Batches) -> dict[str, float]:
     """Train for one epoch; loss and accuracy are running means with dropout on, as Keras prints them."""
     model.train()
     reset_population(model)
-    total = torch.zeros(1, 3, dtype=torch.float64)
-    count = 0
+    metrics = _metrics(model)
     for inputs, labels in batches:
         logits = model(inputs)
-        loss = model.loss(logits, labels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        model.loss(logits, labels).backward()
         optimizer.step()
         with torch.no_grad():
-            total += _sums(model, logits.detach()[None], labels)
-        count += len(labels)
+            for name in ("loss", "acc"):
+                metrics[name].update(logits.detach(), labels)
     model.settle()
-    loss_mean, accuracy, _ = (total[0] / count).tolist()
-    return {"train_loss": loss_mean, "train_acc": accuracy}
+    return {f"train_{name}": metrics[name].compute() for name in ("loss", "acc")}
 
 
 def _recompute(model: Classifier, batches: Batches, settings: Settings) -> None:
@@ -231,22 +243,6 @@ def _check_same(settings: Settings, kept: dict[str, Any], folder: Path) -> None:
             )
 
 
-def _load(model: Classifier, state: dict[str, Tensor]) -> None:
-    model.load_state_dict(state)
-
-
-def _prefixed(prefix: str, scores: Scores) -> dict[str, float]:
-    (values,) = scores.values()
-    return {f"{prefix}_{name}": value for name, value in values.items()}
-
-
-def _save(path: Path, state: dict[str, Any]) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    torch.save(state, partial)
-    partial.replace(path)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    partial.write_text(text)
-    partial.replace(path)
+def _save(path: Path, **state: Any) -> None:
+    with replacing(path) as file:
+        torch.save(state, file)

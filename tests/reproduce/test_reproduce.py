@@ -50,7 +50,7 @@ def test_one_pass_equals_a_pass_for_each_mode(norm: str) -> None:
         training.freeze_population(module)
     training.recompute_population(twin.network, batches)
     modes = modes_of(norm)
-    scores = evaluate(module, [module, twin], batches, modes)
+    scores = evaluate([module, twin], batches, modes)
     for variant, found in zip((module, twin), scores, strict=True):
         variant.eval()
         for mode in modes:
@@ -69,7 +69,7 @@ def test_modes_that_do_not_differ_are_scored_once() -> None:
     for inputs, _ in batches:
         module.network(inputs)
     training.freeze_population(module)
-    (scores,) = evaluate(module, [module], batches, ALL_MODES)
+    (scores,) = evaluate([module], batches, ALL_MODES)
     for mode in ALL_MODES:
         assert scores[mode] == pytest.approx(scores[canonical_mode("layer", mode)], rel=1e-6)
 

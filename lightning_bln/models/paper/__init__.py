@@ -1,4 +1,4 @@
-"""The paper's two networks and experiments, and the Keras layers they are made of."""
+"""The paper's two networks as torch and Lightning modules, and the parts of Keras they are made of."""
 
 from lightning_bln.models.paper.keras import KerasAdam, KerasLSTM
 from lightning_bln.models.paper.modules import AUTHORS_THRESHOLD, Classifier, PaperCIFAR10, PaperIMDB

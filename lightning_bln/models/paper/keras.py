@@ -1,4 +1,4 @@
-"""What Keras does differently from torch, as far as the paper's networks need it: LSTM dropout, initialisers, Adam."""
+"""Parts of Keras that differ from torch's and that the paper's networks use: LSTM dropout, initialisers, Adam."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ GATES = 4
 class KerasLSTM(nn.Module):
     """One LSTM layer as ``tf.keras.layers.LSTM`` of TensorFlow 2.1 trains it.
 
-    The recurrence is that of :class:`torch.nn.LSTM`. What differs is one bias instead of two, the initial weights
-    (Glorot uniform, bias zero and one for the forget gate) and dropout: in training every sequence draws one mask for
+    The recurrence is that of :class:`torch.nn.LSTM`, with one bias instead of two, other initial weights (Glorot
+    uniform, bias zero, and one for the forget gate) and another dropout: in training every sequence draws one mask for
     its inputs and one for its hidden state, and keeps them over time (Gal and Ghahramani 2016). All gates share them,
-    as they do in TensorFlow 2.1, which the authors used; later versions draw one a gate as soon as recurrent dropout is
-    asked for.
+    as in TensorFlow 2.1, which the authors used; with recurrent dropout, later versions draw one mask per gate.
 
     Args:
-        input_size: features of the input.
-        hidden_size: features of the state.
-        dropout: chance of an input feature to be dropped.
-        recurrent_dropout: chance of a feature of the hidden state to be dropped on its way into the gates.
+        input_size: Features of the input.
+        hidden_size: Features of the state.
+        dropout: Probability that an input feature is dropped.
+        recurrent_dropout: Probability that a feature of the hidden state is dropped on its way into the gates.
 
     Example:
         >>> KerasLSTM(3, 4, dropout=0.2, recurrent_dropout=0.2)(torch.zeros(2, 5, 3)).shape
@@ -48,7 +47,7 @@ class KerasLSTM(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew."""
+        """Draw new initial weights."""
         nn.init.xavier_uniform_(self.weight_ih)
         nn.init.xavier_uniform_(self.weight_hh)
         nn.init.zeros_(self.bias)
@@ -59,10 +58,10 @@ class KerasLSTM(nn.Module):
         """Run over a batch of sequences from a zero state.
 
         Args:
-            x: ``[batch, time, input_size]``.
+            x: Sequences ``(B, T, input_size)``.
 
         Returns:
-            The hidden state at every step, ``[batch, time, hidden_size]``.
+            The hidden state at every step, ``(B, T, hidden_size)``.
         """
         input_mask = self._mask(x, self.input_size, self.dropout)
         hidden_mask = self._mask(x, self.hidden_size, self.recurrent_dropout)
@@ -72,7 +71,7 @@ class KerasLSTM(nn.Module):
         if hidden_mask is not None and len(x) > 1:
             gates = nn.functional.linear(x.transpose(0, 1), self.weight_ih, self.bias)
             return _MaskedRecurrence.apply(gates, weight_hh, hidden_mask).transpose(0, 1)
-        # Without a mask, or with one sequence, whose mask the weights can take, torch's fused LSTM computes the same.
+        # torch's LSTM has no such mask, but a single sequence's can be multiplied into the weights.
         if hidden_mask is not None:
             weight_hh = weight_hh * hidden_mask
         state = x.new_zeros(1, len(x), self.hidden_size)
@@ -91,9 +90,9 @@ class KerasLSTM(nn.Module):
 
 
 class _MaskedRecurrence(torch.autograd.Function):
-    """The LSTM's recurrence on projected inputs ``[time, batch, 4 * hidden]``, what enters ``weight_hh`` masked.
+    """The LSTM's recurrence on projected inputs ``(T, B, 4 * H)``, with a mask on the input of ``weight_hh``.
 
-    Written by hand because autograd spends more on the bookkeeping of 80 steps than the steps cost.
+    A backward of its own, because autograd's bookkeeping takes longer than the steps themselves.
     """
 
     @staticmethod
@@ -124,7 +123,7 @@ class _MaskedRecurrence(torch.autograd.Function):
         steps, batch, hidden = outputs.shape
         before = torch.cat([torch.zeros_like(cells[:1]), cells[:-1]])
         i, f, g, o = gates.chunk(GATES, -1)
-        # What each gate's gradient is multiplied by, for all steps at once; only the chain itself is left to the loop.
+        # Each gate's factor is computed for all steps at once; only the chain over time needs the loop.
         factors = torch.stack([g * i * (1 - i), before * f * (1 - f), i * (1 - g * g), squashed * o * (1 - o)], 2)
         into_cell = o * (1 - squashed * squashed)
         grads = torch.empty_like(factors)
@@ -142,7 +141,7 @@ class _MaskedRecurrence(torch.autograd.Function):
 
 
 def keras_dense(in_features: int, out_features: int) -> nn.Linear:
-    """Return a linear layer with the authors' initial values: orthogonal weights, zero bias."""
+    """Return a linear layer with the authors' initial values: orthogonal weights and zero bias."""
     layer = nn.Linear(in_features, out_features)
     nn.init.orthogonal_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -150,21 +149,21 @@ def keras_dense(in_features: int, out_features: int) -> nn.Linear:
 
 
 class KerasAdam(torch.optim.Optimizer):
-    r"""Adam as Keras computes it, and quick where gradients are sparse.
+    r"""Adam as Keras computes it, fast for sparse gradients.
 
     .. math::
         m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \quad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \quad
         p_t = p_{t-1} - \eta_t \frac{m_t}{\sqrt{v_t} + \epsilon}, \quad
         \eta_t = \eta \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}
 
-    It differs from :class:`torch.optim.Adam` in the place of :math:`\epsilon`, which Keras adds before the correction
-    of the bias. A parameter whose gradient is sparse (``nn.Embedding(sparse=True)``) is treated as if its gradient were
-    dense, as Keras does: a row goes on moving after it was last seen. These moves are made up for, all at once, when
-    the row is next needed, so a step costs what the rows in the batch cost. Call :meth:`catch_up` with the rows that a
-    forward pass is about to read, and without rows before the parameter is read as a whole.
+    Unlike :class:`torch.optim.Adam`, Keras adds :math:`\epsilon` before the bias correction. A sparse gradient
+    (``nn.Embedding(sparse=True)``) counts as a dense one, as in Keras: a row keeps moving after it was last in a batch.
+    These moves are deferred and made all at once when the row is next needed, so that a step costs only as much as the
+    rows in its batch. Call :meth:`catch_up` with the rows that a forward pass is about to read, and without rows before
+    the parameter is read as a whole.
 
     Args:
-        params: as for any optimizer.
+        params: Parameters or parameter groups.
         lr: :math:`\eta`.
         betas: :math:`\beta_1` and :math:`\beta_2`.
         eps: :math:`\epsilon`.
@@ -190,7 +189,7 @@ class KerasAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Make one step; see :class:`torch.optim.Optimizer`."""
+        """Take one step; see :class:`torch.optim.Optimizer`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -211,11 +210,11 @@ class KerasAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def catch_up(self, parameter: Tensor, rows: Tensor | None = None) -> None:
-        """Make up for the moves of rows whose gradients have been zero since they were last seen.
+        """Make the deferred moves of rows whose gradients have been zero since they were last seen.
 
         Args:
-            parameter: one of this optimizer's.
-            rows: indices of the rows needed, repeats allowed; ``None`` for all.
+            parameter: A parameter of this optimizer.
+            rows: Indices of the needed rows, repeats allowed; ``None`` for all.
         """
         state = self.state.get(parameter, {})
         if "seen" not in state:
@@ -258,14 +257,14 @@ class KerasAdam(torch.optim.Optimizer):
     def _caught_up(
         self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any], rows: Tensor, now: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, m and v as they are at step ``now`` after steps without gradient.
+        """Values, m and v of ``rows`` at step ``now``, after steps without gradient.
 
         Over ``k`` such steps a row moves by
         :math:`\\sum_j \\eta_{s+j} \\beta_1^j m / (\\beta_2^{j/2} \\sqrt v + \\epsilon)`.
         With :math:`w_j = \\eta_{s+j} \\beta_1^j \\beta_2^{-j/2}` that is :math:`m \\sum_j w_j / (\\sqrt v + \\epsilon
-        \\beta_2^{-j/2})`; putting the mean of :math:`\\beta_2^{-j/2}` under the weights :math:`w_j` in place of each is
-        exact for one step and off by no more than 1e-4 of the move for any number, since the weights die out long
-        before :math:`\\beta_2^{-j/2}` changes.
+        \\beta_2^{-j/2})`. Each :math:`\\beta_2^{-j/2}` in the denominator is replaced by its mean under the weights
+        :math:`w_j`. That is exact for one step, and for any number off by at most 1e-4 of the move, since the weights
+        vanish long before :math:`\\beta_2^{-j/2}` changes.
         """
         beta1, beta2 = group["betas"]
         values, m, v, seen = parameter[rows], state["m"][rows], state["v"][rows], state["seen"][rows]
@@ -280,10 +279,10 @@ class KerasAdam(torch.optim.Optimizer):
 
     @staticmethod
     def _missed(group: dict[str, Any], start: int, gap: int) -> tuple[float, float]:
-        """Sum of the weights, and their mean of beta2^(-j/2), over ``gap`` steps after step ``start``."""
+        """Sum of the weights, and mean of beta2^(-j/2) under them, over ``gap`` steps after step ``start``."""
         beta1, beta2 = group["betas"]
         total = weighted = 0.0
-        # 0.9^300 is 2e-14: later moves are below the last bit of any float32.
+        # 0.9^300 is 2e-14: later moves are below float32 precision.
         for j in range(1, min(gap, 300) + 1):
             growth = beta2 ** (-j / 2)
             weight = _rate(group, start + j) * beta1**j * growth

@@ -13,18 +13,18 @@ from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 from lightning_bln.models.paper.keras import KerasAdam
 from lightning_bln.models.paper.networks import PaperCNN, PaperLSTM
 
-# The authors' Keras metric compared logits with 0.5, which is this probability.
 AUTHORS_THRESHOLD = float(torch.sigmoid(torch.tensor(0.5)))
+"""Probability above which the authors' Keras metric counts class 1: it compared logits, not probabilities, with 0.5."""
 
 
 class Classifier(LightningModule):
-    """What the classifiers share: one step for training, validation and test that logs the loss and the accuracies.
+    """Base class of the classifiers: one step for training, validation and test, which logs loss and accuracies.
 
     Args:
-        network: maps inputs to logits.
-        metrics: called with what :meth:`predictions` makes of the logits, and with the labels.
-        learning_rate: Adam's.
-        is_binary: whether the network gives one logit a sample, not one a class.
+        network: Module from inputs to logits.
+        metrics: Metrics of the :meth:`predictions` and the labels.
+        learning_rate: Adam's learning rate.
+        is_binary: Whether the network gives one logit per sample instead of one per class.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class Classifier(LightningModule):
         return nn.functional.cross_entropy(logits, labels)
 
     def predictions(self, logits: Tensor) -> Tensor:
-        """Return what the metrics take."""
+        """Return the predictions that the metrics take."""
         return logits
 
     def settle(self) -> None:
-        """Bring all weights up to the last step, where the optimizer has put off some of its work."""
+        """Bring all weights up to the last step, if the optimizer defers updates."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self._step(batch, "train")
@@ -84,15 +84,15 @@ class PaperIMDB(Classifier):
 
     Args:
         norm: ``"bln"``, ``"batch"``, ``"layer"`` or ``"layer-scaled"``, see :func:`~lightning_bln.models.paper_norm`.
-        vocabulary: number of token ids.
-        embedding: size of the embedding.
-        hidden: state size of the first LSTM.
-        dropout: of the LSTMs' inputs.
-        recurrent_dropout: of the LSTMs' hidden states.
+        vocabulary: Number of token ids.
+        embedding: Size of the embedding.
+        hidden: State size of the first LSTM.
+        dropout: Dropout of the LSTMs' inputs.
+        recurrent_dropout: Dropout of the LSTMs' hidden states.
         population: ``"paper"`` or ``"pooled"``.
-        learning_rate: Adam's.
-        sparse: sparse gradients for the embedding; set it to ``False`` to use another optimizer than
-            :class:`~lightning_bln.models.KerasAdam`.
+        learning_rate: Adam's learning rate.
+        sparse: Whether the embedding has sparse gradients; optimizers other than
+            :class:`~lightning_bln.models.KerasAdam` need ``False``.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class PaperIMDB(Classifier):
         self._optimizer: KerasAdam | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return a logit for each row of ``inputs [batch, time]``."""
+        """Return a logit ``(B,)`` for each row of ``inputs`` of shape ``(B, T)``."""
         if self._optimizer is not None:
             self._optimizer.catch_up(cast(PaperLSTM, self.network).embedding.weight, inputs)
         return self.network(inputs)
@@ -158,7 +158,7 @@ class PaperCIFAR10(Classifier):
     Args:
         norm: ``"bln"``, ``"batch"``, ``"layer"`` or ``"layer-scaled"``, see :func:`~lightning_bln.models.paper_norm`.
         population: ``"paper"`` or ``"pooled"``.
-        learning_rate: Adam's.
+        learning_rate: Adam's learning rate.
     """
 
     def __init__(self, norm: str = "bln", population: str = "paper", learning_rate: float = 0.002) -> None:

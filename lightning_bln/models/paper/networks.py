@@ -1,4 +1,4 @@
-"""The paper's two networks, with the normalisation as an argument."""
+"""The paper's two networks, for each of the compared norms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_bln.models.paper.keras import KerasLSTM, keras_dense
 from lightning_bln.norm import Normalization
 
-# One code path for all, so that they differ in nothing else. The control starts as BLN does at batch size 1.
+# One layer class for all, so that they differ in nothing else. The control starts as BLN does at batch size 1.
 PAPER_NORMS: dict[str, dict[str, Any]] = {
     "bln": {"norm": "bln", "scale": True},
     "batch": {"norm": "batch", "scale": False, "positions": "shared", "momentum": 0.01, "population": "pooled"},
@@ -20,19 +20,19 @@ PAPER_NORMS: dict[str, dict[str, Any]] = {
 
 
 def paper_norm(norm: str, num_features: int, *, channel_dim: int = -1, population: str = "paper") -> Normalization:
-    """Return one of the four normalisations that are compared.
+    """Return one of the four norms that are compared.
 
     Args:
-        norm: ``"bln"`` as the authors; ``"batch"`` and ``"layer"`` as the Keras layers they compare with;
-            ``"layer-scaled"``, the control that the paper lacks: layer normalization whose weight starts at
+        norm: ``"bln"`` as the authors'; ``"batch"`` and ``"layer"`` as the Keras layers they compare with;
+            ``"layer-scaled"``, a control that the paper lacks: layer normalization whose weight starts at
             :math:`1/\\sqrt d`, as BLN's does.
-        num_features: size of the feature axis.
-        channel_dim: the feature axis.
-        population: the estimator, see :class:`lightning_bln.population.Population`; ``"batch"`` keeps its own, whose
-            running variance is Keras's.
+        num_features: Size of the feature axis.
+        channel_dim: The feature axis.
+        population: The estimator, see :class:`lightning_bln.population.Population`; ``"batch"`` always has Keras's
+            running variance.
 
     Raises:
-        ValueError: there is no such norm.
+        ValueError: There is no such norm.
 
     Example:
         >>> paper_norm("layer-scaled", 64).scale
@@ -42,7 +42,7 @@ def paper_norm(norm: str, num_features: int, *, channel_dim: int = -1, populatio
         raise ValueError(f"norm={norm!r}; use one of {', '.join(PAPER_NORMS)}")
     layer = Normalization(num_features, channel_dim=channel_dim, **{"population": population, **PAPER_NORMS[norm]})
     if norm == "batch":
-        # Keras's running statistics start at mean 0 and variance 1 and keep a share of that for hundreds of steps.
+        # Keras's running statistics start at mean 0 and variance 1, which weighs on them for hundreds of steps.
         frozen = layer.population
         frozen.batch_mean, frozen.batch_var = torch.zeros(1, num_features), torch.ones(1, num_features)
         frozen.feature_mean, frozen.feature_var, frozen.batch_size = torch.zeros(1), torch.ones(1), torch.ones(1)
@@ -56,14 +56,14 @@ class PaperLSTM(nn.Module):
     10,620,161 parameters.
 
     Args:
-        norm: see :func:`paper_norm`.
-        vocabulary: number of token ids.
-        embedding: size of the embedding.
-        hidden: state size of the first LSTM; the second has half.
-        dropout: of the inputs of both LSTMs.
-        recurrent_dropout: of the hidden states of both LSTMs.
-        population: see :func:`paper_norm`.
-        sparse: give the embedding sparse gradients, for :class:`~lightning_bln.models.KerasAdam`.
+        norm: See :func:`paper_norm`.
+        vocabulary: Number of token ids.
+        embedding: Size of the embedding.
+        hidden: State size of the first LSTM; the second has half.
+        dropout: Dropout of the inputs of both LSTMs.
+        recurrent_dropout: Dropout of the hidden states of both LSTMs.
+        population: See :func:`paper_norm`.
+        sparse: Whether the embedding has sparse gradients, for :class:`~lightning_bln.models.KerasAdam`.
 
     Example:
         >>> PaperLSTM("bln", vocabulary=10, embedding=4, hidden=8)(torch.zeros(3, 5, dtype=torch.long)).shape
@@ -95,11 +95,11 @@ class PaperLSTM(nn.Module):
         self.dense2 = keras_dense(32, 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return a logit for each row of ``tokens [batch, time]``."""
+        """Return a logit ``(B,)`` for each row of ``tokens`` of shape ``(B, T)``."""
         return self.head(self.features(tokens))
 
     def features(self, tokens: Tensor) -> Tensor:
-        """Return what enters the first norm: the part that no statistic touches."""
+        """Return the input of the first norm, which does not depend on any statistics."""
         return self.lstm1(self.embedding(tokens))
 
     def head(self, features: Tensor) -> Tensor:
@@ -114,9 +114,9 @@ class PaperCNN(nn.Module):
     With the defaults it has the paper's 83,578 parameters.
 
     Args:
-        norm: see :func:`paper_norm`.
-        classes: number of classes.
-        population: see :func:`paper_norm`.
+        norm: See :func:`paper_norm`.
+        classes: Number of classes.
+        population: See :func:`paper_norm`.
 
     Example:
         >>> PaperCNN("bln")(torch.zeros(2, 3, 32, 32)).shape
@@ -138,11 +138,11 @@ class PaperCNN(nn.Module):
         self.dense3 = keras_dense(84, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return ``classes`` logits for each of ``images [batch, 3, 32, 32]``."""
+        """Return logits ``(B, classes)`` for ``images`` of shape ``(B, 3, 32, 32)``."""
         return self.head(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """Return what enters the first norm: the part that no statistic touches."""
+        """Return the input of the first norm, which does not depend on any statistics."""
         return nn.functional.avg_pool2d(torch.tanh(self.conv1(images)), 2)
 
     def head(self, features: Tensor) -> Tensor:

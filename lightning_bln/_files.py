@@ -1,0 +1,45 @@
+"""Files that are replaced in one step."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+from uuid import uuid4
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], like: str | os.PathLike[str] | None = None) -> Iterator[BinaryIO]:
+    """A file beside ``path`` that takes its place once the body succeeds; if the body raises, ``path`` stays as it is.
+
+    A reader of ``path`` finds the old file or the new one whole, also after a crash. Folders that are missing are
+    made, and a symbolic link stays a link.
+
+    Args:
+        path: The file to write.
+        like: The file whose permissions the new one gets, by default those of the file it replaces.
+
+    Example:
+        >>> folder = getfixture("tmp_path")
+        >>> with replacing(folder / "scores.json") as file:
+        ...     written = file.write(b"{}")
+        >>> [(entry.name, entry.read_text()) for entry in folder.iterdir()]
+        [('scores.json', '{}')]
+    """
+    target = Path(path).resolve()
+    model = target if like is None else Path(like)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid4().hex[:8]}.part")
+    try:
+        with partial.open("xb") as file:
+            if model.exists():
+                shutil.copymode(model, partial)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
