@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measure, print one table, and keep it under ``benchmarks/results``."""
+"""``python -m benchmarks``: measure, print one table, and write it to ``benchmarks/results``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_bln._torch import CAN_COMPILE_STEPS
 
 RESULTS = Path(__file__).parent / "results"
 BARS = [
-    # what, numerator, denominator, goal of the geometric mean, goal of the worst size
+    # label, group, numerator, denominator, goal of the geometric mean, goal of the worst size
     ("BLN-LSTM train / nn.LSTM train", "lstm train", "ours bln", "torch", 1.0, 1.25),
     ("BLN-GRU train / nn.GRU train", "gru train", "ours bln", "torch", 1.0, 1.25),
     ("LayerNorm-LSTM train / nn.LSTM train", "lstm train", "ours layer", "torch", 1.0, 1.25),
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def keep(args: argparse.Namespace, table: Table, started: str) -> None:
-    """Print the table and write it down, as far as it goes."""
+    """Print and write the table, also an incomplete one."""
     what = "processor time" if args.processor_time else "GPU time" if args.gpu else "wall time"
     text = f"# Measured {started}\n\nMedians of turns taken in one process: milliseconds of {what}, megabytes.\n\n"
     text += f"{render(table)}\n" + ("" if args.gpu else bars(table))
@@ -76,7 +76,7 @@ def keep(args: argparse.Namespace, table: Table, started: str) -> None:
 
 
 def measure(args: argparse.Namespace, table: Table) -> None:
-    """All groups of contenders at all sizes on the CPU."""
+    """Measure all groups of contenders at all sizes on the CPU."""
     sizes = [contenders.SIZES[i] for i in args.sizes or range(len(contenders.SIZES))]
     clock = processor_time if args.processor_time else wall_clock
     for shape in contenders.ARRAYS:
@@ -94,7 +94,7 @@ def measure(args: argparse.Namespace, table: Table) -> None:
 
 
 def measure_gpu(args: argparse.Namespace, table: Table) -> None:
-    """The reference against cuDNN."""
+    """Measure the reference against cuDNN."""
     for dtype in (torch.float32, torch.bfloat16):
         label = str(dtype).removeprefix("torch.")
         for kind in args.kinds:
@@ -113,19 +113,19 @@ def memory(kind: str, size: contenders.Size) -> dict[str, float]:
 
 
 def compiled(kind: str, size: contenders.Size) -> dict[str, float]:
-    """Training steps of torch's layer and of the compiled reference."""
+    """Training steps of torch's layer and of the inductor backend."""
     steps, samples, inputs, hidden = size
     theirs = contenders.train(contenders.KINDS[kind][0](inputs, hidden), torch.randn(steps, samples, inputs))
     return medians({"torch": theirs} | contenders.compiled_reference(kind, size), 20)
 
 
 OWN_PROCESS = {"memory": memory, "compiled": compiled}
-"""What another process measures: memory, where large blocks go back to the system as they are freed, and what
-torch.compile has made, which brings threads of its own that get in the others' way."""
+"""Measurements in a process of their own: memory needs other malloc settings, and torch.compile starts threads that
+would disturb the other contenders."""
 
 
 def in_own_process(what: str, kind: str, size: contenders.Size) -> dict[str, float]:
-    """One of :data:`OWN_PROCESS`; nothing if it fails."""
+    """Result of one of :data:`OWN_PROCESS`; empty if it fails."""
     command = [sys.executable, "-m", "benchmarks", "--own-process", json.dumps([what, kind, size])]
     environment = {**os.environ}
     if what == "memory":
@@ -140,7 +140,7 @@ def note(table: Table, group: str, size: tuple[int, ...], found: dict[str, float
 
 
 def render(table: Table) -> str:
-    """Markdown: a table a group, each number with its ratio to the first column's."""
+    """Markdown with one table per group, each number with its ratio to the first column's."""
     lines = []
     for group, rows in table.items():
         names = list(dict.fromkeys(name for row in rows.values() for name in row))
@@ -154,7 +154,7 @@ def render(table: Table) -> str:
 
 
 def bars(table: Table) -> str:
-    """The goals, and how far they are reached."""
+    """Markdown table of the goals and whether they are reached."""
     lines = ["## Goals", "", "| | mean | worst | goal | reached |", "| --- | --- | --- | --- | --- |"]
     for what, group, over, under, mean_goal, worst_goal in BARS:
         ratios = [row[over] / row[under] for row in table.get(group, {}).values() if row.get(under)]
@@ -169,7 +169,7 @@ def bars(table: Table) -> str:
     if gains:
         mean = geometric_mean(gains)
         lines.append(
-            f"| reference / compiled, train | {mean:.2f} | {min(gains):.2f} | >= 5 | {'yes' if mean >= 5 else 'no'} |"
+            f"| reference / fused, train | {mean:.2f} | {min(gains):.2f} | >= 5 | {'yes' if mean >= 5 else 'no'} |"
         )
     sums = [
         row["BatchLayerNorm"] / (row["F.batch_norm"] + row["F.layer_norm"])

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=3, default=(100, 32, 128), metavar=("T", "B", "H"))
     parser.add_argument("--compile", action="store_true", help="backend='compile' too (half a minute a cell)")
     parser.add_argument(
-        "--wall", action="store_true", help="wall clock; else the process's time on the CPU, for machines at work"
+        "--wall", action="store_true", help="wall clock instead of the process's CPU time, for an idle machine"
     )
     parser.add_argument("--name", default="cells", help="of the files under benchmarks/results")
     args = parser.parse_args()
@@ -49,14 +49,14 @@ def main() -> None:
 
 
 def cpu_clock(job: Job) -> float:
-    """Milliseconds of this process's CPU time, all threads together."""
+    """Milliseconds of this process's CPU time, summed over threads."""
     start = time.process_time()
     job()
     return (time.process_time() - start) * 1e3
 
 
 def jobs(cell: str, steps: int, batch: int, size: int, compiled: bool) -> dict[str, Job]:
-    """A training step of each contender; a linear cell compiles to nothing else than its scan."""
+    """A training step of each contender."""
     x = torch.randn(steps, batch, size)
     found = {OURS: training_step(Recurrent(cell, size, size, norm=None), x)}
     if compiled:
@@ -67,7 +67,7 @@ def jobs(cell: str, steps: int, batch: int, size: int, compiled: bool) -> dict[s
 
 
 def training_step(layer: nn.Module, x: torch.Tensor) -> Job:
-    """Forward and backward, the loss being the sum of the outputs."""
+    """Forward and backward, with the sum of the outputs as the loss."""
 
     def step() -> None:
         layer.zero_grad()
@@ -77,7 +77,7 @@ def training_step(layer: nn.Module, x: torch.Tensor) -> Job:
 
 
 def row(cell: str, times: dict[str, float]) -> str:
-    """A line of the table."""
+    """A row of the table."""
     theirs = times.get(THEIRS)
     best = min(time for name, time in times.items() if name != THEIRS)
     cells = [cell, *(f"{times[name]:.1f}" if name in times else "" for name in (OURS, COMPILED, THEIRS))]

@@ -1,10 +1,9 @@
-"""What the 16-mode sweep costs, in validation passes: ``make bench-sweep``.
+"""Cost of the 16-mode sweep in validation passes: ``make bench-sweep``.
 
-Within one fit every second validation sweeps and every other one does not, so both meet the same machine. The first
-sweep of a fit also runs every mode the plain way on its first batch, to check that sharing forwards is exact; it is
-reported apart. The guard is off in these figures; where the winner uses the current batch it adds two more passes.
-Training runs on three times as many samples as are validated, up to 40 batches; ``outside`` is what the callback
-takes of an epoch besides its passes.
+Every second validation of a fit sweeps and the others do not, so that both meet the same machine. The first sweep is
+reported separately, since its verification batch also runs every mode unshared. The guard is off; if the best mode uses
+the current batch, it would add two more passes. Training uses three times as many samples as validation, up to 40
+batches; ``outside`` is the callback's share of an epoch outside its passes.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "sweep.json"
 
 
 class Stopwatch:
-    """Seconds of wall time, or where others use the machine too, of this process's CPU time and waiting for data."""
+    """Seconds of wall time, or for a busy machine, of this process's CPU time plus its waiting for data."""
 
     def __init__(self) -> None:
         self.now = time.perf_counter
@@ -53,7 +52,7 @@ CLOCK = Stopwatch()
 
 
 class Classifier(pl.LightningModule):
-    """A network with the validation step that people write: a loss and an accuracy."""
+    """A network with a common validation step: a loss and an accuracy."""
 
     def __init__(self, network: nn.Module, classes: int) -> None:
         super().__init__()
@@ -99,7 +98,7 @@ class All(nn.Module):
 
 
 class Slow(Dataset):
-    """Data that takes its time: two milliseconds a sample."""
+    """A data set whose samples take two milliseconds each."""
 
     def __init__(self, data: TensorDataset) -> None:
         self.data = data
@@ -118,7 +117,7 @@ def noise(samples: int, *shape: int, classes: int) -> TensorDataset:
 
 
 def demo() -> tuple[Classifier, Dataset, int]:
-    """An in-cell BLN-LSTM on 8 x 8 digits, a row a step; validation of 360 samples in batches of 32."""
+    """An in-cell BLN-LSTM on 8 x 8 digits, one row per step; 360 samples in batches of 32."""
     network = nn.Sequential(Last(BLNLSTM(8, 64, batch_first=True)), nn.Linear(64, 10))
     return Classifier(network, 10), noise(360, 8, 8, classes=10), 32
 
@@ -164,7 +163,7 @@ def cnn() -> tuple[Classifier, Dataset, int]:
 
 
 def loader_bound() -> tuple[Classifier, Dataset, int]:
-    """A small perceptron on data that takes 2 ms a sample to load; 320 samples in batches of 32."""
+    """A small perceptron on data that takes 2 ms per sample to load; 320 samples in batches of 32."""
     network = nn.Sequential(nn.Linear(16, 64), BatchLayerNorm(64), nn.ReLU(), nn.Linear(64, 10))
     return Classifier(network, 10), Slow(noise(320, 16, classes=10)), 32
 
@@ -201,8 +200,7 @@ class Clock(pl.Callback):
 class Timed(BLNStatsCallback):
     """The callback, with the seconds spent in its hooks outside the passes over data.
 
-    A pass lasts until the end of the validation, and so has the scores and the choice in it; recomputing the population
-    is one too.
+    A pass lasts until the validation ends, scores and choice included; recomputing the population is a pass too.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""What runs against what, as jobs without arguments."""
+"""The contenders of each comparison, as jobs without arguments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Size = tuple[int, int, int, int]
 
 
 def train(layer: nn.Module, x: Tensor) -> Job:
-    """One training step, without the optimizer's."""
+    """Forward and backward of one training step, without the optimizer."""
 
     def job() -> None:
         layer.zero_grad()
@@ -49,7 +49,7 @@ def infer(layer: nn.Module, x: Tensor) -> Job:
 def training(
     kind: str, size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32, extras: bool = True
 ) -> dict[str, Job]:
-    """Training steps of torch's layer, of ours with each norm, and of other ways to the same."""
+    """Training steps of torch's layer, of ours with each norm, and of alternatives."""
     steps, samples, inputs, hidden = size
     theirs, ours = KINDS[kind]
     options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -71,14 +71,14 @@ def training(
 
 
 def compiled_reference(kind: str, size: Size) -> dict[str, Job]:
-    """The reference's steps under torch.compile, ten to a graph, which takes it half a minute for each size."""
+    """A training step with the inductor backend; torch.compile takes half a minute per size."""
     steps, samples, inputs, hidden = size
     layer = KINDS[kind][1](inputs, hidden, norm="bln", backend="compile")
     return {"reference bln, compiled": train(layer, torch.randn(steps, samples, inputs))}
 
 
 def inference(kind: str, size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Job]:
-    """Forward passes of torch's layer, and of ours in the two modes furthest apart."""
+    """Forward passes of torch's layer, and of ours in the two modes that differ most."""
     steps, samples, inputs, hidden = size
     theirs, ours = KINDS[kind]
     options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -94,7 +94,7 @@ def inference(kind: str, size: Size, device: str = "cpu", dtype: torch.dtype = t
 
 
 def products(kind: str, size: Size) -> Job:
-    """Every matrix product of a training step, by torch: the floor for whoever calls its BLAS."""
+    """All matrix products of a training step by torch: a lower bound for any layer that uses its BLAS."""
     steps, samples, inputs, hidden = size
     columns = {"lstm": 4, "gru": 3, "rnn": 1}[kind] * hidden
     x, h, v = torch.randn(steps * samples, inputs), torch.randn(samples, hidden), torch.randn(samples, columns)
@@ -113,7 +113,7 @@ def products(kind: str, size: Size) -> Job:
 
 
 def nearest(inputs: int, hidden: int) -> nn.Module | None:
-    """torchrecurrent has no plain LSTM; the one with peepholes is its nearest."""
+    """torchrecurrent's LSTM with peepholes, its nearest to a plain one, or None where the package is missing."""
     try:
         import torchrecurrent
     except ImportError:

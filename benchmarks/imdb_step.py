@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 python benchmarks/imdb_step.py
 
-The norms take turns, so that whatever else the machine does hits all alike; medians. TensorFlow's times are of the
-authors' code on two cores of the same kind of machine: 1254 ms a step as they ran it, 223 ms compiled into a graph.
+Medians; the norms take turns, so that other load on the machine affects all alike. TensorFlow's times are of the
+authors' code on two cores of the same kind of machine: 1254 ms per step as they ran it, 223 ms compiled into a graph.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     size = arguments.batch_size
-    # Words as frequent as Zipf's law has it, since the embedding's cost depends on how many differ.
+    # Word frequencies by Zipf's law, since the embedding's cost depends on how many words differ.
     frequency = 1 / torch.arange(1.0, 20_001)
     batches = [
         (torch.multinomial(frequency, size * 80, True).view(size, 80), torch.arange(size) % 2) for _ in range(10)

@@ -2,11 +2,11 @@
 
     python benchmarks/incell.py rows permuted ptb imdb --data-dir DATA --output RESULTS
 
-Each run (task, norm, scale, seed) leaves one file in the output folder; those that are there are not run again, so the
-command can be stopped at any time. ``--table`` prints what is there. The statistics are recomputed at the end over
-training batches, and what counts is the mode ``ppcc``: nothing of a test batch but each sample's own features. A norm's
-scale is chosen by validation loss in that mode; ``cccc``, which looks at the test batch, stands beside it. Permuted
-MNIST is read seven pixels a step, in 112 steps.
+Each training run (task, norm, scale, seed) writes one file to the output folder and is skipped if that exists, so the
+command can be stopped at any time. ``--table`` prints the results so far. Statistics are recomputed at the end over
+training batches, and scores are of mode ``ppcc``, in which a prediction depends on no other sample of the batch. A
+norm's scale is chosen by validation loss in that mode; ``cccc``, which uses the test batch's statistics, is shown
+beside it. Permuted MNIST is read in 112 steps of seven pixels.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bln import recompute_population, set_mode
+from lightning_bln._files import replacing
 from lightning_bln.data import IMDBData, LanguageData, MNISTData
 from lightning_bln.models import LanguageModel, RecurrentNetwork
 
@@ -36,7 +37,7 @@ Batch = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and for how long: the same for every norm."""
+    """Size of the network and of its training, the same for every norm."""
 
     epochs: int
     batches: int
@@ -55,7 +56,7 @@ TASKS = {
 
 
 class Data:
-    """A task's batches, the same for every run: loaded once, in memory."""
+    """A task's batches, loaded once into memory and the same for every training run."""
 
     def __init__(self, name: str, directory: Path | None) -> None:
         task = TASKS[name]
@@ -121,7 +122,7 @@ def run(name: str, data: Data, norm: str, scale: float, seed: int) -> dict[str, 
 
 
 def losses(model: nn.Module, batch: Batch, state: Any) -> tuple[Tensor, Any]:
-    """Return a batch's loss, and the state to carry on from."""
+    """Return a batch's loss and the state after it."""
     *inputs, labels = batch
     if isinstance(model, LanguageModel):
         logits, state = model(inputs[0], state)
@@ -130,7 +131,7 @@ def losses(model: nn.Module, batch: Batch, state: Any) -> tuple[Tensor, Any]:
 
 
 def classify(model: nn.Module, inputs: list[Tensor]) -> Tensor:
-    """Return logits; pixels, one a step, are taken several at a time."""
+    """Return logits; of single pixels, several make a step."""
     if inputs[0].ndim == 3 and inputs[0].shape[2] == 1:
         inputs = [inputs[0].view(len(inputs[0]), -1, PIXELS)]
     return model(*inputs)
@@ -156,7 +157,7 @@ def score(model: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
 
 
 def table(folder: Path) -> str:
-    """Return a Markdown table of the runs in a folder, a row for each task, norm and scale."""
+    """Return a Markdown table of the training runs in a folder, a row for each task, norm and scale."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     lines = [
         "| task | norm | scale | runs | validation, `ppcc` | test, `ppcc` | test, `cccc` | lowest loss |",
@@ -204,9 +205,8 @@ def main() -> None:
                 continue
             data = data or Data(name, arguments.data_dir)
             result = run(name, data, norm, scale, seed)
-            partial = path.with_suffix(".part")
-            partial.write_text(json.dumps(result))
-            partial.replace(path)
+            with replacing(path) as file:
+                file.write(json.dumps(result).encode())
             print(f"{path.stem}: {result['validation']} in {result['seconds']:.0f} s", flush=True)
     print(table(arguments.output))
 

@@ -1,4 +1,4 @@
-"""Timing: contenders take turns, so that whatever else the machine does falls on all of them alike."""
+"""Timing of contenders that take turns, so that other load on the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def wall_clock(job: Job) -> float:
 
 
 def processor_time(job: Job) -> float:
-    """Milliseconds of processor time that one call takes, on all threads together."""
+    """Milliseconds of processor time that one call takes, summed over threads."""
     start = time.process_time()
     job()
     return (time.process_time() - start) * 1e3
 
 
 def cuda_events(job: Job) -> float:
-    """Milliseconds on the GPU."""
+    """Milliseconds that one call takes on the GPU."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     job()
@@ -44,7 +44,7 @@ def cuda_events(job: Job) -> float:
 def medians(
     jobs: dict[str, Job], rounds: int, slow: float = 100.0, clock: Callable[[Job], float] = wall_clock
 ) -> dict[str, float]:
-    """Median milliseconds of each job; those that take more than ``slow`` run in a quarter of the rounds."""
+    """Median milliseconds of each job; those slower than ``slow`` run in a quarter of the rounds."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
     first = {}
     for name, job in jobs.items():
@@ -58,7 +58,7 @@ def medians(
 
 
 def peaks(jobs: dict[str, Job]) -> dict[str, float]:
-    """Megabytes that one call of each job needs above what is there before it (Linux)."""
+    """Peak megabytes of one call of each job above those in use before it (Linux)."""
     found = {}
     for name, job in jobs.items():
         job()
@@ -71,18 +71,18 @@ def peaks(jobs: dict[str, Job]) -> dict[str, float]:
 
 
 def status(name: str) -> int:
-    """A line of /proc/self/status, in kilobytes."""
+    """A value of /proc/self/status in kilobytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """The mean that treats a ratio and its inverse alike."""
+    """The geometric mean, which treats a ratio and its inverse alike."""
     return statistics.geometric_mean(values)
 
 
 def machine() -> str:
-    """What the numbers were measured on."""
+    """Description of the machine, for the results."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     fields = {key.strip(): value.strip() for key, value in fields.items()}

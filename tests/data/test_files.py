@@ -1,4 +1,4 @@
-"""Downloads over a loopback server, and what is said about files that are absent."""
+"""Downloads over a loopback server, and errors about missing files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from lightning_bln.data import DataError, Remote, data_dir, download, reviews
+from lightning_bln.data import (
+    DataError,
+    Remote,
+    data_dir,
+    download,
+    read_cifar10,
+    read_imdb,
+    read_mnist,
+    read_penn_treebank,
+    read_tiny_shakespeare,
+    reviews,
+)
 
 PAYLOAD = bytes(range(256)) * 5_000
 
@@ -77,3 +88,16 @@ def test_data_dir_prefers_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data_dir("/from/argument") == Path("/from/argument")
     monkeypatch.delenv("BLN_DATA_DIR")
     assert data_dir() == Path("data")
+
+
+def test_absent_files_say_how_to_get_them(tmp_path: Path) -> None:
+    for read, url in (
+        (read_imdb, "ai.stanford.edu"),
+        (read_cifar10, "cs.toronto.edu"),
+        (read_mnist, "train-images-idx3-ubyte.gz"),
+        (read_penn_treebank, "ptb.train.txt"),
+        (read_tiny_shakespeare, "tinyshakespeare"),
+    ):
+        with pytest.raises(DataError, match="--data-dir, data_dir= or BLN_DATA_DIR") as caught:
+            read(tmp_path)
+        assert url in str(caught.value)

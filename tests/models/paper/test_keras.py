@@ -1,4 +1,4 @@
-"""What imitates Keras, against loops of the equations and against torch."""
+"""The parts of Keras against loops of their equations and against torch."""
 
 from __future__ import annotations
 
