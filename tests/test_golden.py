@@ -11,13 +11,14 @@ from torch import Tensor
 
 from lightning_bln import ALL_MODES, BatchLayerNorm, batch_layer_norm, freeze_population
 
+FOLDER = Path(__file__).parent / "golden"
 FILES = ("dense_b1_d16", "dense_b25_d12", "dense_b2_d3", "image_b6_h4_w3_c5", "sequence_b5_t7_d8")
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
 
 
 @pytest.fixture(params=FILES)
-def golden(request: pytest.FixtureRequest, shared: Path) -> dict[str, Tensor]:
-    with np.load(shared / "golden" / f"{request.param}.npz") as file:
+def golden(request: pytest.FixtureRequest) -> dict[str, Tensor]:
+    with np.load(FOLDER / f"{request.param}.npz") as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
