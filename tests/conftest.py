@@ -13,7 +13,7 @@ SHARED = Path(os.environ.get("BLN_SHARED", Path(__file__).resolve().parents[2] /
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with golden files and data; tests that need it skip where it is absent."""
+    """The folder with data sets and the authors' results; tests that need it skip where it is absent."""
     if not SHARED.is_dir():
         pytest.skip(f"no data folder at {SHARED}; point BLN_SHARED at one")
     return SHARED

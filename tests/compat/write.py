@@ -1,20 +1,29 @@
-"""Write the files of the version that is installed: ``python tests/compat/write.py``. Each release adds its own."""
+"""Write the files of the version that is installed: ``python tests/compat/write.py``. Each release adds its own.
+
+``configs.yaml`` is written by hand: configurations for ``bln fit``, with class paths as users of that version know them.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
+import pkgutil
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 import lightning
 import torch
+from lightning.pytorch import Callback, LightningDataModule
+from torch.utils.data import Dataset, Sampler
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import cases
 
 import lightning_bln
+from lightning_bln.cells import Cell
 
 
 def main() -> None:
@@ -42,8 +51,24 @@ def main() -> None:
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
     }
     torch.save(then, folder / "resumed.pt")
+    (folder / "class_paths.json").write_text(json.dumps(class_paths(), indent=0) + "\n")
     versions = {"torch": torch.__version__.partition("+")[0], "lightning": lightning.__version__}
     (folder / "versions.json").write_text(json.dumps(versions) + "\n")
+
+
+def class_paths() -> list[str]:
+    """Classes that configurations and pickles may name, each by the module that defines it."""
+    kinds = (torch.nn.Module, LightningDataModule, Callback, torch.optim.Optimizer, Dataset, Sampler, Cell)
+    names = [info.name for info in pkgutil.walk_packages(lightning_bln.__path__, "lightning_bln.")]
+    modules = [lightning_bln, *(import_module(name) for name in names if "._" not in name)]
+    exported = {id(getattr(module, name)) for module in modules for name in getattr(module, "__all__", ())}
+    return sorted(
+        f"{module.__name__}.{name}"
+        for module in modules
+        for name, one in vars(module).items()
+        if inspect.isclass(one) and one.__module__ == module.__name__ and not name.startswith("_")
+        if issubclass(one, kinds) or id(one) in exported
+    )
 
 
 if __name__ == "__main__":
