@@ -1,6 +1,6 @@
 """Write the files of the version that is installed: ``python tests/compat/write.py``. Each release adds its own.
 
-``configs.yaml`` is written by hand: configurations for ``bln fit``, with class paths as users of that version know them.
+``configs.yaml`` is written by hand: configurations for ``bln fit`` with the class paths of that version.
 """
 
 from __future__ import annotations
