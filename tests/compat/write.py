@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cases
 
 import lightning_bln
-from lightning_bln.cells import Cell
+from lightning_bln.cells import registry
 
 
 def main() -> None:
@@ -58,10 +58,11 @@ def main() -> None:
 
 def class_paths() -> list[str]:
     """Classes that configurations and pickles may name, each by the module that defines it."""
-    kinds = (torch.nn.Module, LightningDataModule, Callback, torch.optim.Optimizer, Dataset, Sampler, Cell)
+    kinds = (torch.nn.Module, LightningDataModule, Callback, torch.optim.Optimizer, Dataset, Sampler)
     names = [info.name for info in pkgutil.walk_packages(lightning_bln.__path__, "lightning_bln.")]
     modules = [lightning_bln, *(import_module(name) for name in names if "._" not in name)]
     exported = {id(getattr(module, name)) for module in modules for name in getattr(module, "__all__", ())}
+    exported |= set(map(id, registry.values()))
     return sorted(
         f"{module.__name__}.{name}"
         for module in modules
