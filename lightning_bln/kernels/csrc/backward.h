@@ -48,8 +48,8 @@ struct BackwardBuffers {
 template <class T>
 class Backward : Walker<T> {
   using Base = Walker<T>;
-  using Base::a, Base::plan, Base::me, Base::units, Base::rows, Base::ih, Base::hh, Base::cell, Base::G, Base::H, Base::D;
-  using Base::at, Base::running, Base::previous, Base::mask_row;
+  using Base::a, Base::plan, Base::me, Base::units, Base::rows, Base::ih, Base::hh, Base::cell;
+  using Base::at, Base::running, Base::previous, Base::mask_row, Base::G, Base::H, Base::D;
   BackwardBuffers<T>& buffers;
   Buffer<T> packed_, masked_;
   Range own_hh_;
@@ -76,7 +76,8 @@ class Backward : Walker<T> {
     for (size_t i = plan.chunks.size(); i-- > 0;) {
       const Range chunk = plan.chunks[i];
       const size_t first = at(chunk.begin);
-      const T* inputs = a.weight_ih ? a.input_part ? a.input_part + first * D : buffers.input_part.get() : a.input + first * D;
+      const T* inputs =
+          a.weight_ih ? a.input_part ? a.input_part + first * D : buffers.input_part.get() : a.input + first * D;
       if (a.weight_ih && !a.input_part) this->project_input(chunk, forward_panels, buffers.input_part.get());
       T* input_grad = a.weight_ih || !a.grad_input ? buffers.input_grad.get() : a.grad_input + first * D;
       T* hidden_grad = buffers.separate ? buffers.hidden_grad.get() : input_grad;
@@ -254,7 +255,8 @@ class Backward : Walker<T> {
   void gru(int t, const T* v, T* gates, T* hidden_gates_grad, Range some) {
     const T* h = previous(t, a.output, a.h0);
     const int n_gate = 2 * H;
-    const T *w = hh.weight + n_gate, *p = hh.p + n_gate, *q = hh.q + n_gate, *alpha = hh.alpha_of(2), *beta = hh.beta_of(2);
+    const T *w = hh.weight + n_gate, *p = hh.p + n_gate, *q = hh.q + n_gate;
+    const T *alpha = hh.alpha_of(2), *beta = hh.beta_of(2);
     for (int b = some.begin; b < some.end; b++) {
       const T* old = h + size_t(b) * H;
       const T* hidden = v + size_t(b) * D + n_gate;
@@ -300,8 +302,8 @@ class Backward : Walker<T> {
           for (int b = 0; b < plan.sizes[t]; b++, to += panel_width<T>)
             pack_row(to, h + size_t(b) * H + j, a.hidden_mask ? a.hidden_mask + size_t(b) * H + j : nullptr, width);
         }
-        multiply(hidden_grad + mine.begin, 1, D, mine.size(), packed_.get(), depth, a.grad_weight_hh + size_t(mine.begin) * H + j,
-                 H, width, !first);
+        multiply(hidden_grad + mine.begin, 1, D, mine.size(), packed_.get(), depth,
+                 a.grad_weight_hh + size_t(mine.begin) * H + j, H, width, !first);
       }
     if (!a.weight_ih) return;
     if (a.grad_weight_ih)

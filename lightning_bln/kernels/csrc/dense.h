@@ -36,8 +36,7 @@ struct DensePlan {
   DensePlan(const DenseArgs<T>& args, int members)
       : a(args), members(members), alone(members == 1 || args.positions >= members), shared(alone ? members : 1),
         totals(size_t(members) * 2 * args.features), barrier(members) {
-    for (auto& one : shared)
-      Norm<T>::allocate(one, a.norm, 1, int(a.features), int(a.rows), alone ? 1 : members, 1);
+    for (auto& one : shared) Norm<T>::allocate(one, a.norm, 1, int(a.features), int(a.rows), alone ? 1 : members, 1);
   }
 };
 
@@ -100,7 +99,8 @@ class DenseBackward : Dense<T> {
       if (norm.gradient_meets(t)) me.wait();
       norm.end_sums(t, int(a.rows), rows);
       if (a.grad_x)
-        norm.template apply<false>(grad, a.grad_row_stride, x, a.row_stride, a.grad_x + t * a.position_stride, a.row_stride, rows);
+        norm.template apply<false>(grad, a.grad_row_stride, x, a.row_stride, a.grad_x + t * a.position_stride,
+                                   a.row_stride, rows);
     }
     T* own = plan.totals.get() + size_t(id_) * 2 * features;
     norm.copy_totals(own, own + features);

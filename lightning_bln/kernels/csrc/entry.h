@@ -4,6 +4,7 @@
 #include "dense.h"
 #include "forward.h"
 #include "gather.h"
+#include "layout.h"
 #include "product.h"
 #include "program.h"
 
@@ -15,7 +16,7 @@
 
 namespace bln {
 
-// OpenMP of the program that loaded us, so that its threads are ours: a second runtime's would fight them for the cores.
+// The OpenMP runtime that torch has loaded: threads of a second one would compete with torch's for the cores.
 struct Runtime {
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
   int (*thread)() = nullptr;
@@ -130,7 +131,10 @@ BLN_EXPORT void bln_set_runtime(void* parallel, void* thread, void* threads) {
   bln::runtime.threads = reinterpret_cast<int (*)()>(threads);
 }
 
-BLN_EXPORT int64_t bln_args_size() { return sizeof(bln::RecurrenceArgs<float>) + sizeof(bln::DenseArgs<float>) + sizeof(bln::GatherArgs<float>) + sizeof(bln::ProgramArgs) + sizeof(bln::Instruction) + sizeof(bln::ProductArgs); }
+BLN_EXPORT uint64_t bln_layout_hash() {
+  constexpr uint64_t hash = bln::layout_hash();
+  return hash;
+}
 
 BLN_EXPORT int bln_forward_float(const bln::RecurrenceArgs<float>* args) {
   return bln::run<float, bln::Forward, bln::ForwardBuffers>(*args);
@@ -150,10 +154,18 @@ BLN_EXPORT int bln_backward_float(const bln::RecurrenceArgs<float>* args) {
 BLN_EXPORT int bln_backward_double(const bln::RecurrenceArgs<double>* args) {
   return bln::run<double, bln::Backward, bln::BackwardBuffers>(*args);
 }
-BLN_EXPORT int bln_dense_forward_float(const bln::DenseArgs<float>* args) { return bln::run_dense<float, bln::DenseForward>(*args); }
-BLN_EXPORT int bln_dense_backward_float(const bln::DenseArgs<float>* args) { return bln::run_dense<float, bln::DenseBackward>(*args); }
-BLN_EXPORT int bln_dense_forward_double(const bln::DenseArgs<double>* args) { return bln::run_dense<double, bln::DenseForward>(*args); }
-BLN_EXPORT int bln_dense_backward_double(const bln::DenseArgs<double>* args) { return bln::run_dense<double, bln::DenseBackward>(*args); }
+BLN_EXPORT int bln_dense_forward_float(const bln::DenseArgs<float>* args) {
+  return bln::run_dense<float, bln::DenseForward>(*args);
+}
+BLN_EXPORT int bln_dense_backward_float(const bln::DenseArgs<float>* args) {
+  return bln::run_dense<float, bln::DenseBackward>(*args);
+}
+BLN_EXPORT int bln_dense_forward_double(const bln::DenseArgs<double>* args) {
+  return bln::run_dense<double, bln::DenseForward>(*args);
+}
+BLN_EXPORT int bln_dense_backward_double(const bln::DenseArgs<double>* args) {
+  return bln::run_dense<double, bln::DenseBackward>(*args);
+}
 BLN_EXPORT void bln_gather_float(const bln::GatherArgs<float>* args) { bln::gather(*args); }
 BLN_EXPORT void bln_gather_double(const bln::GatherArgs<double>* args) { bln::gather(*args); }
 BLN_EXPORT int bln_program_float(const bln::ProgramArgs* args) { return bln::run_program<float>(*args); }

@@ -31,8 +31,8 @@ struct ForwardBuffers {
 template <class T>
 class Forward : Walker<T> {
   using Base = Walker<T>;
-  using Base::a, Base::plan, Base::me, Base::units, Base::rows, Base::ih, Base::hh, Base::cell, Base::G, Base::H, Base::D;
-  using Base::at, Base::running, Base::previous, Base::mask_row;
+  using Base::a, Base::plan, Base::me, Base::units, Base::rows, Base::ih, Base::hh, Base::cell;
+  using Base::at, Base::running, Base::previous, Base::mask_row, Base::G, Base::H, Base::D;
   ForwardBuffers<T>& buffers;
 
  public:
@@ -149,7 +149,8 @@ class Forward : Walker<T> {
   void mask_state(const T* h, int t, Range some) {
     T* to = masked(t);
     for (int b = some.begin; b < some.end; b++)
-      for (int j = units.begin; j < units.end; j++) to[size_t(b) * H + j] = h[size_t(b) * H + j] * a.hidden_mask[size_t(b) * H + j];
+      for (int j = units.begin; j < units.end; j++)
+        to[size_t(b) * H + j] = h[size_t(b) * H + j] * a.hidden_mask[size_t(b) * H + j];
   }
 
   void finish() {
@@ -161,7 +162,9 @@ class Forward : Walker<T> {
       const T* h = t >= 0 ? a.output + (at(t) + b) * H : a.h0 + size_t(b) * H;
       for (int j = units.begin; j < units.end; j++) a.hn[size_t(b) * H + j] = h[j];
       if (a.cell != kLstm) continue;
-      const T* c = t < 0 ? a.c0 + size_t(b) * H : a.cells ? a.cells + (at(t) + b) * H : buffers.cells.get() + size_t(b) * H;
+      const T* c = t < 0     ? a.c0 + size_t(b) * H
+                   : a.cells ? a.cells + (at(t) + b) * H
+                             : buffers.cells.get() + size_t(b) * H;
       for (int j = units.begin; j < units.end; j++) a.cn[size_t(b) * H + j] = c[j];
     }
   }

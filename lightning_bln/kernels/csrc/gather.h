@@ -44,7 +44,8 @@ void gather(const GatherArgs<T>& a) {
           m2[j] = old_m2[j] + spread[j] * T(size) + delta * delta * cross;
         }
       } else {
-        for (int64_t j = 0; j < a.width; j++) merge(j, a.has_batch ? batch[j] : T(0), (a.has_batch ? spread[j] : T(1)) * T(size));
+        for (int64_t j = 0; j < a.width; j++)
+          merge(j, a.has_batch ? batch[j] : T(0), (a.has_batch ? spread[j] : T(1)) * T(size));
       }
       T sums[2] = {0, 1};
       for (int64_t k = 0; a.has_feature && k < 2; k++) {

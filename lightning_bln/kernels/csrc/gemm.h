@@ -115,8 +115,8 @@ void any_tile(int rows, const T* a, ptrdiff_t row, ptrdiff_t column, const T* b,
 
 // c[rows, width] (+)= a b for one packed panel, in tiles of nearly equal height.
 template <class T>
-void multiply(const T* a, ptrdiff_t row, ptrdiff_t column, int rows, const T* b, int depth, T* c, ptrdiff_t ldc, int width,
-              bool add) {
+void multiply(const T* a, ptrdiff_t row, ptrdiff_t column, int rows, const T* b, int depth, T* c, ptrdiff_t ldc,
+              int width, bool add) {
   const int tiles = (rows + tile_rows - 1) / tile_rows;
   for (int i = 0; i < tiles; i++) {
     const Range mine = part(rows, i, tiles);
@@ -124,7 +124,8 @@ void multiply(const T* a, ptrdiff_t row, ptrdiff_t column, int rows, const T* b,
     if (!add && i + 1 < tiles)
       for (int r = mine.end; r < mine.end + mine.size() && r < rows; r++)
         for (int j = 0; j < width; j += int(64 / sizeof(T))) __builtin_prefetch(c + r * ldc + j, 1);
-    any_tile<T, tile_rows>(mine.size(), a + mine.begin * row, row, column, b, depth, c + mine.begin * ldc, ldc, width, add);
+    any_tile<T, tile_rows>(mine.size(), a + mine.begin * row, row, column, b, depth, c + mine.begin * ldc, ldc, width,
+                           add);
   }
 }
 

@@ -13,9 +13,9 @@ namespace bln {
 // Pointers may be null where said. G' is 1 for joint statistics, else the number of gates; D = gates * units.
 template <class T>
 struct NormArgs {
-  int64_t enabled;         // 0: the identity, plus bias
-  int64_t joint;           // feature statistics over all gates at once
-  int64_t fixed;           // given statistics are the same at every step
+  int64_t enabled;  // 0: the identity, plus bias
+  int64_t joint;    // feature statistics over all gates at once
+  int64_t fixed;    // given statistics are the same at every step
   double scale, eps;
   const double* w_feature;  // [steps]
   const double* w_batch;    // [steps]
@@ -41,10 +41,11 @@ class Norm {
 
   Norm(const NormArgs<T>& args, Shared& shared, const Member& member, int gates, int units, int batch, Range own_units)
       : a(args), shared_(shared), member_(member), gates_(gates), units_(units), batch_(batch), own_(own_units),
-        groups_(args.joint ? 1 : gates), D(gates * units), row_size_(size_t(groups_) * batch),
-        columns_(size_t(D) * 12), rows_(row_size_ * 7) {
+        groups_(args.joint ? 1 : gates), D(gates * units), row_size_(size_t(groups_) * batch), columns_(size_t(D) * 12),
+        rows_(row_size_ * 7) {
     T* at = columns_.get();
-    for (T** to : {&weight, &p, &q, &mean_, &var_, &used_mean_, &inverse_, &c1_, &c2_, &c3_, &bias_sum_, &bias_}) *to = at, at += D;
+    for (T** to : {&weight, &p, &q, &mean_, &var_, &used_mean_, &inverse_, &c1_, &c2_, &c3_, &bias_sum_, &bias_})
+      *to = at, at += D;
     at = rows_.get();
     for (T** to : {&alpha, &beta, &row_mean_, &row_used_, &row_inverse_, &r2_, &r3_}) *to = at, at += row_size_;
     weight_sum_.allocate(D);
@@ -57,7 +58,8 @@ class Norm {
     for (size_t i = 0; i < row_size_; i++) alpha[i] = beta[i] = row_mean_[i] = T(0);
   }
 
-  static void allocate(Shared& shared, const NormArgs<T>& args, int gates, int units, int batch, int rows, int columns) {
+  static void allocate(Shared& shared, const NormArgs<T>& args, int gates, int units, int batch, int rows,
+                       int columns) {
     if (!args.enabled && !args.grad_bias) return;
     shared.columns.allocate(size_t(2) * rows * 2 * gates * units);
     shared.rows.allocate(size_t(2) * columns * 2 * (args.joint ? 1 : gates) * batch);
@@ -115,7 +117,8 @@ class Norm {
     const T *saved = a.batch_moments + size_t(t) * 2 * D, *saved_var = saved + D;
     for_own([&](int j0, int j1) {
       if (current_batch(t))
-        column_coefficients(t, j0, j1, [=](int j, T& mean, T& var) BLN_INLINED { mean = saved[j], var = saved_var[j]; });
+        column_coefficients(t, j0, j1,
+                            [=](int j, T& mean, T& var) BLN_INLINED { mean = saved[j], var = saved_var[j]; });
       else
         given_columns(t, j0, j1);
     });
@@ -151,7 +154,8 @@ class Norm {
     });
     T* row_sum = row_slot(member_.column);
     for (int g = 0; g < groups_; g++)
-      for (int b = rows.begin; b < rows.end; b++) row_sum[size_t(g) * batch_ + b] = row_sum[row_size_ + size_t(g) * batch_ + b] = T(0);
+      for (int b = rows.begin; b < rows.end; b++)
+        row_sum[size_t(g) * batch_ + b] = row_sum[row_size_ + size_t(g) * batch_ + b] = T(0);
   }
 
   void add_sums(const T* grad, ptrdiff_t ldg, const T* x, ptrdiff_t ldx, Range rows) {
@@ -177,18 +181,22 @@ class Norm {
   void end_sums(int t, int running, Range rows) {
     if (!a.enabled) return;
     const T wb = T(a.w_batch[t]), wf = T(a.w_feature[t]);
-    const T *own = column_slot(member_.row), *other = column_slot(member_.row ^ 1), *own_dot = own + D, *other_dot = other + D;
+    const T *own = column_slot(member_.row), *other = column_slot(member_.row ^ 1);
+    const T *own_dot = own + D, *other_dot = other + D;
     for_own([&](int j0, int j1) {
       // nobody has waited for the other members' sums where nothing needs them
       if (wb == T(0) || (a.batch_mean && a.batch_var))
         column_gradients(t, j0, j1, T(0), T(0), [](int, T& sum, T& dot) BLN_INLINED { sum = dot = T(0); });
       else {
-        const T share = T(1) / T(running), mean_share = a.batch_mean ? T(0) : share, var_share = a.batch_var ? T(0) : share;
+        const T share = T(1) / T(running);
+        const T mean_share = a.batch_mean ? T(0) : share, var_share = a.batch_var ? T(0) : share;
         if (member_.rows == 1)
-          column_gradients(t, j0, j1, mean_share, var_share, [=](int j, T& sum, T& dot) BLN_INLINED { sum = own[j], dot = own_dot[j]; });
-        else if (member_.rows == 2)
           column_gradients(t, j0, j1, mean_share, var_share,
-                           [=](int j, T& sum, T& dot) BLN_INLINED { sum = own[j] + other[j], dot = own_dot[j] + other_dot[j]; });
+                           [=](int j, T& sum, T& dot) BLN_INLINED { sum = own[j], dot = own_dot[j]; });
+        else if (member_.rows == 2)
+          column_gradients(t, j0, j1, mean_share, var_share, [=](int j, T& sum, T& dot) BLN_INLINED {
+            sum = own[j] + other[j], dot = own_dot[j] + other_dot[j];
+          });
         else {
           T *sums = c1_, *dots = c2_;
           for (int j = j0; j < j1; j++) sums[j] = dots[j] = T(0);
@@ -197,7 +205,8 @@ class Norm {
 #pragma omp simd
             for (int j = j0; j < j1; j++) sums[j] += some[j], dots[j] += some[D + j];
           }
-          column_gradients(t, j0, j1, mean_share, var_share, [=](int j, T& sum, T& dot) BLN_INLINED { sum = sums[j], dot = dots[j]; });
+          column_gradients(t, j0, j1, mean_share, var_share,
+                           [=](int j, T& sum, T& dot) BLN_INLINED { sum = sums[j], dot = dots[j]; });
         }
       }
     });
@@ -281,8 +290,8 @@ class Norm {
     for (int g = 0; g < gates_; g++) body(g * units_ + own_.begin, g * units_ + own_.end);
   }
 
-  // One pass: sums of distances, and of their squares, to numbers of x itself, which lie within sqrt(n) deviations of the
-  // mean, so that little cancels: the first row for columns, the first number of a row for rows.
+  // One pass: sums of distances, and of their squares, to a number of x itself: the first row for columns, the first
+  // number of a row for rows. That lies within sqrt(n) deviations of the mean, so that little cancels.
   template <bool Batch, bool Feature>
   void measure(const T* x, ptrdiff_t ld, Range rows) {
     T *mean = column_slot(member_.row), *spread = mean + D;
@@ -293,15 +302,16 @@ class Norm {
       });
     if (Feature)
       for (int g = 0; g < groups_; g++)
-        for (int b = rows.begin; b < rows.end; b++) row_mean[size_t(g) * batch_ + b] = row_spread[size_t(g) * batch_ + b] = T(0);
+        for (int b = rows.begin; b < rows.end; b++)
+          row_mean[size_t(g) * batch_ + b] = row_spread[size_t(g) * batch_ + b] = T(0);
     if (rows.size() == 0 || own_.size() == 0) return;
     const T *anchor = x + rows.begin * ld, *first = x + own_.begin;
     for (int b = rows.begin; b < rows.end; b += stripe)
       for (int g = 0; g < gates_; g++) {
         const int j0 = g * units_ + own_.begin;
         const size_t at = size_t(group(g)) * batch_;
-        total<Batch, Feature>(x + j0, ld, clipped({b, b + stripe}, rows.end), own_.size(), anchor + j0, mean + j0, spread + j0,
-                              first + group(g) * units_, row_mean + at, row_spread + at);
+        total<Batch, Feature>(x + j0, ld, clipped({b, b + stripe}, rows.end), own_.size(), anchor + j0, mean + j0,
+                              spread + j0, first + group(g) * units_, row_mean + at, row_spread + at);
       }
     if (Batch)
       for_own([&](int j0, int j1) {
@@ -327,8 +337,8 @@ class Norm {
 
   // Adds the distances, and their squares, of some rows of a gate's columns.
   template <bool Batch, bool Feature>
-  static void total(const T* x, ptrdiff_t ld, Range rows, int n, const T* anchor, T* column, T* squares, const T* first, T* row,
-                    T* row_squares) {
+  static void total(const T* x, ptrdiff_t ld, Range rows, int n, const T* anchor, T* column, T* squares, const T* first,
+                    T* row, T* row_squares) {
     int b = rows.begin;
     for (; b + 4 <= rows.end; b += 4) {
       const T *x0 = x + b * ld, *x1 = x0 + ld, *x2 = x1 + ld, *x3 = x2 + ld;
@@ -395,7 +405,8 @@ class Norm {
         for (int j = 0; j < n; j++) {
           S[j] += (y0[j] + y1[j]) + (y2[j] + y3[j]);
           if (Batch)
-            E[j] += (y0[j] * (x0[j] - mu[j]) + y1[j] * (x1[j] - mu[j])) + (y2[j] * (x2[j] - mu[j]) + y3[j] * (x3[j] - mu[j]));
+            E[j] += (y0[j] * (x0[j] - mu[j]) + y1[j] * (x1[j] - mu[j])) +
+                    (y2[j] * (x2[j] - mu[j]) + y3[j] * (x3[j] - mu[j]));
           if (!Feature) continue;
           const T f0 = y0[j] * ((x0[j] - m0) * r0), f1 = y1[j] * ((x1[j] - m1) * r1);
           const T f2 = y2[j] * ((x2[j] - m2) * r2), f3 = y3[j] * ((x3[j] - m3) * r3);
@@ -435,7 +446,8 @@ class Norm {
     const T inverse = T(1) / T(running);
     const T *own = column_slot(0), *other = column_slot(1), *own_spread = own + D, *other_spread = other + D;
     if (member_.rows == 1)
-      column_coefficients(t, j0, j1, [=](int j, T& mean, T& var) BLN_INLINED { mean = own[j], var = own_spread[j] * inverse; });
+      column_coefficients(t, j0, j1,
+                          [=](int j, T& mean, T& var) BLN_INLINED { mean = own[j], var = own_spread[j] * inverse; });
     else if (member_.rows == 2) {
       const T share = T(clipped(part(batch_, 1, 2), running).size()) * inverse, between = share * (T(1) - share);
       column_coefficients(t, j0, j1, [=](int j, T& mean, T& var) BLN_INLINED {
@@ -462,7 +474,8 @@ class Norm {
           for (int j = j0; j < j1; j++) var[j] += share * square(some[j] - mean[j]) + some[D + j] * inverse;
         }
       }
-      column_coefficients(t, j0, j1, [=](int j, T& to_mean, T& to_var) BLN_INLINED { to_mean = mean[j], to_var = var[j]; });
+      column_coefficients(t, j0, j1,
+                          [=](int j, T& to_mean, T& to_var) BLN_INLINED { to_mean = mean[j], to_var = var[j]; });
     }
     if (a.batch_moments && member_.row == 0) {
       T* saved = a.batch_moments + size_t(t) * 2 * D;
@@ -485,7 +498,8 @@ class Norm {
       const T share = T((groups_ == 1 ? gates_ : 1) * unit_part(k).size()) * inverse;
       const T *other = row_slot(k), *spread = other + row_size_;
 #pragma omp simd
-      for (size_t i = first; i < end; i++) row_inverse_[i] += share * square(other[i] - row_mean_[i]) + spread[i] * inverse;
+      for (size_t i = first; i < end; i++)
+        row_inverse_[i] += share * square(other[i] - row_mean_[i]) + spread[i] * inverse;
     }
     if (!a.feature_moments || member_.column != 0) return;
     T* saved = a.feature_moments + size_t(t) * 2 * row_size_;
@@ -495,7 +509,8 @@ class Norm {
 
   // Coefficients of columns of which nothing current is used.
   void given_columns(int t, int j0, int j1) {
-    if (a.w_batch[t] != 0) return column_coefficients(t, j0, j1, [](int, T& mean, T& var) BLN_INLINED { mean = var = T(0); });
+    if (a.w_batch[t] != 0)
+      return column_coefficients(t, j0, j1, [](int, T& mean, T& var) BLN_INLINED { mean = var = T(0); });
     for (int j = j0; j < j1; j++) used_mean_[j] = mean_[j] = inverse_[j] = p[j] = T(0), q[j] = bias_[j];
   }
 
@@ -532,7 +547,8 @@ class Norm {
     for (int j = j0; j < j1; j++) {
       T sum, dot;
       totals(j, sum, dot);
-      const T inverse = inverse_[j], slope = weight[j] * wb * inverse, curve = slope * inverse * inverse * dot * var_share;
+      const T inverse = inverse_[j], slope = weight[j] * wb * inverse;
+      const T curve = slope * inverse * inverse * dot * var_share;
       bias_sum_[j] += own[j];
       gain[j] += scale * (wb * inverse * own_dot[j] + wf * c3_[j]);
       c1_[j] = slope;

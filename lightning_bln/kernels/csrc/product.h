@@ -7,9 +7,13 @@ namespace bln {
 // c[rows, columns] = a[rows, depth] b[depth, columns] + bias; element (i, k) lies at i * row + k * column.
 struct ProductArgs {
   int64_t rows, columns, depth, threads;
-  int64_t a, a_row, a_column, b, b_row, b_column;
-  int64_t c, c_row;  // each row of c is contiguous
-  int64_t bias;      // [columns] or null
+  const void* a;
+  int64_t a_row, a_column;
+  const void* b;
+  int64_t b_row, b_column;
+  void* c;
+  int64_t c_row;     // each row of c is contiguous
+  const void* bias;  // [columns] or null
 };
 
 // Threads own panels of columns, and parts of the rows where there are more threads than panels; they never meet.
@@ -22,9 +26,9 @@ void product(const ProductArgs& p, int id, int members) {
   const Range mine = part(panels, id % across, across), rows = part(int(p.rows), id / across, down);
   const int first = mine.begin * panel_width<T>;
   const int columns = int(mine.end * panel_width<T> < p.columns ? mine.end * panel_width<T> : p.columns) - first;
-  const T *a = reinterpret_cast<const T*>(p.a), *b = reinterpret_cast<const T*>(p.b) + first * p.b_column;
-  const T* bias = p.bias ? reinterpret_cast<const T*>(p.bias) + first : nullptr;
-  T* c = reinterpret_cast<T*>(p.c) + first;
+  const T *a = static_cast<const T*>(p.a), *b = static_cast<const T*>(p.b) + first * p.b_column;
+  const T* bias = p.bias ? static_cast<const T*>(p.bias) + first : nullptr;
+  T* c = static_cast<T*>(p.c) + first;
   const int depth = int(p.depth);
   Packed<T> packed;
   packed.plan(depth < deep ? depth : deep, {{0, columns}});

@@ -4,10 +4,27 @@
 
 namespace bln {
 
-// In the order of OPERATIONS in program.py.
+// In the order of OPERATIONS in recurrence/program/codegen.py.
 enum Operation : int64_t {
-  kProduct, kSum, kSigmoid, kTanh, kRelu, kSoftplus, kHardsigmoid, kSigmoidGradient, kTanhGradient, kReluGradient,
-  kSoftplusGradient, kHardsigmoidGradient, kAffine, kBlend, kMultiply, kFused, kLerp, kDifference, kDivide
+  kProduct,
+  kSum,
+  kSigmoid,
+  kTanh,
+  kRelu,
+  kSoftplus,
+  kHardsigmoid,
+  kSigmoidGradient,
+  kTanhGradient,
+  kReluGradient,
+  kSoftplusGradient,
+  kHardsigmoidGradient,
+  kAffine,
+  kBlend,
+  kMultiply,
+  kFused,
+  kLerp,
+  kDifference,
+  kDivide
 };
 
 // Places by their index; of a product, c is the index of its matrix.
@@ -110,7 +127,8 @@ class Program {
     const Place *to = a.places + code.to, *pa = a.places + code.a, *pb = a.places + code.b, *pc = a.places + code.c;
     for (int64_t row = rows.begin; row < rows.end; row++) {
       T* out = at(code.to, t) + row * to->row;
-      const T *x = at(code.a, t) + row * pa->row, *y = at(code.b, t) + row * pb->row, *z = at(code.c, t) + row * pc->row;
+      const T *x = at(code.a, t) + row * pa->row, *y = at(code.b, t) + row * pb->row;
+      const T* z = at(code.c, t) + row * pc->row;
 #pragma omp simd
       for (int64_t j = 0; j < n; j++) out[j] = f(x[j], y[j], z[j]);
     }

@@ -59,9 +59,9 @@ struct Teams {
   int size() const { return rows * columns; }
 };
 
-// Rows are shared out where there are enough: then nothing but sums over the batch ever goes from one member to the
-// other. With few rows, units are, and each member reads its own part of the weights. Costs of a step in multiplications
-// of one gate, as measured on two cores.
+// Rows are shared out where there are enough, so that only sums over the batch pass between members. With few rows,
+// units are shared out, and each member reads its own part of the weights. The costs of a step are counted in
+// multiplications of one gate and were measured on two cores.
 template <class T>
 Teams divide(const RecurrenceArgs<T>& a) {
   if (a.row_teams > 0) return {int(a.row_teams), int(a.column_teams)};
@@ -88,10 +88,10 @@ struct Plan {
   int G, H, D, I, steps, batch;
   int row_teams, column_teams;
   bool zoneout;
-  std::vector<int> sizes;        // how many sequences run at each step
-  std::vector<int> offset;       // of each step's rows, and the total
-  std::vector<Range> chunks;     // of steps
-  int longest_chunk = 0;         // in rows
+  std::vector<int> sizes;     // how many sequences run at each step
+  std::vector<int> offset;    // of each step's rows, and the total
+  std::vector<Range> chunks;  // of steps
+  int longest_chunk = 0;      // in rows
   Packed<T> forward_hh, forward_ih, backward_hh, backward_ih;
   typename Norm<T>::Shared shared_ih, shared_hh, shared_cell;
   Barrier barrier;
@@ -119,6 +119,11 @@ struct Plan {
     }
   }
 
+  // Members are numbered along the rows of their grid.
+  Member member(int id) {
+    return {id, row_teams * column_teams, id / column_teams, row_teams, id % column_teams, column_teams, &barrier};
+  }
+
   // A member's hidden units as ranges of gate columns: one range where it owns all of them.
   std::vector<Range> columns_of(Range units) const {
     if (units.size() == H) return {{0, D}};
@@ -135,11 +140,9 @@ template <class T>
 class Walker {
  public:
   Walker(Plan<T>& plan, int id)
-      : plan(plan), a(plan.a), G(plan.G), H(plan.H), D(plan.D),
-        me{id, plan.row_teams * plan.column_teams, id / plan.column_teams, plan.row_teams, id % plan.column_teams,
-           plan.column_teams, &plan.barrier},
-        units(plan.units_of(me.column)), rows(part(plan.batch, me.row, me.rows)),
-        ih(a.norm_ih, plan.shared_ih, me, G, H, plan.batch, units), hh(a.norm_hh, plan.shared_hh, me, G, H, plan.batch, units),
+      : plan(plan), a(plan.a), G(plan.G), H(plan.H), D(plan.D), me(plan.member(id)), units(plan.units_of(me.column)),
+        rows(part(plan.batch, me.row, me.rows)), ih(a.norm_ih, plan.shared_ih, me, G, H, plan.batch, units),
+        hh(a.norm_hh, plan.shared_hh, me, G, H, plan.batch, units),
         cell(a.norm_cell, plan.shared_cell, me, 1, H, plan.batch, units) {}
 
  protected:
@@ -157,14 +160,16 @@ class Walker {
   // body(rows) for a few rows at a time, so that passes one after the other find them in the cache.
   template <class F>
   static void in_stripes(Range rows, F body) {
-    for (int b = rows.begin; b < rows.end; b += Norm<T>::stripe) body(Norm<T>::clipped({b, b + Norm<T>::stripe}, rows.end));
+    for (int b = rows.begin; b < rows.end; b += Norm<T>::stripe)
+      body(Norm<T>::clipped({b, b + Norm<T>::stripe}, rows.end));
   }
 
   // Ask for the stripe after this one where the data last lay in a far cache.
   void fetch_ahead(const T* rows, ptrdiff_t ld, Range stripe, Range some) const {
     for (int b = stripe.end; b < stripe.end + stripe.size() && b < some.end; b++)
       for (int g = 0; g < G; g++)
-        for (int j = units.begin; j < units.end; j += int(64 / sizeof(T))) __builtin_prefetch(rows + b * ld + g * H + j);
+        for (int j = units.begin; j < units.end; j += int(64 / sizeof(T)))
+          __builtin_prefetch(rows + b * ld + g * H + j);
   }
 
   // The panels of a packed right-hand side that hold this member's columns.
@@ -192,8 +197,8 @@ class Walker {
     if (some.size() == 0) return;
     for (int i = panels.begin; i < panels.end; i++) {
       const auto& panel = packed.panels[i];
-      multiply(left + some.begin * ld, ld, 1, some.size(), packed.at(i), packed.depth, out + some.begin * ldo + panel.begin,
-               ldo, panel.width, add);
+      multiply(left + some.begin * ld, ld, 1, some.size(), packed.at(i), packed.depth,
+               out + some.begin * ldo + panel.begin, ldo, panel.width, add);
     }
   }
 
@@ -206,7 +211,8 @@ class Walker {
         project(plan.forward_ih, one, a.input + first * plan.I, plan.I, {0, int(at(chunk.end) - first)}, out, D, false);
       else
         for (int t = chunk.begin; t < chunk.end; t++)
-          project(plan.forward_ih, one, a.input + at(t) * plan.I, plan.I, running(t), out + (at(t) - first) * D, D, false);
+          project(plan.forward_ih, one, a.input + at(t) * plan.I, plan.I, running(t), out + (at(t) - first) * D, D,
+                  false);
     }
   }
 
@@ -214,7 +220,8 @@ class Walker {
   template <class F>
   void activate(int g, const T* x, const T* v, T* out, ptrdiff_t ldo, Range some, F activation) const {
     const int j0 = g * H + units.begin, n = units.size();
-    const T *wx = ih.weight + j0, *px = ih.p + j0, *qx = ih.q + j0, *wv = hh.weight + j0, *pv = hh.p + j0, *qv = hh.q + j0;
+    const T *wx = ih.weight + j0, *px = ih.p + j0, *qx = ih.q + j0;
+    const T *wv = hh.weight + j0, *pv = hh.p + j0, *qv = hh.q + j0;
     const T *ax = ih.alpha_of(g), *bx = ih.beta_of(g), *av = hh.alpha_of(g), *bv = hh.beta_of(g);
     for (int b = some.begin; b < some.end; b++) {
       const T *from_x = x + size_t(b) * D + j0, *from_v = v + size_t(b) * D + j0;
@@ -230,7 +237,8 @@ class Walker {
   // The new gate of a GRU: its hidden part is multiplied by the reset gate after the normalisation.
   void activate_new(const T* x, const T* v, T* gates, Range some) const {
     const int j0 = 2 * H + units.begin, n = units.size();
-    const T *wx = ih.weight + j0, *px = ih.p + j0, *qx = ih.q + j0, *wv = hh.weight + j0, *pv = hh.p + j0, *qv = hh.q + j0;
+    const T *wx = ih.weight + j0, *px = ih.p + j0, *qx = ih.q + j0;
+    const T *wv = hh.weight + j0, *pv = hh.p + j0, *qv = hh.q + j0;
     const T *ax = ih.alpha_of(2), *bx = ih.beta_of(2), *av = hh.alpha_of(2), *bv = hh.beta_of(2);
     for (int b = some.begin; b < some.end; b++) {
       const T *from_x = x + size_t(b) * D + j0, *from_v = v + size_t(b) * D + j0;
@@ -244,7 +252,9 @@ class Walker {
     }
   }
 
-  void activate_all(const T* x, const T* v, T* gates, Range some) const { activate_all(x, v, gates, some, gates + 3 * H, D); }
+  void activate_all(const T* x, const T* v, T* gates, Range some) const {
+    activate_all(x, v, gates, some, gates + 3 * H, D);
+  }
 
   // The output gate of an LSTM may have a place of its own.
   void activate_all(const T* x, const T* v, T* gates, Range some, T* output_gate, ptrdiff_t ldo) const {
@@ -260,11 +270,8 @@ class Walker {
         for (int g : {0, 1}) activate(g, x, v, gates + g * H, D, some, squash);
         activate_new(x, v, gates, some);
         break;
-      case kRnnTanh:
-        activate(0, x, v, gates, D, some, bend);
-        break;
-      default:
-        activate(0, x, v, gates, D, some, [](T z) { return z < T(0) ? T(0) : z; });
+      case kRnnTanh: activate(0, x, v, gates, D, some, bend); break;
+      default: activate(0, x, v, gates, D, some, [](T z) { return z < T(0) ? T(0) : z; });
     }
   }
 
