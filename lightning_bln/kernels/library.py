@@ -1,4 +1,4 @@
-"""The compiled kernels: which of them this processor runs, and the structures they take."""
+"""The library of C++ kernels: which variant this processor runs, how it is called, and the structures it takes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-#: Suffix of the library for each of torch's names of a processor's abilities, best first.
+"""In the order of ``Cell`` in ``csrc/recurrence.h``."""
+
 VARIANTS = {"AVX512": "avx512", "AVX2": "avx2", "DEFAULT": "baseline"}
+"""Suffix of the library for each CPU capability that torch reports, best first."""
 
 DTYPES = {torch.float32: "float", torch.float64: "double"}
 
@@ -97,21 +98,21 @@ class GatherArgs(ctypes.Structure):
     )  # fmt: skip
 
 
-class Instruction(ctypes.Structure):
-    """``Instruction`` of ``csrc/program.h``."""
-
-    _fields_ = (
-        *((name, _INTEGER) for name in ("operation", "to", "a", "b", "c")),
-        *((name, _NUMBER) for name in ("s", "u")),
-    )
-
-
 class ProgramArgs(ctypes.Structure):
     """``ProgramArgs`` of ``csrc/program.h``."""
 
     _fields_ = (
         *((name, _INTEGER) for name in ("steps", "batch", "units", "threads", "reversed", "instructions", "matrices")),
         *((name, _POINTER) for name in ("batch_sizes", "code", "places", "matrix")),
+    )
+
+
+class Instruction(ctypes.Structure):
+    """``Instruction`` of ``csrc/program.h``."""
+
+    _fields_ = (
+        *((name, _INTEGER) for name in ("operation", "to", "a", "b", "c")),
+        *((name, _NUMBER) for name in ("s", "u")),
     )
 
 
@@ -126,8 +127,8 @@ class ProductArgs(ctypes.Structure):
     )  # fmt: skip
 
 
-STRUCTURES = (RecurrenceArgs, DenseArgs, GatherArgs, ProgramArgs, Instruction, ProductArgs)
-"""What tells a library that was built from other sources."""
+STRUCTURES = (NormArgs, RecurrenceArgs, DenseArgs, GatherArgs, ProgramArgs, Instruction, ProductArgs)
+"""In the order of ``csrc/layout.h``."""
 
 
 def available() -> dict[str, str | None]:
@@ -140,40 +141,24 @@ def available() -> dict[str, str | None]:
     return {"reference": "torch operations", "cpu": variant()}
 
 
-def pointer(tensor: Tensor | None) -> int | None:
-    """Where a tensor's numbers lie; None for none."""
-    return None if tensor is None else tensor.data_ptr() or None
-
-
-def bits_of(uses: Sequence[bool | Tensor]) -> int:
-    """Which statistics are given, in all groups alike: batch mean in the lowest bit."""
-    return sum(int(use is True) << bit for bit, use in enumerate(uses))
-
-
-def set_given(norm: NormArgs, given: Tensor | None, uses: int, steps: int, width: int, groups: int) -> None:
-    """Point a norm at those of the population's statistics that it uses, ``uses`` having a bit for each."""
-    if given is None:
-        return
-    at = given.data_ptr()
-    for bit, (name, size) in enumerate(
-        (("batch_mean", width), ("batch_var", width), ("feature_mean", groups), ("feature_var", groups))
-    ):
-        setattr(norm, name, at if uses >> bit & 1 else None)
-        at += steps * size * given.element_size()
+def variant() -> str | None:
+    """Name of the instruction set that the loaded library was built for."""
+    library = load()
+    return None if library is None else Path(library._name).name.split(".")[0].removeprefix("_recurrence_")
 
 
 @torch.compiler.assume_constant_result
 def is_built() -> bool:
-    """Whether the library is there and loads."""
+    """Whether a library was built that loads here."""
     return load() is not None
 
 
 @cache
 def load() -> ctypes.CDLL | None:
-    """The best library that was built and that this processor runs, or None."""
-    ability = torch.backends.cpu.get_cpu_capability()
+    """The best library that was built and that this processor runs; None without one."""
+    capability = torch.backends.cpu.get_cpu_capability()
     names = list(VARIANTS)
-    best = names.index(ability) if ability in names else len(names) - 1
+    best = names.index(capability) if capability in names else len(names) - 1
     for name in names[best:]:
         library = open_library(VARIANTS[name])
         if library is not None:
@@ -181,11 +166,17 @@ def load() -> ctypes.CDLL | None:
     return None
 
 
-def call(name: str, args: Any, dtype: torch.dtype, *numbers: int) -> None:
-    """Call an entry point of the library for one dtype; without a gradient, and with nothing checked.
+def call(name: str, args: ctypes.Structure | ctypes.Array, dtype: torch.dtype, *numbers: int) -> None:
+    """Call an entry point of the library; it records no gradient and checks nothing.
+
+    Args:
+        name: Of the entry point, without prefix and dtype.
+        args: The structure, or an array of structures, that it takes.
+        dtype: Of the tensors behind the pointers.
+        numbers: Its further arguments.
 
     Raises:
-        MemoryError: There is none for its buffers.
+        MemoryError: The kernel's buffers could not be allocated.
     """
     library = load()
     assert library is not None, "the compiled kernels are not there; check lightning_bln.kernels.available()"
@@ -193,8 +184,40 @@ def call(name: str, args: Any, dtype: torch.dtype, *numbers: int) -> None:
         raise MemoryError(f"no memory for the buffers of {name}; shorten the sequences, or pass fewer rows at a time")
 
 
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a tensor's first element; None without elements."""
+    return None if tensor is None else tensor.data_ptr() or None
+
+
+def bits_of(uses: Sequence[bool | Tensor]) -> int:
+    """A bit for each statistic that the population gives in all groups, batch mean lowest."""
+    return sum(int(use is True) << bit for bit, use in enumerate(uses))
+
+
+def set_given(norm: NormArgs, given: Tensor | None, uses: int, steps: int, width: int, groups: int) -> None:
+    """Point a norm at those statistics of the population that it uses.
+
+    Args:
+        norm: Filled in.
+        given: The population's statistics one after the other, flat: batch mean and variance, ``(steps, width)``, then
+            feature mean and variance, ``(steps, groups)``.
+        uses: A bit for each, as from :func:`bits_of`.
+        steps: Number of steps.
+        width: Number of features.
+        groups: Number of groups of features that are normalised by themselves.
+    """
+    if given is None:
+        return
+    address = given.data_ptr()
+    for bit, (name, size) in enumerate(
+        (("batch_mean", width), ("batch_var", width), ("feature_mean", groups), ("feature_var", groups))
+    ):
+        setattr(norm, name, address if uses >> bit & 1 else None)
+        address += steps * size * given.element_size()
+
+
 def open_library(variant: str) -> ctypes.CDLL | None:
-    """One variant, ready to be called; None, and a warning, if it was built but does not serve."""
+    """One variant, ready to be called; None if it was not built, and with a warning if it cannot be used."""
     path = find(variant)
     if path is None:
         return None
@@ -203,20 +226,28 @@ def open_library(variant: str) -> ctypes.CDLL | None:
     except OSError as error:
         warnings.warn(f"{path.name} does not load ({error}); slower kernels are tried", stacklevel=2)
         return None
-    library.bln_args_size.restype = _INTEGER
-    if library.bln_args_size() != sum(map(ctypes.sizeof, STRUCTURES)):
+    built_from = getattr(library, "bln_layout_hash", None)
+    if built_from is not None:
+        built_from.restype = ctypes.c_uint64
+    if built_from is None or built_from() != layout_hash():
         warnings.warn(f"{path.name} was built from other sources than this package's; install it again", stacklevel=2)
         return None
     share_threads(library)
     return library
 
 
-def variant() -> str | None:
-    """Name of the instruction set that the loaded library was compiled for."""
-    library = load()
-    if library is None:
-        return None
-    return Path(library._name).name.split(".")[0].removeprefix("_recurrence_")
+def layout_hash() -> int:
+    """64-bit FNV-1a of name, type and offset of every field of :data:`STRUCTURES`, as ``csrc/layout.h`` computes it."""
+    types = {_INTEGER: "integer", _NUMBER: "number", _POINTER: "pointer"}
+    fields = (
+        f"{structure.__name__}.{name}:{types.get(kind, kind.__name__)}@{getattr(structure, name).offset};"
+        for structure in STRUCTURES
+        for name, kind, *_ in structure._fields_
+    )
+    value = 0xCBF29CE484222325
+    for byte in "".join(fields).encode():
+        value = (value ^ byte) * 0x100000001B3 % 2**64
+    return value
 
 
 def find(variant: str) -> Path | None:
@@ -230,7 +261,7 @@ def find(variant: str) -> Path | None:
 
 
 def share_threads(library: ctypes.CDLL) -> None:
-    """Let the kernels run on the threads of the OpenMP runtime that torch has loaded; without it they run on one."""
+    """Run the kernels on the threads of the OpenMP runtime that torch has loaded; without it they run on one."""
     for path in loaded_openmp():
         try:
             runtime = ctypes.CDLL(path)

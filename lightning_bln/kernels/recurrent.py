@@ -1,31 +1,31 @@
-"""The compiled recurrence as an operator of torch: one layer in one direction, forward or backward, is one call.
+"""Recurrent layers on the C++ kernels: one layer in one direction, forward or backward, is one call.
 
 Everything is computed in float32 or float64; under autocast a layer with float32 parameters runs in float32.
 
-Kept for the gradient, in numbers for each step and sequence of a layer with ``G`` gates of ``H`` units: ``2 G H`` (both
-products) + ``H`` (the output), and ``H`` more for the cell state of an LSTM. The gates are computed again in the
-backward pass, which takes no longer than writing and reading them. With ``recompute`` the products are too, and only
-the last one or two remain.
+For the gradient, a layer with ``G`` gates of ``H`` units keeps for each step and sequence ``2 G H`` numbers of both
+products and ``H`` of the output, and an LSTM ``H`` more of the cell state. The backward pass computes the gates again,
+which takes no longer than writing and reading them. With ``recompute`` it computes the products again too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_bln.kernels.dispatch import EagerFunction, Operator, present
 from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, call, pointer, set_given
 
 
 class Inputs(NamedTuple):
-    """Tensors that have a gradient, in the operator's order."""
+    """Tensors that have a gradient."""
 
     x: Tensor
-    """``(N, input_size)``: the rows of each step after those of the step before."""
+    """``(N, input_size)``: the rows of one step after those of the step before."""
     weight_ih: Tensor | None
-    """None where ``x`` holds its product already, and ``G * H`` columns."""
+    """None where ``x`` is the product already, with ``G * H`` columns."""
     weight_hh: Tensor
     bias_ih: Tensor | None
     bias_hh: Tensor | None
@@ -43,11 +43,12 @@ class Constants(NamedTuple):
     batch_sizes: Tensor | None
     hidden_mask: Tensor | None
     zoneout_mask: Tensor | None
-    """``(2, N, H)``: 1 where h, and c, keep their values."""
+    """``(2, N, H)``: 1 where a unit of h, and of c, keeps its value."""
     mixing: Tensor | None
-    """``(3, 2, T)`` in float64: for each norm, the weights of the feature and of the batch part."""
+    """``(3, 2, T)`` in float64: the weights of each norm's feature part and batch part."""
     given_ih: Tensor | None
-    """Population of each step, ``(T, 2 D + 2 G')``: batch mean and variance, feature mean and variance."""
+    """Population of each step, ``(T, 2 D + 2 G')``: batch mean and variance, feature mean and variance, where ``D`` is
+    the number of columns and ``G'`` that of groups which are normalised by themselves."""
     given_hh: Tensor | None
     given_cell: Tensor | None
 
@@ -58,13 +59,13 @@ class Settings(NamedTuple):
     cell: int
     steps: int
     keep: int
-    """0: no gradient will follow; 1: keep what it needs; 2: keep little and compute it again."""
+    """0: no gradient will follow; 1: keep what it needs; 2: keep little and compute the rest again."""
     joint: int
     on_ih: int
     on_hh: int
     on_cell: int
     uses_ih: int
-    """Four bits: which statistics are given, batch mean first."""
+    """A bit for each statistic that the population gives, batch mean lowest."""
     uses_hh: int
     uses_cell: int
     zoneout: float
@@ -73,28 +74,25 @@ class Settings(NamedTuple):
     scale_cell: float
     eps: float
 
-    @classmethod
-    def of(cls, integers: Sequence[int], numbers: Sequence[float]) -> Settings:
-        """From the operator's lists."""
-        return cls(*integers, *numbers)
-
-
-TEAMS = (0, 0)
-"""How many threads share a step's rows, and its units; zeros leave it to the kernels, which tests do not."""
 
 INTEGERS = 10
+"""How many of the settings are integers."""
+
+TEAMS = (0, 0)
+"""How many threads share a step's rows, and how many its units; zeros leave the choice to the kernels."""
+
 NARROW = 64
-"""Products with inputs of fewer features are always computed again: that takes less time than reading them."""
+"""Products with inputs of fewer features are always computed again, which takes less time than reading them."""
 
 
 class Outputs(NamedTuple):
-    """What the forward operator returns; what is not needed has no elements."""
+    """Results of the forward pass; one that is not needed has no elements."""
 
     output: Tensor
     h: Tensor
     c: Tensor
     moments_ih: Tensor
-    """``(T, 2, D)`` batch means and variances, then ``(T, 2, G', B)`` of the features, flat."""
+    """Flat: batch means and variances, ``(T, 2, D)``, then feature means and variances, ``(T, 2, G', B)``."""
     moments_hh: Tensor
     moments_cell: Tensor
     input_part: Tensor
@@ -103,13 +101,13 @@ class Outputs(NamedTuple):
 
 
 def sizes_of(inputs: Inputs, settings: Settings) -> tuple[int, int, int, int, int]:
-    """Rows, samples, inputs, units and gate columns."""
+    """Numbers of rows, sequences, input features, units and columns of the gates."""
     units = inputs.weight_hh.shape[1]
     return inputs.x.shape[0], inputs.h.shape[0], inputs.x.shape[1], units, inputs.weight_hh.shape[0]
 
 
 def allocate(inputs: Inputs, constants: Constants, settings: Settings) -> Outputs:
-    """Where the forward pass writes."""
+    """Empty outputs."""
     rows, samples, features, units, columns = sizes_of(inputs, settings)
     gates = columns // units
     new = inputs.weight_hh.new_empty
@@ -137,7 +135,7 @@ def allocate(inputs: Inputs, constants: Constants, settings: Settings) -> Output
 
 
 def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs: Outputs) -> RecurrenceArgs:
-    """The library's structure for the forward pass; the backward pass adds to it."""
+    """The library's structure, complete for the forward pass."""
     _, samples, features, units, columns = sizes_of(inputs, settings)
     groups = 1 if settings.joint else columns // units
     zoneout, masks = settings.zoneout, constants.zoneout_mask
@@ -180,7 +178,7 @@ def set_norm(
     mixing: Tensor | None,
     settings: Settings,
 ) -> None:
-    """Fill in what the library has to know of one of the three norms."""
+    """Fill in the library's structure of one of the three norms."""
     norm.bias = pointer(bias)
     if not enabled:
         return
@@ -190,9 +188,10 @@ def set_norm(
     norm.w_feature, norm.w_batch, norm.weight = w_feature, w_feature + settings.steps * 8, pointer(weight)
     if given is not None:
         set_given(norm, given, uses, settings.steps, width, groups)
-    at = pointer(moments)
-    if at:
-        norm.batch_moments, norm.feature_moments = at, at + settings.steps * 2 * width * moments.element_size()
+    address = pointer(moments)
+    if address:
+        norm.batch_moments = address
+        norm.feature_moments = address + settings.steps * 2 * width * moments.element_size()
 
 
 def forward(inputs: Inputs, constants: Constants, settings: Settings) -> Outputs:
@@ -207,13 +206,13 @@ def backward(
     inputs: Inputs,
     constants: Constants,
     settings: Settings,
-    outputs: Outputs,
+    saved: Sequence[Tensor],
     needs_x: bool,
 ) -> Inputs:
-    """Gradients of ``inputs`` from those of output, h and c; what is not there has no elements."""
-    args = arguments(inputs, constants, settings, outputs)
-    dense = [None if grad is None else grad.contiguous() for grad in grads]
-    args.grad_output, args.grad_hn, args.grad_cn = map(pointer, dense)
+    """Gradients of ``inputs`` from those of output, h and c; one that does not exist has no elements."""
+    args = arguments(inputs, constants, settings, Outputs(*saved))
+    contiguous = [None if grad is None else grad.contiguous() for grad in grads]
+    args.grad_output, args.grad_hn, args.grad_cn = map(pointer, contiguous)
     result = empty_gradients(inputs, settings, needs_x)
     args.grad_input, args.grad_weight_ih, args.grad_weight_hh = map(pointer, result[:3])
     args.grad_h0, args.grad_c0 = pointer(result.h), pointer(result.c)
@@ -223,48 +222,54 @@ def backward(
         (args.norm_cell, result.weight_norm_cell, result.bias_norm_cell),
     ):
         norm.grad_weight, norm.grad_bias = pointer(weight), pointer(bias)
-    call("backward", args, outputs.output.dtype)
+    call("backward", args, inputs.weight_hh.dtype)
     return result
 
 
 def empty_gradients(inputs: Inputs, settings: Settings, needs_x: bool) -> Inputs:
-    """Where the backward pass writes."""
+    """Tensors that the backward pass fills in."""
     empty = inputs.weight_hh.new_empty
     result = Inputs(*(empty(0) if value is None else torch.empty_like(value) for value in inputs))
     if not needs_x:
         result = result._replace(x=empty(0))
-    # The sum that both biases of an LSTM or a simple network get is taken once.
+    # Both biases of an LSTM or a simple network have the same gradient, which is computed once.
     if CELLS[settings.cell] != "gru" and inputs.bias_ih is not None:
         result = result._replace(bias_hh=empty(0))
     return result
 
 
-class Recurrence(torch.autograd.Function):
-    """The operator where nothing is traced: less to pass through than a registered one."""
-
-    @staticmethod
-    def forward(ctx: Any, settings: Settings, constants: Constants, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        outputs = forward(Inputs(*inputs), constants, settings)  # type: ignore[arg-type]
-        ctx.settings, ctx.count = settings, len(inputs)
-        ctx.set_materialize_grads(False)
-        if settings.keep:
-            ctx.save_for_backward(*inputs, *constants, *outputs)
-        ctx.mark_non_differentiable(*outputs[3:])
-        return tuple(outputs[:6])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, settings, count = ctx.saved_tensors, ctx.settings, ctx.count
-        inputs, constants = Inputs(*saved[:count]), Constants(*saved[count : count + len(Constants._fields)])
-        outputs = Outputs(*saved[count + len(Constants._fields) :])
-        found = backward(grads[:3], inputs, constants, settings, outputs, ctx.needs_input_grad[2])
-        return (None, None, *as_gradients(found, inputs, settings))  # type: ignore[arg-type]
+def as_gradients(found: Sequence[Tensor], inputs: Inputs) -> list[Tensor | None]:
+    """One gradient for each input, that of both biases twice where they share it."""
+    grads = Inputs(*present(found, inputs))  # type: ignore[arg-type]
+    shares = inputs.bias_hh is not None and grads.bias_hh is None
+    return [*(grads._replace(bias_hh=grads.bias_ih) if shares else grads)]
 
 
-def as_gradients(found: Sequence[Tensor], inputs: Inputs, settings: Settings) -> list[Tensor | None]:
-    """What autograd takes: None where there is nothing, and the biases' common sum twice."""
-    grads = [None if value is None or grad.numel() == 0 else grad for value, grad in zip(inputs, found, strict=True)]
-    if inputs.bias_hh is not None and grads[4] is None:
-        grads[4] = grads[3]
-    return grads
+class Recurrence(EagerFunction):
+    """One recurrent layer in one direction."""
+
+
+RECURRENCE = Operator(
+    name="recurrence",
+    schema=(
+        "Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor h, Tensor? c, "
+        "Tensor? weight_norm_ih, Tensor? weight_norm_hh, Tensor? weight_norm_cell, Tensor? bias_norm_cell, "
+        "Tensor? batch_sizes, Tensor? hidden_mask, Tensor? zoneout_mask, Tensor? mixing, Tensor? given_ih, "
+        "Tensor? given_hh, Tensor? given_cell"
+    ),
+    inputs=Inputs,
+    constants=Constants,
+    settings=Settings,
+    integers=INTEGERS,
+    outputs=len(Outputs._fields),
+    returned=6,
+    gradients="Tensor? grad_output, Tensor? grad_h, Tensor? grad_c",
+    saved="Tensor[] outputs",
+    first_saved=0,
+    forward=forward,
+    allocate=allocate,
+    backward=backward,
+    empty_gradients=empty_gradients,
+    as_gradients=as_gradients,
+    node=Recurrence,
+)

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_bln._torch import HAS_CUSTOM_OPS
 from lightning_bln.equation import mixing_row
 from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, bits_of, call
 from lightning_bln.kernels.matmul import multiply
-from lightning_bln.kernels.recurrent import INTEGERS, Constants, Inputs, Recurrence, Settings, allocate, arguments
+from lightning_bln.kernels.recurrent import RECURRENCE, Constants, Inputs, Settings, allocate, arguments
 from lightning_bln.modes import FanOut, StatisticsMode
 from lightning_bln.recurrence.backends import name_of
 from lightning_bln.recurrence.gate_norm import SequenceNorm
@@ -149,12 +148,7 @@ def run_layer(
     tensors, constants, settings = prepare(
         cell, inputs, norms, steps, sizes, hidden_mask, zoneout, zoneout_mask, recompute
     )
-    if torch.compiler.is_compiling() and HAS_CUSTOM_OPS:
-        found = torch.ops.lightning_bln.recurrence(
-            *tensors, *constants, [*settings][:INTEGERS], [*settings][INTEGERS:]
-        )[:6]
-    else:
-        found = Recurrence.apply(settings, constants, *tensors)
+    found = RECURRENCE.run(tensors, constants, settings)
     state = (found[1], found[2]) if cell == "lstm" else (found[1],)
     return LayerResult(found[0], state, found[3:6])
 
