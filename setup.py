@@ -1,4 +1,4 @@
-"""Compiled kernels: optional, once for each vector width. Without a compiler the package runs on plain torch."""
+"""The C++ kernels, built once for each vector width. They are optional: without a compiler layers run on torch."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ HEADERS = (
     "recurrence", "team",
 )  # fmt: skip
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
-# make asan: errors in memory and in arithmetic end the program.
+# Set by `make asan`: errors in memory access and in arithmetic end the program.
 SANITIZE = (
     ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if os.environ.get("BLN_SANITIZE") else []
 )

@@ -1,4 +1,4 @@
-"""Numerical kernels of the compiled library: tensors in, tensors out."""
+"""Numerical kernels in C++: tensors in, tensors out."""
 
 from lightning_bln._torch import HAS_CUSTOM_OPS
 from lightning_bln.kernels.library import available

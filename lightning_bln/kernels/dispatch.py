@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -59,14 +60,19 @@ class Operator(Generic[I, C, S]):
     node: type[EagerFunction]
     """Names the operator in autograd's graph."""
 
-    @property
+    @cached_property
     def differentiable(self) -> int:
         """How many of the outputs have a gradient."""
         return self.gradients.count(",") + 1
 
+    @cached_property
+    def bounds(self) -> tuple[int, int]:
+        """Where the inputs end among the operator's arguments, and where the constants do."""
+        return len(self.inputs._fields), len(self.inputs._fields) + len(self.constants._fields)
+
     def split(self, tensors: Sequence[Any]) -> tuple[I, C, Sequence[Any]]:
         """Inputs, constants and what comes after them."""
-        first, second = len(self.inputs._fields), len(self.inputs._fields) + len(self.constants._fields)
+        first, second = self.bounds
         return self.inputs(*tensors[:first]), self.constants(*tensors[first:second]), tensors[second:]
 
     def run(self, inputs: I, constants: C, settings: S) -> tuple[Tensor, ...]:
@@ -97,15 +103,18 @@ class EagerFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        operator, grads = ctx.operator, grads[: ctx.operator.differentiable]
+        operator, needs_grad = ctx.operator, ctx.needs_input_grad
+        grads = grads[: operator.differentiable]
+        if grads[0] is None and all(grad is None for grad in grads):
+            return (None,) * len(needs_grad)
         inputs, constants, saved = operator.split(ctx.saved_tensors)
-        if all(grad is None for grad in grads):
-            return (None,) * (3 + len(inputs))
-        found = operator.backward(grads, inputs, constants, ctx.settings, saved, ctx.needs_input_grad[3])
+        found = operator.backward(grads, inputs, constants, ctx.settings, saved, needs_grad[3])
         return (None, None, None, *operator.as_gradients(found, inputs))
 
 
 def present(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients of the inputs that are there and have elements, None for the others."""
-    pairs = zip(inputs, gradients, strict=True)
-    return [None if value is None or gradient.numel() == 0 else gradient for value, gradient in pairs]
+    return [
+        None if value is None or gradient.numel() == 0 else gradient
+        for value, gradient in zip(inputs, gradients, strict=True)
+    ]

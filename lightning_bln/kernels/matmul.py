@@ -1,4 +1,4 @@
-"""Matrix products of the compiled library, and a linear map made of them."""
+"""Matrix products on the C++ kernels, and a linear map made of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_bln._torch import in_function_transform, is_autocast_enabled
 from lightning_bln.kernels.library import DTYPES, ProductArgs, call, is_built, pointer
 
 WORK_OF_A_THREAD = 2**21
-"""Multiplications below which another thread is not worth its start."""
+"""Multiplications that make it worth starting one more thread."""
 
 
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -40,7 +40,7 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """:func:`torch.nn.functional.linear`, on the compiled library where it can be."""
+    """:func:`torch.nn.functional.linear`, fused where the kernels take ``x`` and ``weight``."""
     if (
         type(x) is Tensor
         and x.device.type == "cpu"
@@ -61,13 +61,13 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Over all rows of ``x``."""
+        """Multiply all rows of ``x``."""
         ctx.save_for_backward(x, weight)
         return multiply(x.reshape(-1, x.shape[-1]), weight.t(), bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Each gradient that is asked for; one that is to have a gradient itself by torch's product."""
+        """Gradients of what needs one; with ``create_graph`` by torch's product, which has a gradient itself."""
         x, weight = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad

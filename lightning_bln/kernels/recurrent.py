@@ -240,9 +240,11 @@ def empty_gradients(inputs: Inputs, settings: Settings, needs_x: bool) -> Inputs
 
 def as_gradients(found: Sequence[Tensor], inputs: Inputs) -> list[Tensor | None]:
     """One gradient for each input, that of both biases twice where they share it."""
-    grads = Inputs(*present(found, inputs))  # type: ignore[arg-type]
-    shares = inputs.bias_hh is not None and grads.bias_hh is None
-    return [*(grads._replace(bias_hh=grads.bias_ih) if shares else grads)]
+    grads = present(found, inputs)
+    bias_ih, bias_hh = 3, 4
+    if inputs.bias_hh is not None and grads[bias_hh] is None:
+        grads[bias_hh] = grads[bias_ih]
+    return grads
 
 
 class Recurrence(EagerFunction):

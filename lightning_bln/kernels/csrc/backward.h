@@ -192,8 +192,8 @@ class Backward : Walker<T> {
     }
   }
 
-  // What reaches the cell state through the output; the output gate turns into its gradient, as gates do in all that
-  // follows.
+  // The gradient that reaches the cell state through the output. The output gate is overwritten by its gradient, as the
+  // other gates are later.
   void lstm_output(int t, T* gates, Range some) {
     const T *c = a.cells + at(t) * H, *c_before = previous(t, a.cells, a.c0);
     const T* fresh = c;

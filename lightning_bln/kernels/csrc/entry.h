@@ -1,4 +1,5 @@
-// The library's entry points. No header of torch or Python: raw pointers in, a status out, so one build serves all.
+// The library's entry points: raw pointers in, a status out. No header of torch or Python is included, so that one build
+// serves every version of both.
 #pragma once
 #include "backward.h"
 #include "dense.h"
@@ -38,7 +39,8 @@ void in_parallel(int threads, F body) {
   runtime.parallel(&Job<F>::run, &job, unsigned(threads), 0);
 }
 
-// The plan depends on how many threads there are, and only inside the region is that known: a nested region has one.
+// The plan depends on the number of threads, which is known only inside the region: a nested one may get a single thread,
+// and then the pass runs again on a plan for one.
 template <class T, template <class> class Pass, template <class> class Buffers>
 int run(const RecurrenceArgs<T>& args) {
   try {
@@ -64,7 +66,7 @@ int run(const RecurrenceArgs<T>& args) {
   }
 }
 
-// Forward passes that have nothing to do with each other, each on one thread.
+// Independent forward passes, each on one thread.
 template <class T>
 int run_each(const RecurrenceArgs<T>* calls, int64_t count, int64_t threads) {
   std::atomic<int64_t> next{0};

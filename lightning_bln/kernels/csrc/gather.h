@@ -1,4 +1,4 @@
-// What a population takes in of a training sequence, merged in one pass.
+// Merges the moments of a training sequence into a population, in one pass.
 #pragma once
 #include "team.h"
 

@@ -1,4 +1,4 @@
-// Any cell's step, as a list of instructions, run over all steps of a sequence: forward, or backwards for the gradient.
+// The recorded program of a cell's step, run over all steps of a sequence: forward, or backwards for the gradient.
 #pragma once
 #include "gemm.h"
 
@@ -27,7 +27,7 @@ enum Operation : int64_t {
   kDivide
 };
 
-// Places by their index; of a product, c is the index of its matrix.
+// Operands are indices into `places`; of a product, c is the index of its matrix.
 struct Instruction {
   int64_t operation, to, a, b, c;
   double s, u;
@@ -75,7 +75,7 @@ class Program {
     block = block < 1 ? 1 : block;
   }
 
-  // All steps for some of the sequences: no other thread needs to know of them.
+  // All steps of some sequences, which depend on no others.
   void run(Range rows) const {
     for (int64_t i = 0; i < a.steps; i++) {
       const int64_t t = a.reversed ? a.steps - 1 - i : i;

@@ -53,7 +53,7 @@ bool meets_over_rows(const RecurrenceArgs<T>& a) {
   return false;
 }
 
-// A grid of threads, no larger than is worth what its members have to tell one another at every step.
+// A grid of threads, no larger than pays for the data that its members exchange at every step.
 struct Teams {
   int rows, columns;
   int size() const { return rows * columns; }
