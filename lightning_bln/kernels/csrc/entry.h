@@ -1,5 +1,5 @@
-// The library's entry points: raw pointers in, a status out. No header of torch or Python is included, so that one build
-// serves every version of both.
+// The library's entry points: raw pointers in, a status out. No header of torch or Python is included, so that one
+// build serves every version of both.
 #pragma once
 #include "backward.h"
 #include "dense.h"
@@ -39,8 +39,8 @@ void in_parallel(int threads, F body) {
   runtime.parallel(&Job<F>::run, &job, unsigned(threads), 0);
 }
 
-// The plan depends on the number of threads, which is known only inside the region: a nested one may get a single thread,
-// and then the pass runs again on a plan for one.
+// The plan depends on the number of threads, which is known only inside the region. Where fewer threads came than were
+// asked for, as in a nested region, the pass runs on a plan for one.
 template <class T, template <class> class Pass, template <class> class Buffers>
 int run(const RecurrenceArgs<T>& args) {
   try {

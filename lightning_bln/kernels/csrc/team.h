@@ -62,9 +62,9 @@ class Buffer {
   T* data_ = nullptr;
 };
 
-// A dissemination barrier: in the k-th of log2(size) rounds each member signals the one 2^k places on and waits for its own
-// signal, so that no cache line has two writers. Members spin first, since they meet after microseconds, and then yield,
-// since another program may hold the core.
+// A dissemination barrier: in the k-th of log2(size) rounds each member signals the one 2^k places on and waits for its
+// own signal, so that no cache line has two writers. Members spin first, since they meet after microseconds, and then
+// yield, since another program may hold the core.
 class Barrier {
  public:
   explicit Barrier(int size) : size_(size) {
