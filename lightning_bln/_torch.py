@@ -31,6 +31,26 @@ def in_function_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def set_buffers(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """Assign registered buffers past ``nn.Module.__setattr__``, which takes longer than to gather a short sequence."""
-    module._buffers.update(values)
+MODULE_INTERNALS = frozenset(nn.Module().__dict__)
+"""Attributes in which nn.Module keeps parameters, buffers, children and hooks; all others are the user's."""
+
+make_wrapper_subclass = Tensor._make_wrapper_subclass
+"""Makes a tensor subclass without storage of its own, as torch documents it only in its subclass examples."""
+
+
+def writes(tensor: Tensor) -> int:
+    """How often ``tensor`` has been written into, which autograd counts and no public name tells."""
+    return tensor._version
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The dictionary of a module's buffers, to exchange or assign them by reference.
+
+    ``nn.Module.__setattr__`` takes longer than to gather a short sequence.
+    """
+    return module._buffers
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether hooks run before or after the module's forward; public names only add them."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -72,7 +72,7 @@ def swap_results(loop: Any, collection: Any) -> Any:
 def new_results(loop: Any, has_bar: bool = True) -> Any:
     """A collection for a run; its class is private, but the loop has one to take the class from.
 
-    Without ``has_bar`` nothing is turned into a number for a progress bar: modes that go together have none in common.
+    Without ``has_bar`` nothing is turned into a number for a progress bar: jointly evaluated modes have none in common.
     """
     results = mode_results(type(loop._results))(training=False)  # type: ignore[arg-type]
     results.has_bar = has_bar
@@ -135,6 +135,48 @@ def set_current_hook(module: Any, name: str | None) -> None:
     module.__dict__["_current_fx_name"] = name
 
 
+def current_fx(connector: Any) -> str | None:
+    """The hook last logged from: when it changes, the connector resets values."""
+    return connector._current_fx
+
+
+def set_current_fx(connector: Any, name: str | None) -> None:
+    """See :func:`current_fx`."""
+    connector._current_fx = name
+
+
+def silent_logger(trainer: Any) -> Any:
+    """A logger of the trainer's namespace that takes every call and does nothing.
+
+    Lightning's own ``DummyLogger`` refuses an attribute or index of an attribute: ``experiment.config.update(...)``.
+    """
+    return silent_logger_class(namespace_of(trainer))()
+
+
+@cache
+def silent_logger_class(namespace: str) -> type:
+    base = importlib.import_module(f"{namespace}.loggers.logger").DummyLogger
+    own = {"experiment": property(lambda self: Ignored()), "__getattr__": lambda self, name: getattr(Ignored(), name)}
+    return type("SilentLogger", (base,), own)
+
+
+class Ignored:
+    """An object that takes every call, attribute and index, and does nothing."""
+
+    def __getattr__(self, name: str) -> Ignored:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Ignored:
+        return self
+
+    def __getitem__(self, index: Any) -> Ignored:
+        return self
+
+    def __setitem__(self, index: Any, value: Any) -> None: ...
+
+
 def log_as_named(trainer: Any, module: Any, values: dict[str, float]) -> None:
     """Log many numbers as ``self.log`` does in a callback's hook at the end of an epoch, at a tenth of its cost.
 
@@ -184,16 +226,34 @@ SWAPS = ("_swap_models", "_copy_average_to_current")
 """How ``WeightAveraging`` exchanges weights and buffers with its copy: by position, whatever their shapes."""
 
 
+ROW_VALUES = ("value", "cumulated_batch_size", "has_reset", "_forward_cache", "_computed", "_update_count")
+"""What a row of results has gathered, as opposed to how it gathers; rows have no public way to tell."""
+
+METRIC_INTERNALS = frozenset({"update", "compute", "_update_signature", "_defaults", "_reductions", "_persistent"})
+"""Attributes of a torchmetrics object that are no state: wrapped methods, and how each state starts and is reduced."""
+
+HPARAMS = frozenset({"_hparams", "_hparams_initial", "_hparams_name"})
+"""Hyperparameters of a LightningModule: set before training, and possibly large."""
+
+BACK_REFERENCES = frozenset({"_trainer", "_fabric"})
+"""What a LightningModule refers to and does not hold, so that a search for its state must not follow."""
+
+
 def attributes_set(cls: type) -> set[str]:
     """Names that ``__init__`` of ``cls`` mentions: instance attributes leave no other trace on a class."""
-    return set(inspect.unwrap(cls.__init__).__code__.co_names)  # type: ignore[misc]
+    code = inspect.unwrap(cls.__init__).__code__  # type: ignore[misc]
+    return {*code.co_names, *(one for one in code.co_consts if isinstance(one, str))}
 
 
 def required(namespace: str) -> Iterator[tuple[str, bool]]:
     """Each private name used above with whether the installed version has it."""
     loops = importlib.import_module(f"{namespace}.loops.evaluation_loop")
     fit = importlib.import_module(f"{namespace}.loops.fit_loop")
-    logging = importlib.import_module(f"{namespace}.trainer.connectors.logger_connector.logger_connector")
+    connectors = f"{namespace}.trainer.connectors.logger_connector"
+    logging = importlib.import_module(f"{connectors}.logger_connector")
+    row = attributes_set(importlib.import_module(f"{connectors}.result")._ResultMetric)
+    metric = attributes_set(importlib.import_module("torchmetrics").Metric)
+    hparams = importlib.import_module(f"{namespace}.utilities.parsing").save_hyperparameters.__code__.co_names
     trainer = importlib.import_module(namespace).Trainer
     module = importlib.import_module(namespace).LightningModule
     loop = attributes_set(loops._EvaluationLoop)
@@ -205,6 +265,14 @@ def required(namespace: str) -> Iterator[tuple[str, bool]]:
     yield "_FitLoop._combined_loader", "_combined_loader" in attributes_set(fit._FitLoop)
     yield "LightningModule._current_fx_name", "_current_fx_name" in attributes_set(module)
     yield "LightningModule._on_before_batch_transfer", hasattr(module, "_on_before_batch_transfer")
+    for name in sorted(BACK_REFERENCES):
+        yield f"LightningModule.{name}", name in attributes_set(module)
+    for name in sorted(HPARAMS):
+        yield f"LightningModule.{name}", name in hparams
+    for name in ROW_VALUES:
+        yield f"_ResultMetric.{name}", name in row | metric
+    for name in sorted(METRIC_INTERNALS):
+        yield f"torchmetrics.Metric.{name}", name in metric
     names = attributes_set(logging._LoggerConnector)
     for name in (*CONNECTOR_METRICS, "_current_fx"):
         yield f"_LoggerConnector.{name}", name in names
@@ -222,6 +290,8 @@ def check(namespace: str) -> None:
         missing = [str(error)]
     if missing:
         version = importlib.import_module(namespace.partition(".")[0]).__version__
+        if any(name.startswith("torchmetrics.") for name in missing):
+            version += f" with torchmetrics {importlib.import_module('torchmetrics').__version__}"
         raise ImportError(
             f"lightning_bln.callbacks does not know {namespace} {version}: it lacks {', '.join(missing)}; "
             "install lightning==2.6.6, or a newer lightning-bln"

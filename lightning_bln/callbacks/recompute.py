@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_bln._torch import tree_map
 from lightning_bln.callbacks import _lightning
-from lightning_bln.callbacks.run import RandomState, Silent, nothing
+from lightning_bln.callbacks.run import RandomState, nothing
 from lightning_bln.callbacks.user_state import UserState
 from lightning_bln.distributed import in_step, is_sharded
 from lightning_bln.population import recompute_population, reset_population
@@ -98,7 +98,7 @@ def undisturbed(trainer: Any, module: Any) -> Iterator[None]:
             module.__dict__["log"] = module.__dict__["log_dict"] = mute
             _lightning.set_current_hook(module, "training_step")
             if loggers:
-                trainer.loggers = [Silent() for _ in loggers]
+                trainer.loggers = [_lightning.silent_logger(trainer) for _ in loggers]
             trainer.training = True
             stack.enter_context(unsynchronised(trainer.strategy.model))
             yield

@@ -1,4 +1,4 @@
-"""What a mode has of its own in a validation, and what is needed to give it that."""
+"""Per-mode validation state: results, user state, batch copies, random state."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_bln import _torch
+from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.user_state import Snapshot, UserState, own
 from lightning_bln.modes import StatisticsMode
 from lightning_bln.sweep.per_mode_tensor import undoable
+from lightning_bln.sweep.pytree import is_identical, trees_match
 
 
 class Run:
-    """What one mode has gathered so far in this validation, or several that go together.
+    """Values gathered so far in this validation, by one mode or by several in joint evaluation.
 
     Args:
-        modes: Whose run it is; with several, what differs between them is a
+        modes: The modes; tensors that differ between several are
             :class:`~lightning_bln.sweep.per_mode_tensor.PerMode`.
-        results: What ``self.log`` fills.
-        state: The module's own state.
+        results: The collection that ``self.log`` fills.
+        state: The module's user state.
         metrics: The Trainer's dictionaries of metrics.
     """
 
@@ -39,12 +42,12 @@ class Run:
 
     @property
     def mode(self) -> StatisticsMode:
-        """The mode of a run that has one."""
+        """The mode of a run with only one."""
         (mode,) = self.modes
         return mode
 
     def part(self, results: Any, place: int) -> Run:
-        """The run of one of the modes, in objects of its own, with ``results`` to be filled."""
+        """The run of the mode at ``place``, in objects of its own and with the empty collection ``results``."""
         for key, row in self.results.items():
             results[key] = copied_row(row, place)
         results.dataloader_idx = self.results.dataloader_idx
@@ -72,27 +75,17 @@ class Run:
 
     def is_same_as(self, other: Run) -> bool:
         """Whether both have gathered the same values."""
-        rows = [{key: row_values(row) for key, row in run.results.items()} for run in (self, other)]
-        return same([*rows[:1], self.state, self.metrics], [*rows[1:], other.state, other.metrics])
+        return trees_match(self.gathered(), other.gathered(), is_identical)
 
-
-class Silent:
-    """Stands in for a logger while other modes run; takes every call and does nothing."""
-
-    def __getattr__(self, name: str) -> Silent:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Silent:
-        return self
-
-    def __getitem__(self, index: Any) -> Silent:
-        return self
+    def gathered(self) -> list[Any]:
+        """All values, without the way they are reduced."""
+        rows = {key: [row.__dict__.get(name) for name in _lightning.ROW_VALUES] for key, row in self.results.items()}
+        # the order of attributes depends on when a run's state was put back
+        return [dict(sorted(values.items())) for values in (rows, *self.state, *self.metrics)]
 
 
 class Copies:
-    """Batches for runs that may change theirs: fresh containers each time, fresh tensors once one was written to."""
+    """Copies of a batch for runs that may change theirs: new containers each time, new tensors after a write."""
 
     def __init__(self, batch: Any) -> None:
         self.original = batch
@@ -105,10 +98,10 @@ class Copies:
         self.versions = self.current_versions()
 
     def current_versions(self) -> list[int] | None:
-        # inference tensors count no versions, so there every run gets tensors of its own
+        # inference tensors do not count writes, so every run gets its own
         if any(tensor.is_inference() for tensor in self.tensors):
             return None
-        return [tensor._version for tensor in self.tensors]
+        return [_torch.writes(tensor) for tensor in self.tensors]
 
     def next(self) -> Any:
         if self.versions is None or self.versions != self.current_versions():
@@ -117,7 +110,7 @@ class Copies:
 
 
 class RandomState:
-    """The random state of everything a step may draw from, to be drawn again."""
+    """State of every random generator that a step may draw from: torch's, numpy's and Python's."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -147,7 +140,7 @@ class RandomState:
 
 
 def nothing(steps: int) -> None:
-    """What is called after each batch where nobody watches."""
+    """Stand-in for a progress bar."""
 
 
 def unchanged(tensor: Tensor) -> Tensor:
@@ -155,8 +148,8 @@ def unchanged(tensor: Tensor) -> Tensor:
 
 
 def copied_row(row: Any, part: int | None = None) -> Any:
-    """A logged value of one's own; a metric object in it stays the user's."""
-    # not a deep copy: a row refers to the strategy by the function that reduces it
+    """A copy of a logged value, or of one mode's part; a metric object in it stays the user's."""
+    # not a deep copy: the row's reduction refers to the strategy
     copied = object.__new__(type(row))
     state = {name: of_part(value, part) for name, value in row.__getstate__().items() if name != "to"}
     copied.__setstate__(state)
@@ -165,28 +158,3 @@ def copied_row(row: Any, part: int | None = None) -> Any:
 
 def of_part(value: Any, part: int | None) -> Any:
     return own(value, part) if isinstance(value, Tensor) else value
-
-
-def row_values(row: Any) -> dict[str, Any]:
-    """What a row has gathered, without how."""
-    names = ("value", "cumulated_batch_size", "has_reset", "_forward_cache", "_computed", "_update_count")
-    return {name: row.__dict__.get(name) for name in names}
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two values are equal in all that they hold; NaN equals NaN."""
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, Tensor):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return False
-        return torch.equal(a, b) or bool((a.eq(b) | (a.ne(a) & b.ne(b))).all())
-    if isinstance(a, np.ndarray):
-        return np.array_equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(value, b[key]) for key, value in a.items())
-    if hasattr(a, "__len__") and hasattr(a, "__iter__") and not isinstance(a, (str, bytes, set, frozenset)):
-        return len(a) == len(b) and all(same(one, two) for one, two in zip(a, b, strict=True))
-    return bool(a == b) or (a != a and b != b)

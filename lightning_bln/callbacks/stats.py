@@ -117,6 +117,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self._frozen_at: int | None = None
         self._frozen_step: int | None = None
         self._warned: str | None = None
+        self._explained = False
         self._quiet = ExitStack()
         self._fitting = ExitStack()
         self._bar: SweepBar | None = None
@@ -235,10 +236,10 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             return
         self._close_bar()
         scores = self._agree(evaluation, evaluation.finish())
-        if self._shared is not None and self._shared.reason is not None:
-            rank_zero_info(f"BLNStatsCallback runs modes one by one: {self._shared.reason}.")
-            self._shared.reason = None
-        result = SweepResult(scores, self.monitor, self.mode, evaluation.incumbent)
+        result = SweepResult(scores, self.monitor, self.mode, evaluation.incumbent, reason=evaluation.reason)
+        if result.reason is not None and not self._explained:
+            self._explained = True
+            rank_zero_info(f"BLNStatsCallback evaluates modes one after the other: {result.reason}.")
         try:
             result.chosen = result.best(among=self.candidates)
         except ValueError:  # NaN everywhere, and layers of different modes: leave them
@@ -281,6 +282,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._close_shared()
         self._shared = self._bar = None
+        self._explained = False
         self._fitting.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""What a user's validation_step changes besides its log: taken aside and put back, so that modes do not mix."""
+"""State that a user's validation_step keeps besides its log: taken and put back, so that modes do not mix."""
 
 from __future__ import annotations
 
@@ -13,42 +13,36 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_bln.callbacks._lightning import lightning_base
+from lightning_bln._torch import MODULE_INTERNALS, own_buffers
+from lightning_bln.callbacks import _lightning
 from lightning_bln.modes import HasMode
 from lightning_bln.population import Population
 from lightning_bln.sweep.per_mode_tensor import PerMode
 
 Snapshot = list[dict[str, Any]]
 
-MODULE_INTERNALS = frozenset(nn.Module().__dict__)
-METRIC_INTERNALS = MODULE_INTERNALS | {
-    "update",
-    "compute",
-    "_update_signature",
-    "_defaults",
-    "_reductions",
-    "_persistent",
-}
-TRAINER_OWNED = frozenset({"forward", "log", "log_dict", "_hparams", "_hparams_initial", "_hparams_name"})
-UNSEARCHED = frozenset({"_trainer", "_fabric", "_hparams", "_hparams_initial"})
+METRIC_INTERNALS = MODULE_INTERNALS | _lightning.METRIC_INTERNALS
+TRAINER_OWNED = _lightning.HPARAMS | {"forward", "log", "log_dict"}
+UNSEARCHED = _lightning.HPARAMS | _lightning.BACK_REFERENCES
 SEQUENCES = (list, tuple, set, frozenset)
 DICTIONARIES = (dict, OrderedDict, Counter)
 MUTABLE = (Tensor, np.ndarray, list, set, dict, deque)
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, *MUTABLE, tuple, frozenset)
 UNCHANGING = frozenset({int, float, bool, str, type(None), FunctionType, MethodType, BuiltinFunctionType})
 LARGEST_BUFFER = 2**20
+"""Elements of a buffer above which it is taken for a constant."""
 
 
 class UserState:
     """The mutable state of a LightningModule that is neither weight nor statistic.
 
-    That is: plain attributes and buffers of the module, those of its children, the state of every torchmetrics object
-    (also of those in plain lists and dicts), and the fields of small helper objects such as running averages. State is
-    swapped by reference: every object keeps its identity, so references a user holds stay right.
+    It consists of the plain attributes and buffers of the module and its children, the state of every torchmetrics
+    object (also in plain lists and dicts), and the fields of small helper objects such as running averages. Values
+    are exchanged and objects stay the same, so references that a user holds remain valid.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        root_internals = internals_of(lightning_base(module))  # type: ignore[arg-type]
+        root_internals = internals_of(_lightning.lightning_base(module))  # type: ignore[arg-type]
         every = list(module.modules())
         metrics = unique(found for found in [*every, *reachable(every)] if is_metric(found))
         metrics = unique(part for metric in metrics for part in metric.modules() if is_metric(part))
@@ -67,7 +61,7 @@ class UserState:
                 if is_helper(value):
                     self.owners.append((value.__dict__, frozenset()))
         for holder in [module, *children]:
-            buffers = holder._buffers
+            buffers = own_buffers(holder)
             if buffers and all(one is None or one.numel() <= LARGEST_BUFFER for one in buffers.values()):
                 self.owners.append((buffers, frozenset()))
 
@@ -86,10 +80,12 @@ class UserState:
 
     @staticmethod
     def copy(snapshot: Snapshot, part: int | None = None) -> Snapshot:
-        """A snapshot of the same values in containers and tensors of its own; what shared an object still does.
+        """A copy of a snapshot in new containers and tensors; references to one object still are to one.
 
-        With ``part`` it holds that part of each :class:`PerMode`; without, each as it is, see
-        :func:`~lightning_bln.sweep.per_mode_tensor.undoable`.
+        Args:
+            snapshot: From :meth:`take`.
+            part: Index of the mode whose part replaces each :class:`PerMode`. By default they are not copied, and
+                :func:`~lightning_bln.sweep.per_mode_tensor.undoable` takes back what is written into them.
         """
         memo: dict[int, tuple[Any, Any]] = {}
         return [
@@ -100,12 +96,12 @@ class UserState:
 
 @cache
 def internals_of(base: type) -> frozenset[str]:
-    """Attributes that a LightningModule has of its own accord."""
+    """Attributes that every LightningModule has."""
     return frozenset(base().__dict__) | TRAINER_OWNED
 
 
 def own(tensor: Tensor, part: int | None = None) -> Tensor:
-    """The values of ``tensor`` in a tensor of one's own; of a :class:`PerMode` its ``part``, or itself."""
+    """A copy of ``tensor``, or of the ``part`` of a :class:`PerMode`; without ``part`` that is returned as it is."""
     if isinstance(tensor, PerMode):
         if part is None:
             return tensor
@@ -114,7 +110,7 @@ def own(tensor: Tensor, part: int | None = None) -> Tensor:
 
 
 def rebuild(value: Any, memo: dict[int, tuple[Any, Any]], part: int | None) -> Any:
-    """Copy what a step may change in place; anything else is shared."""
+    """A copy of what a step may change in place; all else is the same object."""
     if type(value) in UNCHANGING:
         return value
     known = memo.get(id(value))
@@ -145,7 +141,7 @@ def is_metric(value: Any) -> bool:
 
 
 def is_helper(value: Any) -> bool:
-    """Whether ``value`` is an object of a user's class that only holds plain values, as a running average does."""
+    """Whether ``value`` is an object of a user's class with plain values only, such as a running average."""
     if isinstance(value, (nn.Module, type, *PLAIN)) or callable(value) or not hasattr(value, "__dict__"):
         return False
     if type(value).__module__.partition(".")[0] in {"torch", "lightning", "pytorch_lightning", "lightning_fabric"}:
@@ -154,7 +150,7 @@ def is_helper(value: Any) -> bool:
 
 
 def plain_values(module: nn.Module) -> Iterator[Any]:
-    """What ``module`` holds that nn.Module does not manage and that could change, and what lies in its containers."""
+    """Attributes of ``module`` that nn.Module does not manage and that may change, and what their containers hold."""
     for name, value in module.__dict__.items():
         if type(value) not in UNCHANGING and name not in MODULE_INTERNALS and name not in UNSEARCHED:
             yield from flattened(value, depth=3)
@@ -171,7 +167,7 @@ def flattened(value: Any, depth: int) -> Iterator[Any]:
 
 
 def reachable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """Modules kept in plain containers, where ``nn.Module.modules()`` does not find them."""
+    """Modules in plain containers, where ``nn.Module.modules()`` does not look."""
     for child in modules:
         for value in plain_values(child):
             if isinstance(value, nn.Module):

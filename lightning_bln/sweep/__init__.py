@@ -1,4 +1,4 @@
-"""Scores of every statistics mode, in one pass over the data."""
+"""Scores of all statistics modes, from one pass over the data."""
 
 from lightning_bln.sweep.evaluate import sweep_modes
 from lightning_bln.sweep.result import Direction, Regrouped, SweepResult, check_direction

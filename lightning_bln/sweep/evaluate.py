@@ -1,4 +1,4 @@
-"""One pass over data that scores a model in several statistics modes."""
+"""Scores of a model in several statistics modes, from one pass over data."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def sweep_modes(
 ) -> SweepResult:
     """Score a model in several statistics modes in one pass over the data; the model is left as it was.
 
-    Modes share forwards where the model allows; that is checked on the first batch, and results are the same without.
+    Modes share forwards where the first batch shows that this gives the same outputs; the scores do not depend on it.
 
     Args:
-        model: A module with layers that have a mode and a frozen population. It is run in evaluation mode, without
+        model: A module with layers that have a mode and a frozen population. It runs in evaluation mode, without
             gradients.
         batches: The data, read once.
-        predict: Called with each batch once for each mode; what it returns, a tuple as a rule, is what the metrics are
-            called with. Its first entry's first axis counts samples.
+        predict: Called with each batch once for each mode. It returns the arguments of the metrics, as a tuple if there
+            are several; the first has an axis of samples in front.
         metrics: For each name, a function whose values are averaged over samples, or an object with ``update`` and
-            ``compute``, as torchmetrics makes them, of which each mode gets a copy.
+            ``compute``, as in torchmetrics, of which each mode gets a copy.
         modes: The modes to score.
         monitor: The metric by which the result ranks modes, by default the first.
         mode: Whether a small (``"min"``) or a large (``"max"``) value of it is good.
         progress: Whether to show a progress bar.
 
     Returns:
-        The scores, with the mode the model has as the incumbent.
+        The scores, with the mode of the model as the incumbent.
 
     Raises:
         ValueError: ``model`` has no layer with a mode, ``metrics``, ``modes`` or ``batches`` is empty, or ``monitor``
@@ -77,12 +77,12 @@ def sweep_modes(
             for batch in tracked(batches, len(runs)) if progress else batches:
                 random = torch.get_rng_state()
 
-                def turn(run: ScoredMode, batch: Any = batch, random: Tensor = random) -> None:
+                def step(run: ScoredMode, batch: Any = batch, random: Tensor = random) -> None:
                     torch.set_rng_state(random)
                     set_mode(model, run.mode)
                     run.add(predict(batch))
 
-                shared.each(runs, turn)
+                shared.step_per_mode(runs, step)
     finally:
         for layer, own in zip(layers, before, strict=True):
             layer.mode = own
@@ -91,11 +91,12 @@ def sweep_modes(
     if not runs[0].samples:
         raise ValueError("batches is empty, so there is nothing to score; pass at least one")
     incumbent = before[0] if len(set(before)) == 1 else None
-    return SweepResult({run.mode: run.scores() for run in runs}, monitor, mode, incumbent)
+    scores = {run.mode: run.scores() for run in runs}
+    return SweepResult(scores, monitor, mode, incumbent, reason=shared.failure)
 
 
 class ScoredMode:
-    """One mode's metrics so far."""
+    """Metrics of one mode over the batches so far."""
 
     def __init__(self, mode: StatisticsMode, metrics: Mapping[str, Any]) -> None:
         self.mode = mode

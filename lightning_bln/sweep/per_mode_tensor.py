@@ -1,38 +1,42 @@
-"""A tensor of which every mode has its own: code written for one mode, run once, computes all of them."""
+"""A tensor subclass with a part for each mode: code written for one mode computes all modes in one run."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dis import opname
 from functools import cache
 from itertools import repeat
-from types import FrameType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_bln._torch import tree_flatten, tree_unflatten
+from lightning_bln._torch import make_wrapper_subclass, tree_flatten, tree_unflatten
 
 
 class NotTogether(Exception):
-    """Why modes cannot go through the same code at once."""
+    """Raised where modes cannot be evaluated jointly; the message says why."""
+
+
+class WritesIntoPlain(NotTogether, TypeError):
+    """A function would write what differs between modes into a tensor that all have.
+
+    For torch, ``x += y`` is the same call as ``x.add_(y)``, but its operators answer a TypeError with NotImplemented.
+    Python then computes ``x + y`` and assigns that to ``x``; a call of ``add_`` itself gets the error.
+    """
 
 
 class PerMode(Tensor):
-    """A tensor of which each of several modes has its own part, all of one shape.
+    """A tensor with a part for each of several modes, all of one shape.
 
-    What is done to it by torch's functions is done to each part, by the same operations and with the same result as if
-    the modes ran one after the other. What Python gets to see, a shape, a truth value, a number, must be equal for all
-    modes; where it is not, the modes have to part and :class:`NotTogether` is raised.
+    torch's functions apply to each part, by the same operations and with the same result as if the modes ran one after
+    the other. Where Python asks for one value, as a shape, a truth value or a number, it must be equal for all modes.
 
     Args:
         parts: The tensor of each mode.
 
     Raises:
-        NotTogether: Shapes, types or devices differ.
+        NotTogether: Shapes, types or devices differ; or, in any function, a value that Python asks for does.
 
     Example:
         >>> loss = PerMode([torch.tensor(1.0), torch.tensor(2.0)])
@@ -47,7 +51,7 @@ class PerMode(Tensor):
     stack: Tensor | None
     separate: Sequence[Tensor] | None
     journal: ClassVar[list[tuple[Tensor, Tensor]] | None] = None
-    """While :func:`undoable` lasts, every part that was written into, with what it held before."""
+    """Within :func:`undoable`, every part that is written into, with its values before."""
 
     @staticmethod
     def __new__(cls, parts: Sequence[Tensor]) -> PerMode:
@@ -58,7 +62,7 @@ class PerMode(Tensor):
                 raise NotTogether(
                     f"a tensor is {first.shape} {dtype} in one mode and {part.shape} {part.dtype} in another"
                 )
-        own = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        own = make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         own.stack, own.separate = None, list(parts)
         return own
 
@@ -66,8 +70,8 @@ class PerMode(Tensor):
 
     @classmethod
     def of_stack(cls, stack: Tensor) -> PerMode:
-        """From a tensor with a first axis of modes, of which the parts are views."""
-        own = Tensor._make_wrapper_subclass(cls, stack.shape[1:], dtype=stack.dtype, device=stack.device)
+        """From a tensor with a first axis of modes; the parts are views of it."""
+        own = make_wrapper_subclass(cls, stack.shape[1:], dtype=stack.dtype, device=stack.device)
         own.stack, own.separate = stack, None
         return own
 
@@ -81,10 +85,10 @@ class PerMode(Tensor):
 
     @property
     def like(self) -> Tensor:
-        """The stack, or one of the parts where there is none: of the type that all parts have."""
+        """A tensor with the type and device of all parts: the stack, or else the first part."""
         return self.separate[0] if self.stack is None else self.stack  # type: ignore[index]
 
-    # What Python asks for most often, and is equal for all parts, without the way through torch's dispatch.
+    # Python asks for these most often: they are equal for all parts and need no dispatch.
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
         return self.like.shape if self.stack is None else self.stack.shape[1:]
@@ -105,7 +109,7 @@ class PerMode(Tensor):
         return self.like.is_floating_point()
 
     def stacked(self, ndim: int) -> Tensor:
-        """The parts along a first axis, with axes between so that they broadcast as tensors of ``ndim`` do."""
+        """The parts along a first axis, followed by axes of length 1 so that each broadcasts against ``ndim`` axes."""
         stack = torch.stack(self.parts) if self.stack is None else self.stack  # type: ignore[arg-type]
         missing = ndim + 1 - stack.ndim
         return stack[(slice(None), *(None,) * missing)] if missing else stack
@@ -134,9 +138,8 @@ class PerMode(Tensor):
             if PerMode.journal is not None:
                 PerMode.journal += [(part, part.clone()) for part in target.parts]
         elif target is not None:
-            if target is not first or not is_augmented_assignment(sys._getframe(1)):
-                raise NotTogether(f"{func.__name__} writes what differs between modes into a tensor that all have")
-            func = getattr(Tensor, func.__name__.removesuffix("_"))
+            error = WritesIntoPlain if target is first else NotTogether
+            raise error(f"{func.__name__} writes what differs between modes into a tensor that all have")
         size = count((*args, *kwargs.values()))
         rows = zip(*(spread(one, size) for one in args), strict=True) if args else repeat((), size)
         if any(holds(one) for one in kwargs.values()):
@@ -161,7 +164,7 @@ COMMON = {
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_inference")),
     *(torch.numel, torch.is_floating_point),
 }
-"""What is equal for all parts by construction."""
+"""Functions whose result is equal for all parts by construction."""
 
 ALIASING = {getattr(Tensor, name) for name in ("detach", "to", "float", "double", "long", "int", "bool")}
 POINTWISE = {
@@ -170,29 +173,29 @@ POINTWISE = {
     *(getattr(Tensor, f"__{name}__") for name in ("eq", "ne", "lt", "le", "gt", "ge", "rsub", "and", "or", "invert")),
     *(Tensor.clone, torch.clone, torch.add, torch.sub, torch.mul, torch.div, torch.eq, torch.ne, torch.where),
 }
-"""What computes each number from those in the same place, rounded alike however many there are."""
+"""Functions of the numbers at one place, rounded alike however many places there are."""
 
 
 def at_once(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """A pointwise function of all modes' parts in one call, stacked along a first axis; None where that is no equal."""
+    """One of :data:`POINTWISE` on all parts, stacked along a first axis; None where the result could differ."""
     if func in ALIASING and args[0].stack is None:
-        return None  # what shares memory with the parts cannot come from a copy of them
+        return None  # the result may have to share memory with the parts, of which a stack is a copy
     ndim, types = 0, set()
     for one in args[1:] if func is torch.where else args:
         if isinstance(one, Tensor):
             ndim = max(ndim, one.ndim)
             types.add(one.dtype)
     if len(types) != 1 or not kwargs.keys().isdisjoint(TENSORS):
-        return None  # a number of its own gives way to others' types, one in a stack does not
+        return None  # 0-dim tensors promote differently once stacked
     return func(*(one.stacked(ndim) if isinstance(one, PerMode) else one for one in args), **kwargs)
 
 
 ALONG = {Tensor.sum, Tensor.argmax, Tensor.argmin, Tensor.squeeze}
-"""What runs along dimensions and rounds nothing, as long as the sums are of integers."""
+"""Functions along dimensions, exact in any order as long as sums are of integers."""
 
 
 def along_dimensions(func: Any, own: PerMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """One of :data:`ALONG` for all modes' parts in one call; None where that is no equal."""
+    """One of :data:`ALONG` on all parts, stacked along a first axis; None where the result could differ."""
     if kwargs.keys() - {"dim", "keepdim"} or (func is Tensor.squeeze and (own.stack is None or len(args) > 1)):
         return None
     stack = own.stacked(0)
@@ -213,11 +216,11 @@ def along_dimensions(func: Any, own: PerMode, args: tuple[Any, ...], kwargs: dic
 
 
 RESHAPING = {Tensor.reshape, Tensor.view, Tensor.flatten, torch.reshape, torch.flatten}
-"""What gives the same numbers in another shape, and shares memory with a contiguous tensor."""
+"""Functions that return a contiguous tensor's memory in another shape."""
 
 
 def reshaped(func: Any, own: PerMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """One of :data:`RESHAPING` for all modes' parts in one call; None where that is no equal."""
+    """One of :data:`RESHAPING` on all parts, stacked along a first axis; None where the result could differ."""
     if own.stack is None or kwargs or not own.stack.is_contiguous() or not own.ndim:
         return None
     shape = tuple(args[0]) if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
@@ -234,15 +237,15 @@ LOSSES = {
     for name in dir(torch.nn.functional)
     if name.endswith(("loss", "cross_entropy", "cross_entropy_with_logits"))
 }
-"""What gives numbers of its own, that share no memory with anything."""
+"""Functions whose result shares no memory with their arguments, so that it may be stacked."""
 
 TENSORS = {"input", "other", "self", "out"}
-"""Arguments by name that may be tensors."""
+"""Keyword arguments that may be tensors."""
 
 
 @contextmanager
 def undoable() -> Iterator[None]:
-    """Within the context, what is written into a :class:`PerMode` is taken back if an error is raised."""
+    """Within the context, an error takes back what was written into a :class:`PerMode`."""
     before, PerMode.journal = PerMode.journal, []
     try:
         yield
@@ -254,38 +257,26 @@ def undoable() -> Iterator[None]:
         PerMode.journal = before
 
 
+IN_PLACE = {"__setitem__", "__set__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"}
+"""Functions that write into their first argument, besides those whose name ends with one underscore."""
+
+
 @cache
 def is_in_place(func: Any) -> bool:
     """Whether ``func`` writes into its first argument, which torch tells by the name alone."""
     name = func.__name__
-    return name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
-
-
-def is_augmented_assignment(frame: FrameType) -> bool:
-    """Whether the caller stands at ``x += y`` or one of its kind: ``x`` can then be given another tensor.
-
-    For torch it is the same call as ``x.add_(y)``, after which a plain ``x`` would have to hold what differs.
-    """
-    code = frame.f_code.co_code
-    name = opname[code[frame.f_lasti]]
-    if name == "BINARY_OP":
-        return code[frame.f_lasti + 1] in AUGMENTED
-    return name.startswith("INPLACE_")
-
-
-AUGMENTED = range(13, 26)
-"""What tells ``+=`` and its kind from ``+`` in Python's instruction for both."""
+    return name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def holds(value: Any) -> bool:
-    """Whether a :class:`PerMode` is in an argument, which may be a list of tensors or an index."""
+    """Whether an argument, which may be a list of tensors or an index, holds a :class:`PerMode`."""
     if isinstance(value, (list, tuple)):
         return any(holds(one) for one in value)
     return isinstance(value, PerMode)
 
 
 def count(values: Iterable[Any]) -> int:
-    """How many modes the arguments of a call have."""
+    """The number of modes among the arguments of a call."""
     for value in values:
         if isinstance(value, PerMode):
             return len(value.parts)
@@ -295,7 +286,7 @@ def count(values: Iterable[Any]) -> int:
 
 
 def spread(value: Any, size: int) -> Iterable[Any]:
-    """An argument, mode by mode."""
+    """The argument of each mode."""
     if isinstance(value, PerMode):
         return value.parts
     if isinstance(value, (list, tuple)) and holds(value):
@@ -304,7 +295,7 @@ def spread(value: Any, size: int) -> Iterable[Any]:
 
 
 def join(results: list[Any], func: Any) -> Any:
-    """What a function gave for each mode, as one."""
+    """The results of all modes as one value."""
     first = results[0]
     if isinstance(first, Tensor):
         return PerMode(results)
@@ -318,10 +309,16 @@ def join(results: list[Any], func: Any) -> Any:
 
 
 def join_trees(trees: Sequence[Any]) -> Any:
-    """Outputs of one structure, one for each mode, as one: what is the same object in all of them stays plain."""
+    """The outputs of all modes, of one structure, as one; a tensor that is the same object in all stays plain."""
     flat = [tree_flatten(tree) for tree in trees]
     leaves: list[Any] = []
     for column in zip(*(leaves for leaves, _ in flat), strict=True):
         is_shared = all(leaf is column[0] for leaf in column)
         leaves.append(PerMode(column) if isinstance(column[0], Tensor) and not is_shared else column[0])
     return tree_unflatten(leaves, flat[0][1])
+
+
+def reason_of(error: Exception) -> str:
+    """The end of a sentence that says why modes are not evaluated jointly."""
+    message = str(error).partition("\n")[0].rstrip(".")
+    return message if isinstance(error, NotTogether) else ": ".join(filter(None, [type(error).__name__, message]))

@@ -1,4 +1,4 @@
-"""What a model computes before its first layer with a mode: alike for all modes, and so done once a batch."""
+"""Cache of what a model computes before its first layer with a mode, which is the same for all modes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_bln import _torch
 from lightning_bln._torch import tree_flatten
 from lightning_bln.modes import FanOut, HasMode, mode_layers
-from lightning_bln.sweep.pytree import same_tree
+from lightning_bln.sweep.pytree import is_same_input, trees_match
 
 
 class Call(NamedTuple):
-    """What a module was given, and what it returned."""
+    """Inputs and output of one call of a module."""
 
     module: nn.Module
     inputs: tuple[tuple, dict]
@@ -25,18 +26,22 @@ class Call(NamedTuple):
     versions: list[int]
 
     def serves(self, module: nn.Module, inputs: tuple[tuple, dict]) -> bool:
-        """Whether ``module`` would give for ``inputs`` what it gave here, and nobody has written into that."""
-        return self.module is module and self.versions == versions(self.output) and same_tree(self.inputs, inputs)
+        """Whether ``module`` would return the same for ``inputs``, and the output has not been written into since."""
+        return (
+            self.module is module
+            and self.versions == versions(self.output)
+            and trees_match(self.inputs, inputs, is_same_input)
+        )
 
 
 class Prefix:
-    """Lets several forwards of a model on the same input share what stands before the first layer with a mode.
+    """Several forwards of a model on the same input that share what precedes the first layer with a mode.
 
-    A module without a mode gives what it gave before if it is called as the same one in turn with equal input. An
+    A module without a mode returns its earlier output if its place in the order of calls and its input are the same. An
     output that has been written into since is computed again.
 
     Args:
-        model: The model; its modules give the same for the same input, as they do in evaluation.
+        model: The model, whose modules return the same for the same input, as they do in evaluation.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,7 +50,7 @@ class Prefix:
 
     @contextmanager
     def shared(self, fan: FanOut) -> Iterator[None]:
-        """Within the context of one forward under ``fan``, modules return what they have returned before."""
+        """Within the context of one forward under ``fan``, modules return their earlier outputs."""
         number = count()
         with ExitStack() as stack:
             for module in self.modules:
@@ -55,14 +60,14 @@ class Prefix:
     def forward(
         self, fan: FanOut, number: Iterator[int], module: nn.Module, plain: Callable, *args: Any, **kwargs: Any
     ) -> Any:
-        """A module's output, kept as long as no layer with a mode has been met."""
+        """A module's output, cached if no layer with a mode precedes it."""
         if fan.is_fanned or torch.is_grad_enabled():
             return plain(*args, **kwargs)
         place = next(number)
         call = self.calls.get(place)
         if call is not None and call.serves(module, (args, kwargs)):
             return call.output
-        # inference tensors do not tell whether they have been written into
+        # inference tensors do not count writes, so the cached output must be none
         with torch.inference_mode(False), torch.no_grad():
             output = plain(*args, **kwargs)
         if not any(tensor.is_inference() for tensor in tensors(output)):
@@ -71,7 +76,7 @@ class Prefix:
 
 
 def without_mode(module: nn.Module) -> Iterator[nn.Module]:
-    """The largest modules inside that hold no layer with a mode."""
+    """The outermost modules inside ``module`` that hold no layer with a mode."""
     if isinstance(module, HasMode):
         return
     is_called = type(module).forward is not nn.Module.forward
@@ -84,7 +89,7 @@ def without_mode(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def replacing_forward(module: nn.Module, forward: Callable) -> Iterator[Callable]:
-    """Within the context, ``module`` calls ``forward`` with its own forward and its arguments."""
+    """Within the context, calls of ``module`` go to ``forward``, with the module's own forward as first argument."""
     own, plain = module.__dict__.get("forward"), module.forward
     module.__dict__["forward"] = partial(forward, plain)
     try:
@@ -100,5 +105,5 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 def versions(output: Any) -> list[int]:
-    """How often each tensor has been written into."""
-    return [tensor._version for tensor in tensors(output)]
+    """The number of writes into each tensor."""
+    return [_torch.writes(tensor) for tensor in tensors(output)]

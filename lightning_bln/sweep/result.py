@@ -1,4 +1,4 @@
-"""Scores of every statistics mode, as a table, a heat map or JSON."""
+"""Scores of statistics modes, as a table, a heat map or JSON."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_bln.modes import StatisticsMode
 from lightning_bln.sweep.plot import draw, number
+from lightning_bln.sweep.pytree import is_identical
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,14 +21,14 @@ Direction = Literal["min", "max"]
 
 
 class Regrouped(NamedTuple):
-    """One mode's monitored value on the same samples, in the batches they came in and in other ones."""
+    """Monitored value of one mode on the same samples, in the batches they came in and in other batches."""
 
     as_loaded: float
     regrouped: float
 
     @property
     def spread(self) -> float:
-        """How far the value moves, relative to what it was."""
+        """Relative change of the value."""
         if math.isnan(self.as_loaded) or math.isnan(self.regrouped):
             return math.inf
         moved = abs(self.regrouped - self.as_loaded)
@@ -36,16 +37,17 @@ class Regrouped(NamedTuple):
 
 @dataclass
 class SweepResult:
-    """The score of every statistics mode evaluated, metric by metric, and which mode was set in the end.
+    """Scores of the evaluated statistics modes, and the mode that was set in the end.
 
     Args:
         scores: For each mode, the value of each metric.
         monitor: The metric that decides.
         mode: Whether a small (``"min"``) or a large (``"max"``) value of it is good.
         incumbent: The mode that was set before.
-        chosen: The mode that was set then; None where nothing was.
-        regrouped: For modes scored on regrouped batches too, what became of the monitored value.
-        note: What a person should know about the choice, in a sentence.
+        chosen: The mode that was set afterwards; None if no mode was.
+        regrouped: For each mode also scored on regrouped batches, the monitored value on both.
+        note: A sentence about the choice for the person who reads the table.
+        reason: Cause of per-mode evaluation; None if all modes were evaluated jointly.
 
     Raises:
         ValueError: ``mode`` is neither ``"min"`` nor ``"max"``, or no mode has a score named ``monitor``.
@@ -67,6 +69,7 @@ class SweepResult:
     chosen: StatisticsMode | None = None
     regrouped: Mapping[StatisticsMode, Regrouped] = field(default_factory=dict)
     note: str | None = None
+    reason: str | None = None
 
     def __post_init__(self) -> None:
         check_direction(self.mode)
@@ -78,7 +81,7 @@ class SweepResult:
 
     @property
     def metrics(self) -> list[str]:
-        """Every metric's name, the monitored one first."""
+        """Names of all metrics, the monitored one first."""
         names = dict.fromkeys([self.monitor, *(name for values in self.scores.values() for name in values)])
         return list(names)
 
@@ -92,9 +95,12 @@ class SweepResult:
             mode: ``"min"`` or ``"max"``, by default the result's own.
             among: The modes to choose from, by default all that have scores.
 
+        Returns:
+            The best mode, or the incumbent if no score is a number.
+
         Raises:
-            ValueError: Nothing is named ``monitor``, ``among`` has no mode with a score, or every score is NaN and
-                there is no incumbent to keep.
+            ValueError: No metric is named ``monitor``; or ``among`` has no mode with a score other than NaN, and there
+                is no incumbent to keep.
         """
         direction = check_direction(self.mode if mode is None else mode)
         column = self._column(self.monitor if monitor is None else monitor)
@@ -111,7 +117,7 @@ class SweepResult:
         return min(finite, key=lambda one: (sign * column[one], not one.is_batch_independent, one != self.incumbent))
 
     def ranking(self) -> list[StatisticsMode]:
-        """Every mode by its monitored score, the best first and NaN last."""
+        """All modes by their monitored score, the best first and NaN last."""
         column = self._column(self.monitor)
         sign = 1.0 if self.mode == "min" else -1.0
 
@@ -123,7 +129,7 @@ class SweepResult:
         return sorted(self.scores, key=key)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The result as JSON, also written to ``path`` where one is given; :meth:`from_json` reads both."""
+        """The result as JSON, also written to ``path`` if given; :meth:`from_json` reads both."""
         text = json.dumps(self.to_dict(), indent=2)
         if path is not None:
             Path(path).write_text(text + "\n")
@@ -131,18 +137,19 @@ class SweepResult:
 
     @classmethod
     def from_json(cls, source: str | Path) -> SweepResult:
-        """Read what :meth:`to_json` gave: its text, or the path it was written to."""
+        """Read the text that :meth:`to_json` returns, or the file it writes."""
         text = str(source)
         return cls.from_dict(json.loads(text if text.lstrip().startswith("{") else Path(source).read_text()))
 
     def to_dict(self) -> dict[str, Any]:
-        """The result in plain dictionaries, strings and floats; NaN and infinities as strings, which JSON lacks."""
+        """The result in dictionaries, strings and floats; NaN and infinities are strings, since JSON lacks them."""
         return {
             "monitor": self.monitor,
             "mode": self.mode,
             "incumbent": None if self.incumbent is None else str(self.incumbent),
             "chosen": None if self.chosen is None else str(self.chosen),
             "note": self.note,
+            "reason": self.reason,
             "scores": {
                 str(one): {name: plain(value) for name, value in values.items()} for one, values in self.scores.items()
             },
@@ -164,7 +171,7 @@ class SweepResult:
     def plot(self, monitor: str | None = None) -> Figure:
         """A 4 x 4 heat map of one metric: batch statistics down, feature statistics across.
 
-        The best mode and the incumbent have a frame, and so has the chosen one where that is another.
+        Frames mark the best mode, the incumbent and, if it is another one, the chosen mode.
 
         Args:
             monitor: The metric to draw, by default the one that decides.
@@ -172,7 +179,12 @@ class SweepResult:
         Returns:
             A matplotlib figure, tied to no window: ``result.plot().savefig("modes.png")``.
         """
-        return draw(self, self.monitor if monitor is None else monitor)
+        metric = self.monitor if monitor is None else monitor
+        scores, marks, small_is_good = self._column(metric), {}, False
+        if metric == self.monitor:
+            marks = {"best": self.best(), "incumbent": self.incumbent, "chosen": self.chosen}
+            small_is_good = self.mode == "min"
+        return draw(scores, metric, marks, small_is_good=small_is_good)
 
     def __str__(self) -> str:
         header, rows = self._cells()
@@ -183,18 +195,23 @@ class SweepResult:
             padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in middle), last[0]]
             return "  ".join(padded).rstrip()
 
-        return "\n".join([line(header), *map(line, rows), *([self.note] if self.note else [])])
+        return "\n".join([line(header), *map(line, rows), *self._footer()])
 
     def __rich__(self) -> Table:
         from rich.table import Table
 
         header, rows = self._cells()
-        table = Table(title=f"Statistics modes by {self.monitor} ({self.mode})", caption=self.note)
+        caption = "\n".join(self._footer()) or None
+        table = Table(title=f"Statistics modes by {self.monitor} ({self.mode})", caption=caption)
         for position, name in enumerate(header):
             table.add_column(name, justify="left" if position in (0, len(header) - 1) else "right")
         for one, cells in zip(self.ranking(), rows, strict=True):
             table.add_row(*cells, style="bold green" if one == self._marked else None)
         return table
+
+    def _footer(self) -> list[str]:
+        reason = f"Modes were evaluated one after the other: {self.reason}." if self.reason else None
+        return [sentence for sentence in (self.note, reason) if sentence]
 
     @property
     def _marked(self) -> StatisticsMode:
@@ -208,12 +225,13 @@ class SweepResult:
         return column
 
     def shown(self) -> list[str]:
-        """The metrics worth a column: Lightning gives some a twin named ``*_epoch``."""
+        """Metrics with a column of their own; Lightning's ``*_epoch`` twins of others have none."""
 
         def is_twin(name: str) -> bool:
             base = name.removesuffix("_epoch")
+            pairs = [(values.get(base), values.get(name)) for values in self.scores.values()]
             return base != name and all(
-                base in values and same(values[base], values.get(name)) for values in self.scores.values()
+                one is not None and other is not None and is_identical(float(one), float(other)) for one, other in pairs
             )
 
         return [name for name in self.metrics if name == self.monitor or not is_twin(name)]
@@ -237,17 +255,12 @@ class SweepResult:
 
 
 def check_direction(mode: str) -> Direction:
-    """``mode``, or an error where it is no direction."""
+    """``mode`` itself; raises ValueError if it is no direction."""
     if mode not in ("min", "max"):
         raise ValueError(f"mode={mode!r}, but it says which way the monitored metric is good: 'min' or 'max'")
     return mode  # type: ignore[return-value]
 
 
 def plain(value: float) -> float | str:
-    """A float that JSON can hold."""
+    """``value`` as JSON can hold it."""
     return float(value) if math.isfinite(value) else str(float(value))
-
-
-def same(a: float, b: float | None) -> bool:
-    """Equality that takes NaN for equal to NaN."""
-    return b is not None and (a == b or (math.isnan(a) and math.isnan(b)))

@@ -8,187 +8,171 @@ from typing import Any
 
 from torch import nn
 
+from lightning_bln import _torch
 from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers
-from lightning_bln.sweep.shared_module import UNDECIDED, Site
+from lightning_bln.sweep.forward_state import ForwardState
+from lightning_bln.sweep.shared_module import UNDECIDED, SharedModule
 
 
 class SharedForward:
-    """Lets steps that are run once for each mode share what they have in common.
+    """Steps of many modes that share the forwards they have in common.
 
-    Within :meth:`installed`, the forward of each module that holds every BLN layer is replaced. In the first mode's
-    turn at a batch it fans all modes of the chunk out along the batch axis and runs once; in the turns of the others it
-    hands out their part of the result, if it is called with the same input. The outermost module called is the one
-    that is shared.
+    During a step, the forward of each module that holds every BLN layer is replaced, and the outermost one that is
+    called is shared. In the step of a chunk's first mode it lays all modes of the chunk out along the batch axis and
+    runs once; in the steps of the others it returns their part of the output if its input is the same.
 
-    On the first batch every mode is run the plain way too, and the plain results are used. Where the two differ, where
-    the module draws random numbers, changes state of its own or has hooks inside, it is left alone for good, and the
-    next smaller one is tried.
+    On the verification batch every mode also runs unshared, and those outputs are used. A module whose outputs differ,
+    that draws random numbers, changes state of its own or has hooks inside is not shared from then on; the next smaller
+    one is tried.
 
-    Where a step can do with the :class:`PerMode` output of all modes, :meth:`together` takes
-    all turns at once.
+    A step that can work with the :class:`PerMode` output of all modes runs once for all, see :meth:`step_jointly`.
 
     Args:
         model: The model whose layers have modes.
-        chunk: How many modes to run at once at most; less where memory would not do.
+        chunk: The most modes of one forward; fewer where memory does not suffice.
     """
 
     def __init__(self, model: nn.Module, chunk: int = 16) -> None:
-        self.layers = mode_layers(model)
-        self.sites = [Site(self, module) for module in holders(model)]
-        self.chunk = chunk
-        self.modes: tuple[StatisticsMode, ...] = ()
-        self.turn = 0
-        self.is_inside = False
-        self.is_rechecking = False
-        self.is_learning = False
-        self.in_chunks = False
-        self.together_modes: tuple[StatisticsMode, ...] = ()
-        self.follows: StatisticsMode | None = None
-        self.goes_together: bool | None = None
-        self.reason: str | None = None
+        self.state = ForwardState(mode_layers(model), chunk)
+        self.modules = [SharedModule(module, self.state) for module in shareable(model)]
         self.following = ExitStack()
+        self.is_joint: bool | None = None
+        """Whether modes are evaluated jointly; None before the verification batch."""
+        self.reason: str | None = None
+        """Why they are not."""
+
+    @property
+    def chunk(self) -> int:
+        """The most modes of one forward."""
+        return self.state.chunk
 
     @property
     def is_active(self) -> bool:
-        """Whether any module is, or may yet be, shared."""
-        return any(not site.failed for site in self.sites)
+        """Whether a module is shared, or may yet be."""
+        return any(not module.has_failed for module in self.modules)
+
+    @property
+    def failure(self) -> str | None:
+        """Why no module can be shared; None if one is, or may yet be."""
+        if self.is_active:
+            return None
+        return self.state.failure or "there are forward hooks inside every module that holds all BLN layers"
+
+    def refuse(self, reason: str) -> None:
+        """Evaluate modes one after the other from now on."""
+        self.is_joint, self.reason = False, reason
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Within the context the modules' forwards are shared."""
+        """Within the context the modules' forwards are replaced."""
         with ExitStack() as stack:
-            for site in self.sites:
-                if not site.failed:
-                    stack.enter_context(site.installed())
+            for module in self.modules:
+                if not module.has_failed:
+                    stack.enter_context(module.installed())
             yield
 
-    def each(
+    def step_per_mode(
         self,
         runs: Sequence[Any],
         step: Callable[[Any], Any],
-        recheck: bool = False,
+        verify: bool = False,
         follows: StatisticsMode | None = None,
         records: bool = False,
     ) -> None:
         """Call ``step`` with each of ``runs``, which have a ``mode``, on one batch.
 
         Args:
-            runs: Whose turn it is, one after the other; ``step`` sets the mode.
-            step: What to do in a turn.
-            recheck: Compare the first turn with the plain way again.
-            follows: The mode of one more turn at the batch, which the caller takes before it calls :meth:`close`.
-            records: Keep what every turn gets: the next :meth:`together` will give the same, to be compared with.
+            runs: One run for each mode; ``step`` sets the mode.
+            step: The step of one run.
+            verify: Whether to compare the shared output of the first mode with an unshared one again.
+            follows: The mode of one more step on the batch, which the caller runs before it calls :meth:`close`.
+            records: Whether :meth:`step_jointly` gives, on this batch, the outputs of these steps.
         """
         self.close()
-        for site in self.sites:
-            site.outputs, site.records = {}, records
+        state = self.state
+        state.outputs, state.records = {}, records
         if not self.is_active:
             for run in runs:
                 step(run)
             return
-        # a batch that checks has every mode run the plain way, and so has to leave that turn alone
-        if recheck or not any(site.was_checked and not site.failed for site in self.sites):
+        # on verification batches the modes run unshared, and so does the step that follows
+        if verify or not any(module.was_checked and not module.has_failed for module in self.modules):
             follows = None
-        self.is_rechecking = recheck
-        self.in_chunks = self.chunk < len(runs)
+        state.is_verifying, state.in_chunks = verify, state.chunk < len(runs)
         with ExitStack() as stack:
             stack.enter_context(self.installed())
-            stack.callback(self.forget)
+            stack.callback(state.end_batch)
             left = list(runs)
             while left:
-                self.modes = tuple(run.mode for run in left[: self.chunk])
-                if follows is not None and len(left) <= self.chunk:
-                    if len(left) < self.chunk:
-                        self.modes += (follows,)
+                modes = tuple(run.mode for run in left[: state.chunk])
+                if follows is not None and len(left) <= state.chunk:
+                    if len(left) < state.chunk:
+                        modes += (follows,)
                     else:
                         follows = None
-                for site in self.sites:
-                    site.shared = {}
-                self.turn = 0
-                while left and self.turn < len(self.modes):  # the first turn may find that fewer fit
-                    self.begin_turn()
+                state.begin_chunk(modes)
+                while left and state.position < len(state.modes):  # the first mode may shorten the chunk
+                    state.calls.clear()
                     step(left.pop(0))
-                    self.turn += 1
-                self.is_rechecking = False
-            for site in self.sites:
-                site.was_checked |= bool(site.axes)
+                    state.position += 1
+                state.is_verifying = False
+            for module in self.modules:
+                module.was_checked |= bool(module.axes)
             if follows is not None:
-                self.begin_turn()
+                state.calls.clear()
                 self.following = stack.pop_all()
 
-    def together(
+    def step_jointly(
         self,
         modes: Sequence[StatisticsMode],
         step: Callable[[], Any],
-        recheck: bool = False,
+        verify: bool = False,
         follows: StatisticsMode | None = None,
     ) -> None:
-        """Call ``step`` once for all of ``modes``: what is shared gives an output that each mode has a part in.
+        """Call ``step`` once for all ``modes``: shared modules return :class:`PerMode` tensors.
 
         Args:
             modes: The modes, in the order of the parts.
-            step: What to do; no layer has a mode of its own meanwhile.
-            recheck: As for :meth:`each`.
-            follows: As for :meth:`each`.
+            step: The step; until it ends, no layer has a mode of its own.
+            verify: See :meth:`step_per_mode`.
+            follows: See :meth:`step_per_mode`.
 
         Raises:
-            NotTogether: What is shared cannot be had for all modes at once; whatever ``step`` raises comes through too.
+            NotTogether: A shared module cannot compute all modes, or a layer is called outside of it; errors of
+                ``step`` come through as they are.
         """
         self.close()
-        before = [layer.mode for layer in self.layers]
+        state = self.state
+        before = [layer.mode for layer in state.layers]
         with ExitStack() as stack:
             stack.enter_context(self.installed())
-            stack.callback(self.forget)
-            self.together_modes, self.follows, self.is_rechecking = tuple(modes), follows, recheck
-            self.begin_turn()
-            assign_modes(self.layers, [UNDECIDED] * len(self.layers))
+            stack.callback(state.end_batch)
+            state.joint_modes, state.follows, state.is_verifying = tuple(modes), follows, verify
+            state.calls.clear()
+            assign_modes(state.layers, [UNDECIDED] * len(state.layers))
             try:
                 step()
             finally:
-                assign_modes(self.layers, before)
-                self.together_modes, self.is_rechecking = (), False
-                for site in self.sites:
-                    site.outputs = {}
+                assign_modes(state.layers, before)
+                state.joint_modes, state.is_verifying = (), False
+                state.outputs = {}
             if follows is not None:
-                self.turn = -1
-                self.begin_turn()
+                state.position = -1
+                state.calls.clear()
                 self.following = stack.pop_all()
 
-    def begin_turn(self) -> None:
-        for site in self.sites:
-            site.calls = 0
-
     def close(self) -> None:
-        """End the turn that followed, if there was one."""
+        """End the step that follows, if there is one."""
         self.following.close()
 
-    def forget(self) -> None:
-        self.modes = ()
-        for site in self.sites:
-            site.shared, site.prefixes, site.records = {}, {}, False
 
-    def shrink(self, size: int) -> None:
-        """Run fewer modes at once from now on."""
-        self.chunk = max(1, min(self.chunk, size))
-        if self.is_learning and self.chunk < len(self.modes):
-            self.modes, self.in_chunks = self.modes[: self.chunk], True
-            for site in self.sites:
-                site.shared = {}
-
-    def give_up(self, site: Site, reason: str) -> None:
-        site.failed = True
-        site.shared = {}
-        if not self.is_active:
-            self.reason = f"{type(site.module).__name__} cannot be shared, since {reason}"
-
-
-def holders(model: nn.Module) -> list[nn.Module]:
-    """The modules that hold every layer with a mode, the outermost first, none with hooks inside."""
+def shareable(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold every layer with a mode and no hooks inside, the outermost first."""
     layers = {id(layer) for layer in mode_layers(model)}
     found = []
     for module in model.modules():
         inside = list(module.modules())
-        has_hooks = any(part._forward_hooks or part._forward_pre_hooks for part in inside if part is not module)
+        has_hooks = any(_torch.has_forward_hooks(part) for part in inside if part is not module)
         if not has_hooks and layers <= {id(part) for part in inside}:
             found.append(module)
     return found

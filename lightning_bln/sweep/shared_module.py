@@ -1,37 +1,38 @@
-"""A module whose forward all modes share: found out on the first batch, computed once for all from then on."""
+"""A module whose forward all modes share: verified on the first batch, computed once for all modes from then on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_bln._torch import OutOfMemoryError, tree_flatten, tree_map, tree_unflatten
+from lightning_bln import _torch
+from lightning_bln._scoped import setting
+from lightning_bln._torch import MODULE_INTERNALS, OutOfMemoryError, tree_flatten, tree_map, tree_unflatten
 from lightning_bln.modes import FanOut, assign_modes, fan_out, mode_layers
-from lightning_bln.sweep.per_mode_tensor import NotTogether, PerMode, holds, join_trees
+from lightning_bln.sweep.forward_state import ForwardState, SharedOutput
+from lightning_bln.sweep.per_mode_tensor import NotTogether, PerMode, holds, join_trees, reason_of
 from lightning_bln.sweep.prefix_cache import Prefix, replacing_forward
-from lightning_bln.sweep.pytree import close_tree, find_axes, repeated, same_tree
-
-if TYPE_CHECKING:
-    from lightning_bln.sweep.shared_forward import SharedForward
+from lightning_bln.sweep.pytree import find_axes, is_close, is_same_input, repeated, trees_match
 
 BYTES = 2**28
-"""What the largest activation may take once it is there for all modes of a chunk."""
+"""Upper bound of the largest activation, fanned out for all modes of a chunk."""
 
 CPU_BYTES = 2**23
-"""The same on the CPU, whose larger arrays go back to the system after each use and come again page by page."""
+"""The same bound on the CPU, where larger arrays are returned to the system after each use and faulted in again."""
 
 FEWEST = 4
-"""Modes of a chunk on the CPU, if memory allows, however large their activations: fewer share too little."""
+"""Modes of a chunk on the CPU, if :data:`BYTES` allows, however large the activations: fewer share too little."""
 
-MODULE_INTERNALS = frozenset(nn.Module().__dict__)
+INPUT_DIFFERS = "its input depends on the mode"
+OUTPUT_DIFFERS = "modes in one forward give other results"
 
 
 class Undecided:
-    """The mode of a layer while all modes go together: it has none, and who asks for it cannot go along."""
+    """Sentinel mode during joint evaluation; reading it raises :class:`NotTogether`."""
 
     @property
     def uses_population(self) -> Any:
@@ -41,177 +42,193 @@ class Undecided:
 UNDECIDED: Any = Undecided()
 
 
-class Shared(NamedTuple):
-    """What one call gave for all modes of a chunk."""
+class SharedModule:
+    """Replacement of a module's forward that computes the modes of a chunk in one.
 
-    inputs: tuple[tuple, dict]
-    leaves: list[Any]
-    spec: Any
-    size: int
-    """Of the chunk."""
+    Args:
+        module: The module, with every layer that has a mode inside.
+        state: The state it has in common with other modules of the model.
+    """
 
-
-class Site:
-    """A module whose forward may be shared."""
-
-    def __init__(self, owner: SharedForward, module: nn.Module) -> None:
-        self.owner, self.module = owner, module
-        self.failed = False
-        self.fans_early = False
+    def __init__(self, module: nn.Module, state: ForwardState) -> None:
+        self.module, self.state = module, state
+        self.has_failed = False
         self.was_checked = False
+        self.fans_early = False
+        """Whether modes are laid out along the input's batch axis, not by the first layer with a mode."""
         self.axes: dict[int, list[int | None]] = {}
-        self.shared: dict[int, Shared] = {}
-        self.outputs: dict[int, list[Any]] = {}
-        self.prefixes: dict[int, Prefix] = {}
-        self.records = False
-        self.calls = 0
+        """For each call, the axes along which the leaves of its output hold modes."""
+        self.error = ""
 
     @contextmanager
     def installed(self) -> Iterator[None]:
+        """Within the context the module's forward is replaced."""
         with replacing_forward(self.module, self.forward) as self.plain:
             yield
 
     def forward(self, plain: Callable, *args: Any, **kwargs: Any) -> Any:
-        owner = self.owner
-        if owner.is_inside or self.failed or self.module.training:
+        state = self.state
+        if state.is_inside or self.has_failed or self.module.training:
             return plain(*args, **kwargs)
-        call, self.calls = self.calls, self.calls + 1
-        if owner.together_modes:
-            return self.all_turns(call, args, kwargs)
-        output = self.one_turn(call, args, kwargs) if len(owner.modes) > 1 else self.run_plain(args, kwargs)
-        if self.records:
-            self.outputs.setdefault(call, []).append(output)
+        call = state.calls[self]
+        state.calls[self] = call + 1
+        if state.joint_modes:
+            return self.joint_output(call, args, kwargs)
+        output = self.mode_output(call, args, kwargs) if len(state.modes) > 1 else self.run_plain(args, kwargs)
+        if state.records:
+            state.outputs.setdefault((self, call), []).append(output)
         return output
 
-    def one_turn(self, call: int, args: tuple, kwargs: dict) -> Any:
-        """The output of the mode whose turn it is, which the first turn computes for all."""
-        owner = self.owner
-        if owner.turn == 0:
-            return self.first_turn(call, args, kwargs)
-        shared = self.shared.get(call)
+    def mode_output(self, call: int, args: tuple, kwargs: dict) -> Any:
+        """The output in the current mode; the chunk's first mode computes it for all."""
+        position = self.state.position
+        if position == 0:
+            return self.first_output(call, args, kwargs)
+        shared = self.state.shared.get((self, call))
         if shared is None:
             return self.run_plain(args, kwargs)
-        if not same_tree(shared.inputs, (args, kwargs)):
+        if not trees_match(shared.inputs, (args, kwargs), is_same_input):
             if not self.was_checked:
-                owner.give_up(self, "its input depends on the mode")
+                self.give_up(INPUT_DIFFERS)
             return self.run_plain(args, kwargs)
         if self.was_checked:
-            return self.part(call, owner.turn)
+            return self.part(call, position)
         output = self.run_plain(args, kwargs)
-        if not close_tree(output, self.part(call, owner.turn)):
-            owner.give_up(self, "modes in one forward give other results")
+        if not trees_match(output, self.part(call, position), is_close):
+            self.give_up(OUTPUT_DIFFERS)
         return output
 
-    def first_turn(self, call: int, args: tuple, kwargs: dict) -> Any:
-        if self.was_checked and not self.owner.is_rechecking:
-            if call not in self.axes:
-                return self.run_plain(args, kwargs)
-            output = self.fan(call, args, kwargs)
-            if output is None:
-                return self.run_plain(args, kwargs)
-            self.shared[call] = Shared((args, kwargs), *tree_flatten(output), len(self.owner.modes))
-            return self.part(call, 0)
-        return self.learn(call, args, kwargs)
+    def first_output(self, call: int, args: tuple, kwargs: dict) -> Any:
+        if not self.was_checked or self.state.is_verifying:
+            return self.learn(call, args, kwargs)
+        output = self.fan(call, args, kwargs) if call in self.axes else None
+        if output is None:
+            return self.run_plain(args, kwargs)
+        self.keep(call, args, kwargs, output)
+        return self.part(call, 0)
 
     def learn(self, call: int, args: tuple, kwargs: dict) -> Any:
-        """Run the plain way, then all modes at once; use the first, and find out whether the second will do."""
-        before, random = self.state(), torch.get_rng_state()
+        """Return the output of an unshared forward, and find out whether a shared one gives the same."""
+        before, random = self.snapshot(), torch.get_rng_state()
         with measured(self.module) as largest:
             output = self.run_plain(args, kwargs)
-        if not torch.equal(random, torch.get_rng_state()) or before != self.state():
-            self.owner.give_up(self, "it draws random numbers or changes state of its own")
+        if not torch.equal(random, torch.get_rng_state()) or before != self.snapshot():
+            self.give_up("it draws random numbers or changes state of its own")
             return output
-        self.owner.is_learning = True
-        try:
-            self.owner.shrink(modes_at_once(largest[0], output))
-            self.check_in_one_forward(call, args, kwargs, output)
-        finally:
-            self.owner.is_learning = False
+        with setting([self.state], is_learning=True):
+            self.state.shrink(modes_at_once(largest[0], output))
+            self.check_shared_forward(call, args, kwargs, output)
         return output
 
-    def check_in_one_forward(self, call: int, args: tuple, kwargs: dict, output: Any) -> None:
-        """Find out how the modes of the chunk go into one forward, of which the first one's own ``output`` is known."""
-        owner = self.owner
-        if len(owner.modes) < 2:
-            return  # they never do
+    def check_shared_forward(self, call: int, args: tuple, kwargs: dict, output: Any) -> None:
+        """Find a way to compute the chunk's modes in one forward that gives ``output`` for the first mode."""
+        state = self.state
+        if len(state.modes) < 2:
+            return
+        reason = OUTPUT_DIFFERS
         for early in (False, True) if not self.was_checked else (self.fans_early,):
             self.fans_early = early
             fanned = self.fan_what_fits(call, args, kwargs)
             if fanned is None:
+                reason = f"all modes in one forward raise {self.error}"
                 continue
-            axes = find_axes(output, fanned, len(owner.modes))
+            reason = OUTPUT_DIFFERS
+            axes = find_axes(output, fanned, len(state.modes))
             if axes is None:
                 continue
             self.axes[call] = axes
-            self.shared[call] = Shared((args, kwargs), *tree_flatten(fanned), len(owner.modes))
-            if close_tree(output, self.part(call, 0)):
+            self.keep(call, args, kwargs, fanned)
+            if trees_match(output, self.part(call, 0), is_close):
                 return
-        owner.give_up(self, "modes in one forward give other results")
+        self.give_up(reason)
 
     def fan_what_fits(self, call: int, args: tuple, kwargs: dict) -> Any:
-        """:meth:`fan` for fewer modes of the chunk if memory does not do for all."""
+        """:meth:`fan`, repeated for a smaller chunk as long as memory does not suffice."""
         while True:
-            asked = len(self.owner.modes)
+            asked = len(self.state.modes)
             fanned = self.fan(call, args, kwargs)
-            if fanned is not None or len(self.owner.modes) == asked:
+            if fanned is not None or len(self.state.modes) == asked:
                 return fanned
 
-    def all_turns(self, call: int, args: tuple, kwargs: dict) -> Any:
-        """The outputs of all modes as one."""
-        owner, modes = self.owner, self.owner.together_modes
+    def joint_output(self, call: int, args: tuple, kwargs: dict) -> Any:
+        """The output with a :class:`PerMode` for each tensor that differs between modes."""
+        state, modes = self.state, self.state.joint_modes
         if any(holds(leaf) for leaf in tree_flatten((args, kwargs))[0]):
-            raise NotTogether("its input depends on the mode")
-        if len(self.outputs.get(call, [])) == len(modes):
-            return join_trees(self.outputs[call])
+            raise NotTogether(self.refusal(INPUT_DIFFERS))
+        recorded = state.outputs.get((self, call), [])
+        if len(recorded) == len(modes):
+            return join_trees(recorded)
         if call not in self.axes:
-            raise NotTogether("it is called in another way than before")
-        wanted = modes if owner.follows is None else (*modes, owner.follows)
-        chunks, leaves = [], []
-        owner.in_chunks = owner.chunk < len(wanted)
-        start = 0
-        while start < len(wanted):
-            owner.modes = wanted[start : start + owner.chunk]
-            fanned = self.fan(call, args, kwargs)
-            if fanned is not None:
-                self.shared[call] = Shared((args, kwargs), *tree_flatten(fanned), len(owner.modes))
-                chunks.append(self.stacks(call))
-                start += len(owner.modes)
-            elif owner.chunk < len(owner.modes):
-                owner.in_chunks = True
-            else:
-                raise NotTogether("modes in one forward give no output")
-        for axis, *parts in zip(self.axes[call], *chunks, strict=True):
+            raise NotTogether(self.refusal("it is called in another way than on the verification batch"))
+        leaves = []
+        for axis, *parts in zip(self.axes[call], *self.chunk_outputs(call, args, kwargs), strict=True):
             stack = parts[0] if len(parts) == 1 or axis is None else torch.cat(parts)
             leaves.append(stack if axis is None else PerMode.of_stack(stack[: len(modes)]))
-        if owner.is_rechecking:
-            assign_modes(owner.layers, modes[:1] * len(owner.layers))
+        spec = state.shared[self, call].spec
+        if state.is_verifying:
+            assign_modes(state.layers, modes[:1] * len(state.layers))
             plain = self.run_plain(args, kwargs)
-            assign_modes(owner.layers, [UNDECIDED] * len(owner.layers))
+            assign_modes(state.layers, [UNDECIDED] * len(state.layers))
             first = [leaf.parts[0] if isinstance(leaf, PerMode) else leaf for leaf in leaves]
-            if not close_tree(plain, tree_unflatten(first, self.shared[call].spec)):
-                owner.give_up(self, "modes in one forward give other results")
-                raise NotTogether("modes in one forward give other results")
-        return tree_unflatten(leaves, self.shared[call].spec)
+            if not trees_match(plain, tree_unflatten(first, spec), is_close):
+                self.give_up(OUTPUT_DIFFERS)
+                raise NotTogether(self.refusal(OUTPUT_DIFFERS))
+        return tree_unflatten(leaves, spec)
+
+    def chunk_outputs(self, call: int, args: tuple, kwargs: dict) -> list[list[Any]]:
+        """The leaves of each chunk's output, tensors with a first axis of modes; the mode that follows comes last."""
+        state = self.state
+        wanted = state.joint_modes if state.follows is None else (*state.joint_modes, state.follows)
+        state.in_chunks = state.chunk < len(wanted)
+        chunks, start = [], 0
+        while start < len(wanted):
+            state.modes = wanted[start : start + state.chunk]
+            fanned = self.fan(call, args, kwargs)
+            if fanned is not None:
+                self.keep(call, args, kwargs, fanned)
+                chunks.append(self.stacks(call))
+                start += len(state.modes)
+            elif state.chunk < len(state.modes):
+                state.in_chunks = True
+            else:
+                raise NotTogether(self.refusal(f"it raised {self.error}"))
+        return chunks
 
     def stacks(self, call: int) -> list[Any]:
-        """The output of the chunk, each tensor with a first axis of modes."""
-        shared = self.shared[call]
+        """The leaves of the chunk's output, tensors with a first axis of modes."""
+        shared = self.state.shared[self, call]
         return [
             leaf if axis is None else leaf.unflatten(axis, (shared.size, -1)).movedim(axis, 0).contiguous()
             for leaf, axis in zip(shared.leaves, self.axes[call], strict=True)
         ]
 
+    def part(self, call: int, position: int) -> Any:
+        """The output in the mode at ``position`` in the chunk."""
+        shared, leaves = self.state.shared[self, call], []
+        for leaf, axis in zip(shared.leaves, self.axes[call], strict=True):
+            if axis is not None:
+                length = leaf.shape[axis] // shared.size
+                leaf = leaf.narrow(axis, position % shared.size * length, length).contiguous()
+            leaves.append(leaf)
+        return tree_unflatten(leaves, shared.spec)
+
+    def keep(self, call: int, args: tuple, kwargs: dict, fanned: Any) -> None:
+        """Keep the output for all modes of the chunk."""
+        shared = SharedOutput((args, kwargs), *tree_flatten(fanned), len(self.state.modes))
+        self.state.shared[self, call] = shared
+
     def run_plain(self, args: tuple, kwargs: dict) -> Any:
-        self.owner.is_inside = True
+        """The unshared forward."""
+        self.state.is_inside = True
         try:
             return self.plain(*args, **kwargs)
         finally:
-            self.owner.is_inside = False
+            self.state.is_inside = False
 
     def fan(self, call: int, args: tuple, kwargs: dict) -> Any:
-        """The output for all modes of the chunk, or None where that cannot be had."""
-        modes = self.owner.modes
-        self.owner.is_inside = True
+        """The output for all modes of the chunk; None after an error, which :attr:`error` then tells."""
+        state, modes = self.state, self.state.modes
+        state.is_inside = True
         try:
             with fan_out(self.module, modes) as fan, self.prefix(call, fan):
                 if self.fans_early:
@@ -219,44 +236,43 @@ class Site:
                     args, kwargs = tree_map(lambda one: repeated(one, len(modes)), (args, kwargs))
                 return self.plain(*args, **kwargs)
         except Exception as error:
-            # whatever it is, the plain way comes next, and raises what is the user's
+            # fall back to unshared forwards; user errors resurface there
+            self.error = reason_of(error)
             if is_out_of_memory(error) and len(modes) > 3:
-                self.owner.shrink(len(modes) // 2)
-            elif not self.owner.is_learning:
-                self.owner.give_up(self, f"it raised {type(error).__name__}")
+                state.shrink(len(modes) // 2)
+            elif not state.is_learning:
+                self.give_up(f"it raised {self.error}")
             return None
         finally:
-            self.owner.is_inside = False
+            state.is_inside = False
 
     def prefix(self, call: int, fan: FanOut) -> AbstractContextManager[None]:
-        """Within the context, one chunk's forward takes from another's what comes before the modes."""
-        if not self.owner.in_chunks:
+        """Within the context, a chunk's forward reuses what the batch's other chunks computed before the modes."""
+        if not self.state.in_chunks:
             return nullcontext()
-        return self.prefixes.setdefault(call, Prefix(self.module)).shared(fan)
+        return self.state.prefixes.setdefault((self, call), Prefix(self.module)).shared(fan)
 
-    def part(self, call: int, turn: int) -> Any:
-        """The output of the mode whose turn it is; the last of the chunk has turn -1 too."""
-        shared, leaves = self.shared[call], []
-        for leaf, axis in zip(shared.leaves, self.axes[call], strict=True):
-            if axis is not None:
-                length = leaf.shape[axis] // shared.size
-                leaf = leaf.narrow(axis, turn % shared.size * length, length).contiguous()
-            leaves.append(leaf)
-        return tree_unflatten(leaves, shared.spec)
+    def give_up(self, reason: str) -> None:
+        """Run the module unshared for good."""
+        self.has_failed = True
+        self.state.fail(self, self.refusal(reason))
 
-    def state(self) -> list[tuple[int, int]]:
-        """What a forward could leave behind in plain attributes and buffers, to be compared."""
+    def refusal(self, reason: str) -> str:
+        return f"{type(self.module).__name__} cannot be shared, since {reason}"
+
+    def snapshot(self) -> list[tuple[int, int]]:
+        """Identity, and version or size, of every plain attribute and buffer, one of which changes where state does."""
         found = []
         for module in self.module.modules():
             values = [value for name, value in module.__dict__.items() if name not in MODULE_INTERNALS]
-            for value in [*values, *module._buffers.values()]:
+            for value in [*values, *module.buffers(recurse=False)]:
                 size = len(value) if isinstance(value, (list, dict, set)) else 0
-                found.append((id(value), value._version if is_versioned(value) else size))
+                found.append((id(value), _torch.writes(value) if is_versioned(value) else size))
         return found
 
 
 def modes_at_once(largest: int, output: Any) -> int:
-    """How many modes of a model with that largest activation, in bytes, a chunk should have."""
+    """The number of modes in a chunk, for a model whose largest activation has ``largest`` bytes."""
     most = BYTES // max(1, largest)
     is_on_cpu = all(leaf.device.type == "cpu" for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
     return min(most, max(FEWEST, CPU_BYTES // max(1, largest))) if is_on_cpu else most
@@ -274,7 +290,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def measured(module: nn.Module) -> Iterator[list[int]]:
-    """Within the context, the bytes of the largest tensor that a module inside returns from the first mode layer on."""
+    """Within the context, record the bytes of the largest tensor that a part returns, from the first mode layer on."""
     largest = [0]
     has_begun = False
 
