@@ -159,7 +159,10 @@ class SharedModule:
         if len(recorded) == len(modes):
             return join_trees(recorded)
         if call not in self.axes:
-            raise NotTogether(self.refusal("it is called in another way than on the verification batch"))
+            # on the verification batch an outer module was tried instead, or nothing was called here
+            raise NotTogether(
+                state.failure or self.refusal("it is called in another way than on the verification batch")
+            )
         leaves = []
         for axis, *parts in zip(self.axes[call], *self.chunk_outputs(call, args, kwargs), strict=True):
             stack = parts[0] if len(parts) == 1 or axis is None else torch.cat(parts)

@@ -1,7 +1,8 @@
-"""What is done to a tensor of all modes equals what is done to each mode's, one after the other."""
+"""Functions of a tensor with a part for each mode equal the same functions of each part."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -127,6 +128,27 @@ def test_a_plain_tensor_is_not_written_into() -> None:
     assert total == 0
     total += loss
     assert_parts(total, [torch.tensor(1.0), torch.tensor(2.0)])
+
+
+@pytest.mark.parametrize(
+    "name", ["add", "sub", "mul", "floordiv", "mod", "pow", "and_", "or_", "xor", "lshift", "rshift"]
+)
+def test_augmented_assignment_gives_a_plain_tensors_name_another(name: str) -> None:
+    write, parts = getattr(operator, f"i{name.rstrip('_')}"), [torch.tensor([1, 2]), torch.tensor([3, 1])]
+    total = plain = torch.tensor([5, 6])
+    total = write(total, PerMode(parts))
+    assert_parts(total, [getattr(operator, name)(plain, part) for part in parts])
+    assert plain.tolist() == [5, 6]
+    before = [part.clone() for part in total.parts]
+
+    def write_and_raise() -> None:
+        with undoable():
+            write(total, 1)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write_and_raise()
+    assert_parts(total, before)
 
 
 def test_what_python_sees_has_to_be_equal() -> None:

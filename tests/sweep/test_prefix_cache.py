@@ -1,4 +1,4 @@
-"""What comes before the first layer with a mode is computed once for all chunks of modes, if it is alike."""
+"""Chunks of modes compute what precedes the first layer with a mode once, as long as that gives the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modes that go through a validation step together score what they score one by one."""
+"""Joint evaluation scores every mode as a validation of its own does, and ends where a step does not allow it."""
 
 from __future__ import annotations
 
@@ -14,33 +14,35 @@ from lightning_bln.callbacks.evaluation import Evaluation
 
 
 @pytest.fixture
-def parted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """How batches were gone through."""
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The way each batch was evaluated."""
     log: list[str] = []
-    together, turns = Evaluation.step_together, Evaluation.step_in_turns
+    jointly, per_mode = Evaluation.step_jointly, Evaluation.step_per_mode
 
-    def step_together(self: Any, *args: Any) -> bool:
-        went = together(self, *args)
-        log.append("together" if went else "parted")
-        return went
+    def step_jointly(self: Any, *args: Any) -> bool:
+        is_done = jointly(self, *args)
+        log.append("joint" if is_done else "undone")
+        return is_done
 
-    def step_in_turns(self: Any, *args: Any) -> None:
-        turns(self, *args)
-        log.append("turns")
+    def step_per_mode(self: Any, *args: Any) -> None:
+        per_mode(self, *args)
+        log.append("per mode")
 
-    monkeypatch.setattr(Evaluation, "step_together", step_together)
-    monkeypatch.setattr(Evaluation, "step_in_turns", step_in_turns)
+    monkeypatch.setattr(Evaluation, "step_jointly", step_jointly)
+    monkeypatch.setattr(Evaluation, "step_per_mode", step_per_mode)
     return log
 
 
-def test_all_that_is_no_number_goes_together(parted: list[str]) -> None:
+def test_what_differs_and_stays_a_tensor_is_evaluated_jointly(steps: list[str]) -> None:
     model, callback = zoo.Rich(numbers=False), zoo.chooser()
     zoo.fitted(model, callback, max_epochs=2)
     zoo.assert_same_table(zoo.oracle(model), callback)
-    assert parted == ["turns", "together", "together", "together", "together", "together"]
+    assert steps == ["per mode", "joint", "joint", "joint", "joint", "joint"]
 
 
-def test_chunks_go_together_from_the_first_batch_on(parted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_are_evaluated_jointly_after_the_verification_batch(
+    steps: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         "lightning_bln.sweep.shared_module.BYTES", 5 * 20 * 8 * 4
     )  # five modes of a batch of 20, 8 wide
@@ -50,10 +52,10 @@ def test_chunks_go_together_from_the_first_batch_on(parted: list[str], monkeypat
     zoo.fitted(model, callback, max_epochs=2)
     zoo.assert_same_table(zoo.oracle(model), callback)
     assert chunks == [5]
-    assert parted == ["turns", "together", "together", "together", "together", "together"]
+    assert steps == ["per mode", "joint", "joint", "joint", "joint", "joint"]
 
 
-def test_out_of_memory_means_smaller_chunks(parted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_means_smaller_chunks(steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     class Small(torch.nn.Module):
         limit = 16 * 20
 
@@ -74,19 +76,19 @@ def test_out_of_memory_means_smaller_chunks(parted: list[str], monkeypatch: pyte
     zoo.fitted(model, callback)
     zoo.assert_same_table(zoo.oracle(model), callback)
     assert chunks == [4]
-    assert parted == ["turns", "together", "together"]
+    assert steps == ["per mode", "joint", "joint"]
 
 
-def test_numbers_take_turns(parted: list[str]) -> None:
+def test_numbers_need_per_mode_evaluation(steps: list[str]) -> None:
     zoo.fitted(zoo.Rich(), zoo.chooser())
-    assert parted == ["turns"] * 3
+    assert steps == ["per mode"] * 3
 
 
-def test_loaders_one_after_the_other(parted: list[str]) -> None:
+def test_loaders_one_after_the_other(steps: list[str]) -> None:
     model, callback = zoo.Rich(numbers=False), zoo.chooser("val_loss/dataloader_idx_1")
     zoo.fitted(model, callback, data=[zoo.val_data(), zoo.val_data(30, 3)])
     zoo.assert_same_table(zoo.oracle(model, [zoo.val_data(), zoo.val_data(30, 3)]), callback)
-    assert parted == ["turns", "together", "together", "together", "together"]
+    assert steps == ["per mode", "joint", "joint", "joint", "joint"]
 
 
 def look_at_number(model: Any, loss: Tensor) -> None:
@@ -103,8 +105,15 @@ def add_into_buffer(model: Any, loss: Tensor) -> None:
     model.late.add_(loss)
 
 
-@pytest.mark.parametrize("part", [look_at_number, draw, add_into_buffer])
-def test_modes_part_with_what_they_have(parted: list[str], part: Any) -> None:
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        (look_at_number, "__float__ gives"),
+        (draw, "a step draws random numbers"),
+        (add_into_buffer, "add_ writes what differs between modes into a tensor that all have"),
+    ],
+)
+def test_modes_keep_what_they_have_gathered_jointly(steps: list[str], part: Any, reason: str) -> None:
     class Late(zoo.Rich):
         def __init__(self) -> None:
             super().__init__(numbers=False)
@@ -131,10 +140,12 @@ def test_modes_part_with_what_they_have(parted: list[str], part: Any) -> None:
     model, callback = Late(), zoo.chooser()
     zoo.fitted(model, SameSeed(), callback)
     zoo.assert_same_table(zoo.oracle(model, None, SameSeed()), callback)
-    assert parted == ["turns", "parted", "turns", "turns"]
+    assert steps == ["per mode", "undone", "per mode", "per mode"]
+    assert callback.result is not None
+    assert (callback.result.reason or "").startswith(reason)
 
 
-def test_a_layer_called_past_the_shared_forward_takes_turns(parted: list[str]) -> None:
+def test_a_layer_called_past_the_shared_forward_needs_per_mode_evaluation(steps: list[str]) -> None:
     class Twice(zoo.Simple):
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
             loss = super().validation_step(batch, batch_idx)
@@ -146,12 +157,13 @@ def test_a_layer_called_past_the_shared_forward_takes_turns(parted: list[str]) -
     torch.manual_seed(0)
     callback = zoo.chooser()
     zoo.fitted(Twice(), callback)
-    assert parted == ["turns", "parted", "turns", "turns"]
+    assert steps == ["per mode", "undone", "per mode", "per mode"]
     assert callback.result is not None
+    assert callback.result.reason == "a layer is called outside of what the modes share"
     assert len({round(values["inner"], 6) for values in callback.result.scores.values()}) > 4
 
 
-def test_an_error_of_the_users_comes_through(parted: list[str]) -> None:
+def test_an_error_of_the_users_comes_through(steps: list[str]) -> None:
     class Broken(zoo.Simple):
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
             if batch_idx == 2 and not self.trainer.sanity_checking:
@@ -160,10 +172,10 @@ def test_an_error_of_the_users_comes_through(parted: list[str]) -> None:
 
     with pytest.raises(KeyError, match="the user's own"):
         zoo.fitted(Broken(), zoo.chooser())
-    assert parted == ["turns", "together", "parted"]
+    assert steps == ["per mode", "joint", "undone"]
 
 
-def test_the_end_of_the_epoch_may_look_at_numbers(parted: list[str]) -> None:
+def test_the_end_of_the_epoch_may_look_at_numbers(steps: list[str]) -> None:
     class Ends(zoo.Rich):
         def on_validation_epoch_end(self) -> None:
             self.log("seen", float(self.total) + float(self.last_loss))
@@ -172,4 +184,4 @@ def test_the_end_of_the_epoch_may_look_at_numbers(parted: list[str]) -> None:
     model, callback = Ends(numbers=False), zoo.chooser()
     zoo.fitted(model, callback)
     zoo.assert_same_table(zoo.oracle(model), callback)
-    assert parted == ["turns", "together", "together"]
+    assert steps == ["per mode", "joint", "joint"]

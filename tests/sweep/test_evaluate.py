@@ -1,0 +1,86 @@
+"""The sweep without a Trainer: scores equal evaluating each mode alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_bln import ALL_MODES, set_mode
+from lightning_bln.modes import mode_layers
+from lightning_bln.sweep import sweep_modes
+from tests.sweep.networks import MODELS, first, prepared
+
+
+class Hits:
+    """A metric with a state, as torchmetrics has them."""
+
+    def __init__(self) -> None:
+        self.right, self.all = 0, 0
+
+    def update(self, out: Tensor, y: Tensor) -> None:
+        self.right += int((out.argmax(-1) == y).sum())
+        self.all += len(y)
+
+    def compute(self) -> float:
+        return self.right / self.all
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_equal_evaluating_each_mode_alone(name: str) -> None:
+    model, batches, _ = prepared(name)
+    model.train()
+    torch.manual_seed(1)
+    result = sweep_modes(
+        model,
+        batches,
+        lambda batch: (first(model(batch[0])), batch[1]),
+        {"loss": F.cross_entropy, "acc": Hits()},
+    )
+    assert model.training
+    assert result.reason is None
+    assert {layer.mode for layer in mode_layers(model)} == {"ppcc"}
+    model.eval()
+    losses = {}
+    for mode in ALL_MODES:
+        set_mode(model, mode)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            outs = [first(model(x)) for x, _ in batches]
+        losses[mode] = sum(float(F.cross_entropy(o, y)) * len(y) for o, (_, y) in zip(outs, batches, strict=True)) / 19
+        assert result.scores[mode]["loss"] == pytest.approx(losses[mode], rel=1e-5)
+        right = sum(int((o.argmax(-1) == y).sum()) for o, (_, y) in zip(outs, batches, strict=True))
+        assert result.scores[mode]["acc"] == pytest.approx(right / 19, abs=1e-6)
+    assert len({round(value, 5) for value in losses.values()}) >= 8
+    assert losses[result.best()] == pytest.approx(min(losses.values()), rel=1e-5)  # two may be equal but for rounding
+
+
+def test_bad_arguments_are_named() -> None:
+    model, batches, _ = prepared("perceptron")
+
+    def predict(batch: Any) -> Any:
+        return model(batch[0]), batch[1]
+
+    metrics = {"loss": F.cross_entropy}
+    with pytest.raises(ValueError, match="metrics is empty"):
+        sweep_modes(model, batches, predict, {})
+    with pytest.raises(ValueError, match="modes is empty"):
+        sweep_modes(model, batches, predict, metrics, [])
+    with pytest.raises(ValueError, match="batches is empty"):
+        sweep_modes(model, [], predict, metrics)
+    with pytest.raises(ValueError, match="monitor='f1'"):
+        sweep_modes(model, batches, predict, metrics, monitor="f1")
+    with pytest.raises(ValueError, match="no layer with a statistics mode"):
+        sweep_modes(nn.Linear(2, 2), batches, predict, metrics)
+    with pytest.raises(ValueError, match="mode='up'"):
+        sweep_modes(model, batches, predict, metrics, mode="up")  # type: ignore[arg-type]
+
+
+def test_the_result_says_why_modes_share_no_forward() -> None:
+    model, batches, _ = prepared("perceptron")
+    model[2].register_forward_hook(lambda *_: None)
+    found = sweep_modes(model, batches, lambda batch: (model(batch[0]), batch[1]), {"loss": F.cross_entropy})
+    assert "forward hooks inside" in (found.reason or "")
