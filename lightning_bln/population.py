@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_bln._torch import set_buffers
+from lightning_bln._torch import own_buffers
 from lightning_bln.distributed import in_step, is_distributed
 from lightning_bln.equation import Statistics
 from lightning_bln.functional import check_choice
@@ -146,7 +146,7 @@ class Population(nn.Module):
 
     def reset(self) -> None:
         """Empty the gathered moments; frozen statistics stay."""
-        set_buffers(self, {name: getattr(self, name)[:0] for name in Moments._fields})
+        own_buffers(self).update({name: getattr(self, name)[:0] for name in Moments._fields})
 
     def at(self, positions: tuple[int, ...]) -> tuple[Statistics, Tensor]:
         """Frozen statistics and batch size at the leading ``positions``, with a feature axis of size 1 or ``d``."""
@@ -199,7 +199,7 @@ class Population(nn.Module):
                 for buffer, value in pairs:
                     buffer.copy_(value)
                 return
-        set_buffers(self, {name: lasting(value) for name, value in values.items()})
+        own_buffers(self).update({name: lasting(value) for name, value in values.items()})
 
     def _follow(self, values: list[Tensor], momentum: float) -> None:
         """Move the frozen statistics towards ``values``; positions that only one of them has are taken as they are."""
