@@ -39,7 +39,7 @@ make_wrapper_subclass = Tensor._make_wrapper_subclass
 
 
 def writes(tensor: Tensor) -> int:
-    """How often ``tensor`` has been written into, which autograd counts and no public name tells."""
+    """Number of times ``tensor`` has been written into: autograd's count, which has no public name."""
     return tensor._version
 
 

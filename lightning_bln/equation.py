@@ -128,7 +128,7 @@ def statistics_of(
 
 
 def observation(statistics: Statistics, equation: Equation, places: tuple[int, ...], like: Tensor) -> Statistics:
-    """What a population takes in of a batch: a value for each place, zero and one where the equation uses none.
+    """Statistics of a batch as a population takes them: one for each place, zero and one where the equation uses none.
 
     Args:
         statistics: Batch statistics of ``(*places, d)`` numbers, feature statistics of ``(*places)``, in any shape.

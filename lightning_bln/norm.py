@@ -13,7 +13,7 @@ from lightning_bln._torch import is_autocast_enabled
 from lightning_bln.distributed import is_distributed, joint_batch
 from lightning_bln.equation import Equation, Source, Statistics, Uses, mixing_row, normalize_by, observation
 from lightning_bln.functional import NORMS, check_choice, check_input, mixing_weights, scale_factor
-from lightning_bln.kernels.batch_layer_norm import DenseSettings, dense, dense_in_modes, runs_compiled
+from lightning_bln.kernels.batch_layer_norm import DenseSettings, dense, dense_in_modes, runs_fused
 from lightning_bln.kernels.library import bits_of
 from lightning_bln.modes import FanOut, HasMode, StatisticsMode
 from lightning_bln.population import Observed, Population, check_state_dict
@@ -112,7 +112,7 @@ class Normalization(HasMode):
         places = (1,) if is_shared else tuple(x.shape[batch_axis + 1 : -1])
         source, batch_size = self._source(places)
         equation = self._equation(x.shape[batch_axis] if batch_size is None else batch_size)
-        if not (fan is not None and torch.is_grad_enabled()) and runs_compiled(x, self.weight):
+        if not (fan is not None and torch.is_grad_enabled()) and runs_fused(x, self.weight):
             y, observed = normalize_fused(x, equation, source, over, self.training, None if fan is None else fan.modes)
         else:
             y, observed = normalize_by(x, equation, source, over, observes=self.training)

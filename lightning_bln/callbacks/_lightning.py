@@ -59,7 +59,7 @@ def evaluation_loop(trainer: Any) -> Any:
 
 
 def results(loop: Any) -> Any:
-    """Where ``self.log`` puts what it is given during this loop."""
+    """The collection that ``self.log`` fills during this loop."""
     return loop._results
 
 
@@ -115,7 +115,7 @@ def plain_row(row: Any) -> Any:
 
 
 def logged_outputs(loop: Any) -> list[dict[str, Any]]:
-    """What each dataloader has logged: the loop hands it to the loggers and returns it from ``validate``."""
+    """Logged values of each dataloader, which the loop hands to the loggers and ``validate`` returns."""
     return loop._logged_outputs
 
 

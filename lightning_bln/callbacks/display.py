@@ -1,4 +1,4 @@
-"""What a person sees: the progress bars, figures and hyperparameters in loggers, the table."""
+"""Display of a sweep: progress bars, the table, figures and hyperparameters in loggers."""
 
 from __future__ import annotations
 

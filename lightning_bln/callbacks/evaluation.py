@@ -79,7 +79,7 @@ class Evaluation:
         return self.reason is None and len(self.others) > 1
 
     def obstacle(self) -> str | None:
-        """Why joint evaluation is impossible from the start, or None."""
+        """Obstacle to joint evaluation from the start, or None."""
         if self.shared is None:
             return "weights are sharded" if is_sharded(self.trainer.strategy.model) else "shares_forwards is False"
         if self.trainer.world_size > 1:

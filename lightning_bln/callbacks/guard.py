@@ -22,7 +22,7 @@ BYTES = 2**28
 
 
 class NotRegroupable(Exception):
-    """Why these batches cannot be taken apart and put together again."""
+    """Batches cannot be regrouped, for the reason in the message."""
 
 
 @dataclass

@@ -43,7 +43,7 @@ class DenseSettings(NamedTuple):
     eps: float
 
 
-def runs_compiled(x: Tensor, weight: Tensor | None) -> bool:
+def runs_fused(x: Tensor, weight: Tensor | None) -> bool:
     """Whether ``x``, shaped ``(rows, positions, features)``, can run fused."""
     return (
         x.device.type == "cpu"

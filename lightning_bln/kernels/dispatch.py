@@ -62,12 +62,12 @@ class Operator(Generic[I, C, S]):
 
     @cached_property
     def differentiable(self) -> int:
-        """How many of the outputs have a gradient."""
+        """Number of outputs that have a gradient."""
         return self.gradients.count(",") + 1
 
     @cached_property
     def bounds(self) -> tuple[int, int]:
-        """Where the inputs end among the operator's arguments, and where the constants do."""
+        """End of the inputs and end of the constants among the operator's arguments."""
         return len(self.inputs._fields), len(self.inputs._fields) + len(self.constants._fields)
 
     def split(self, tensors: Sequence[Any]) -> tuple[I, C, Sequence[Any]]:

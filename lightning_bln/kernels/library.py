@@ -144,7 +144,7 @@ def available() -> dict[str, str | None]:
 def variant() -> str | None:
     """Name of the instruction set that the loaded library was built for."""
     library = load()
-    return None if library is None else Path(library._name).name.split(".")[0].removeprefix("_recurrence_")
+    return None if library is None else library.variant
 
 
 @torch.compiler.assume_constant_result
@@ -232,6 +232,7 @@ def open_library(variant: str) -> ctypes.CDLL | None:
     if built_from is None or built_from() != layout_hash():
         warnings.warn(f"{path.name} was built from other sources than this package's; install it again", stacklevel=2)
         return None
+    library.variant = variant  # type: ignore[attr-defined]
     share_threads(library)
     return library
 

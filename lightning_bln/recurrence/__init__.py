@@ -1,1 +1,1 @@
-"""How a cell runs over time: the reference in plain torch operations, and faster ways with the same results."""
+"""A cell over time: the reference in plain torch operations, and faster ways with the same results."""

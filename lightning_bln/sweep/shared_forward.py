@@ -53,7 +53,7 @@ class SharedForward:
 
     @property
     def failure(self) -> str | None:
-        """Why no module can be shared; None if one is, or may yet be."""
+        """Reason that no module can be shared; None if one is, or may yet be."""
         if self.is_active:
             return None
         return self.state.failure or "there are forward hooks inside every module that holds all BLN layers"

@@ -50,7 +50,7 @@ def test_the_layer_in_every_mode(mode, positions, monkeypatch) -> None:
     grad, results = torch.randn_like(x), []
     for compiled in (True, False):
         if not compiled:
-            monkeypatch.setattr("lightning_bln.norm.runs_compiled", lambda *_: False)
+            monkeypatch.setattr("lightning_bln.norm.runs_fused", lambda *_: False)
         y = layer(x)
         results.append([y, *torch.autograd.grad(y, (x, layer.weight, layer.bias), grad)])
     for value, other in zip(*results, strict=True):

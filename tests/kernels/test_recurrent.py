@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_bln import ALL_MODES, BLNLSTM, Recurrent, recompute_population, set_mode
+from lightning_bln import ALL_MODES, BLNLSTM, recompute_population, set_mode
 from lightning_bln.kernels import recurrent
 from lightning_bln.recurrence import reference
+from lightning_bln.recurrence.regularization import Regularization
 from tests.kernels.helpers import (
     LAYERS,
     RAGGED,
@@ -115,7 +116,7 @@ def test_every_mode_of_evaluation(kind, norm, mode, lengths) -> None:
 def test_recurrent_dropout(kind, lengths, recompute, monkeypatch) -> None:
     """The same mask on both sides: every unit's, drawn here."""
     mask = (torch.rand(5, 9) < 0.6).double() / 0.6
-    monkeypatch.setattr(Recurrent, "_mask", lambda self, like, probability: mask if probability else None)
+    monkeypatch.setattr(Regularization, "mask", lambda self, like, probability: mask if probability else None)
     compare(kind, sequences(lengths, 6, 5, 3, torch.float64), 5, (3, 9), recurrent_dropout=0.4, recompute=recompute)
 
 
