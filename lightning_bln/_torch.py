@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
+
+from lightning_bln._scoped import setting
 
 tree_flatten, tree_map, tree_unflatten = _pytree.tree_flatten, _pytree.tree_map, _pytree.tree_unflatten
 """Walk nested batches, outputs and loaders, with the types that libraries have registered; torch has no public name."""
@@ -54,3 +59,18 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether hooks run before or after the module's forward; public names only add them."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+EXTRA_STATE = "_extra_state"
+"""The state-dict key of ``get_extra_state``; torch documents the method, not the key."""
+
+
+def without_buffers(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    """Within the context ``modules`` have no buffers; no public name takes them all away and gives them back."""
+    return setting(modules, _buffers={})
+
+
+def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
+    """Exclude buffers from DDP's broadcast, which would replace every rank's statistics by those of rank 0."""
+    before = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
+    module._ddp_params_and_buffers_to_ignore = [*before, *(name for name in names if name not in set(before))]  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Every private name of lightning that the callback uses, each with its reason, and a check that it is there."""
+"""Private names of lightning and torchmetrics that the callbacks use, each with its reason, checked at import."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
+from torchmetrics import Metric
+
+from lightning_bln._scoped import setting
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
-"""The two names under which the same Trainer is distributed; a Trainer takes callbacks of its own namespace only."""
+"""The two packages that distribute the Trainer; each accepts only callbacks of its own ``Callback`` class."""
 
 
 def namespaces() -> list[str]:
-    """The namespaces a callback made now should belong to: those in use, else the first that is installed."""
+    """The namespaces whose callbacks a new one must be: all imported so far, else the first installed."""
     loaded = [name for name in NAMESPACES if name in sys.modules]
     if loaded:
         return loaded
@@ -29,12 +33,12 @@ def namespaces() -> list[str]:
 
 
 def callback_bases() -> tuple[type, ...]:
-    """The ``Callback`` classes of the namespaces in use."""
+    """The ``Callback`` class of each of :func:`namespaces`."""
     return tuple(importlib.import_module(name).Callback for name in namespaces())
 
 
 def namespace_of(trainer: Any) -> str:
-    """The namespace ``trainer`` comes from."""
+    """The namespace of the Trainer's class."""
     for base in type(trainer).__mro__:
         for name in NAMESPACES:
             if base.__module__.startswith(name + "."):
@@ -54,25 +58,25 @@ def lightning_base(module: nn.Module) -> type[nn.Module]:
 
 
 def evaluation_loop(trainer: Any) -> Any:
-    """The validation loop now running: ``fit`` and ``validate`` have one each, and no public name tells which."""
+    """The running validation loop; ``fit`` and ``validate`` have one each, and no public name tells which is active."""
     return trainer._evaluation_loop
 
 
 def results(loop: Any) -> Any:
-    """The collection that ``self.log`` fills during this loop."""
+    """The result collection that ``self.log`` fills during this loop."""
     return loop._results
 
 
 def swap_results(loop: Any, collection: Any) -> Any:
-    """Let ``self.log`` fill ``collection``; returns the one it filled before."""
+    """Make ``self.log`` fill ``collection`` and return the previous one."""
     before, loop._results = loop._results, collection
     return before
 
 
 def new_results(loop: Any, has_bar: bool = True) -> Any:
-    """A collection for a run; its class is private, but the loop has one to take the class from.
+    """An empty result collection; its class is private, so it is taken from the loop's own.
 
-    Without ``has_bar`` nothing is turned into a number for a progress bar: jointly evaluated modes have none in common.
+    Without ``has_bar`` it computes no progress-bar metrics: a value of joint evaluation is no single number.
     """
     results = mode_results(type(loop._results))(training=False)  # type: ignore[arg-type]
     results.has_bar = has_bar
@@ -81,7 +85,10 @@ def new_results(loop: Any, has_bar: bool = True) -> Any:
 
 @cache
 def mode_results(base: Any) -> type:
-    """``base``, but a row that already lies where it is asked to go does not rebuild itself at every ``self.log``."""
+    """A subclass of the result collection ``base`` whose rows skip ``to`` where they already are on the device.
+
+    Lightning calls ``to`` at every ``self.log``, and it rebuilds the row each time.
+    """
 
     def set_row(self: Any, key: str, row: Any) -> None:
         row.__dict__["to"] = partial(move_row, row)
@@ -101,37 +108,38 @@ def mode_results(base: Any) -> type:
 
 
 def move_row(row: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
+    """``row.to(device)``, or ``row`` itself where that would change nothing."""
     value = row.__dict__.get("value")
-    # a metric's row has no value yet, or one that the user has put where it belongs
+    # the row of a metric object has no value yet, or the user's object, which is not ours to move
     if not row.is_tensor or (value is not None and value.device == device):
         return row
     return type(row).to(row, device, *args, **kwargs)
 
 
 def plain_row(row: Any) -> Any:
-    """A row as lightning made it, to be given back."""
+    """A row without our ``to``, as lightning makes it."""
     row.__dict__.pop("to", None)
     return row
 
 
 def logged_outputs(loop: Any) -> list[dict[str, Any]]:
-    """Logged values of each dataloader, which the loop hands to the loggers and ``validate`` returns."""
+    """Metrics logged for each dataloader, which the loop passes to the loggers and returns from ``validate``."""
     return loop._logged_outputs
 
 
 def is_sequential(loop: Any) -> bool:
-    """Whether dataloaders run one after the other, each with metrics of its own."""
+    """Whether dataloaders run one after the other, each with its own metrics."""
     return loop._is_sequential
 
 
 def current_hook(module: Any) -> str | None:
-    """The hook ``self.log`` believes to be in; it decides how a value is reduced."""
+    """The hook that ``self.log`` takes itself to be called from; it decides how a value is reduced."""
     return module._current_fx_name
 
 
 def set_current_hook(module: Any, name: str | None) -> None:
-    """See :func:`current_hook`."""
-    # no parameter, module or buffer, which is what the module's own way of setting would look for first
+    """Set :func:`current_hook`."""
+    # past nn.Module.__setattr__, which searches parameters, modules and buffers: this runs several times a step
     module.__dict__["_current_fx_name"] = name
 
 
@@ -177,11 +185,16 @@ class Ignored:
     def __setitem__(self, index: Any, value: Any) -> None: ...
 
 
-def log_as_named(trainer: Any, module: Any, values: dict[str, float]) -> None:
-    """Log many numbers as ``self.log`` does in a callback's hook at the end of an epoch, at a tenth of its cost.
+def in_hook(module: Any, name: str) -> AbstractContextManager[None]:
+    """Within the context, ``name`` is :func:`current_hook`."""
+    return setting([module], _current_fx_name=name)
 
-    Names may hold a dataloader's index, which ``self.log`` refuses before lightning 2.5.3. A ``self.log`` has to come
-    first in the hook: it turns the page for a new epoch.
+
+def log_as_named(trainer: Any, module: Any, values: dict[str, float]) -> None:
+    """Log many numbers in a callback's hook at the end of an epoch, at a tenth of the cost of ``self.log``.
+
+    Names may hold a dataloader's index, which ``self.log`` refuses before lightning 2.5.3. The hook must call
+    ``self.log`` first, which resets the collection for a new epoch.
     """
     collection, hook = results(evaluation_loop(trainer)), current_hook(module)
     for name, value in values.items():
@@ -193,38 +206,38 @@ def log_as_named(trainer: Any, module: Any, values: dict[str, float]) -> None:
 
 
 CONNECTOR_METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
-"""The dictionaries behind ``trainer.callback_metrics`` and its two siblings, in the order callback, log, pbar."""
+"""The dictionaries behind ``callback_metrics``, ``logged_metrics`` and ``progress_bar_metrics`` of a Trainer."""
 
 
 def connector(trainer: Any) -> Any:
-    """Holds those dictionaries, and the hook last logged from, by which it knows when to reset values."""
+    """The owner of those dictionaries and of ``_current_fx``, the hook last logged from, which tells when to reset."""
     return trainer._logger_connector
 
 
 def train_loader(trainer: Any) -> Any:
-    """The combined training loader: the public property gives its parts, not how they are combined."""
+    """The combined training loader; the public property gives its parts, not how they are combined."""
     return trainer.fit_loop._combined_loader
 
 
+def recombined(combined: Any, loaders: Any) -> Any:
+    """Other loaders combined as ``combined`` combines its own; it has no public name for its mode."""
+    other = type(combined)(loaders, combined._mode)
+    other.limits = combined.limits
+    return other
+
+
 def before_batch_transfer(module: Any, batch: Any, dataloader_idx: int) -> Any:
-    """Runs the user's hook of that name exactly when the Trainer would."""
+    """Run the user's hook ``on_before_batch_transfer`` exactly where the Trainer would."""
     return module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
 
 
-def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
-    """Keep buffers out of DDP's broadcast, which would replace every rank's statistics by those of rank 0."""
-    before = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
-    module._ddp_params_and_buffers_to_ignore = [*before, *(name for name in names if name not in set(before))]  # type: ignore[assignment]
-
-
 def averaged_model(callback: Any) -> Any:
-    """The averaged copy a ``WeightAveraging`` callback keeps, or None; it has no public name."""
+    """The averaged copy that a ``WeightAveraging`` callback keeps, or None; it has no public name."""
     return getattr(callback, "_average_model", None)
 
 
 SWAPS = ("_swap_models", "_copy_average_to_current")
-"""How ``WeightAveraging`` exchanges weights and buffers with its copy: by position, whatever their shapes."""
-
+"""The methods in which ``WeightAveraging`` exchanges weights and buffers with its copy, pairing them by position."""
 
 ROW_VALUES = ("value", "cumulated_batch_size", "has_reset", "_forward_cache", "_computed", "_update_count")
 """What a row of results has gathered, as opposed to how it gathers; rows have no public way to tell."""
@@ -239,72 +252,84 @@ BACK_REFERENCES = frozenset({"_trainer", "_fabric"})
 """What a LightningModule refers to and does not hold, so that a search for its state must not follow."""
 
 
-def attributes_set(cls: type) -> set[str]:
-    """Names that ``__init__`` of ``cls`` mentions: instance attributes leave no other trace on a class."""
-    code = inspect.unwrap(cls.__init__).__code__  # type: ignore[misc]
-    return {*code.co_names, *(one for one in code.co_consts if isinstance(one, str))}
-
-
 def required(namespace: str) -> Iterator[tuple[str, bool]]:
-    """Each private name used above with whether the installed version has it."""
-    loops = importlib.import_module(f"{namespace}.loops.evaluation_loop")
-    fit = importlib.import_module(f"{namespace}.loops.fit_loop")
-    connectors = f"{namespace}.trainer.connectors.logger_connector"
-    logging = importlib.import_module(f"{connectors}.logger_connector")
-    row = attributes_set(importlib.import_module(f"{connectors}.result")._ResultMetric)
-    metric = attributes_set(importlib.import_module("torchmetrics").Metric)
-    hparams = importlib.import_module(f"{namespace}.utilities.parsing").save_hyperparameters.__code__.co_names
-    trainer = importlib.import_module(namespace).Trainer
-    module = importlib.import_module(namespace).LightningModule
-    loop = attributes_set(loops._EvaluationLoop)
-    yield "Trainer._evaluation_loop", hasattr(trainer, "_evaluation_loop")
-    yield "Trainer._logger_connector", "_logger_connector" in attributes_set(trainer)
-    yield "_EvaluationLoop._results", "_results" in loop
-    yield "_EvaluationLoop._logged_outputs", "_logged_outputs" in loop
-    yield "_EvaluationLoop._is_sequential", hasattr(loops._EvaluationLoop, "_is_sequential")
-    yield "_FitLoop._combined_loader", "_combined_loader" in attributes_set(fit._FitLoop)
-    yield "LightningModule._current_fx_name", "_current_fx_name" in attributes_set(module)
-    yield "LightningModule._on_before_batch_transfer", hasattr(module, "_on_before_batch_transfer")
-    for name in sorted(BACK_REFERENCES):
-        yield f"LightningModule.{name}", name in attributes_set(module)
-    for name in sorted(HPARAMS):
-        yield f"LightningModule.{name}", name in hparams
-    for name in ROW_VALUES:
-        yield f"_ResultMetric.{name}", name in row | metric
-    for name in sorted(METRIC_INTERNALS):
-        yield f"torchmetrics.Metric.{name}", name in metric
-    names = attributes_set(logging._LoggerConnector)
-    for name in (*CONNECTOR_METRICS, "_current_fx"):
-        yield f"_LoggerConnector.{name}", name in names
+    """Each private name used above, with whether the installed version has it."""
+
+    def part(path: str) -> Any:
+        return importlib.import_module(f"{namespace}.{path}")
+
+    connectors, lightning = "trainer.connectors.logger_connector", importlib.import_module(namespace)
+    names: dict[type, tuple[str, ...]] = {
+        lightning.Trainer: ("_evaluation_loop", "_logger_connector"),
+        lightning.LightningModule: ("_current_fx_name", "_on_before_batch_transfer", *sorted(BACK_REFERENCES)),
+        part("loops.evaluation_loop")._EvaluationLoop: ("_results", "_logged_outputs", "_is_sequential"),
+        part("loops.fit_loop")._FitLoop: ("_combined_loader",),
+        part("utilities.combined_loader").CombinedLoader: ("_mode",),
+        part(f"{connectors}.logger_connector")._LoggerConnector: (*CONNECTOR_METRICS, "_current_fx"),
+        part(f"{connectors}.result")._ResultCollection: ("dataloader_idx", "metrics", "update_metrics", "log"),
+        part(f"{connectors}.result")._ResultMetric: ("is_tensor", "meta", *ROW_VALUES),
+    }
+    averaging = getattr(part("callbacks"), "WeightAveraging", None)  # from lightning 2.6 on
+    if averaging is not None:
+        names[averaging] = ("_average_model", *SWAPS)
+    for owner, wanted in names.items():
+        yield from has_names(owner, wanted)
+    hparams = part("utilities.parsing").save_hyperparameters.__code__.co_names
+    yield from ((f"LightningModule.{name}", name in hparams) for name in sorted(HPARAMS))
+    yield from has_names(importlib.import_module("torchmetrics").Metric, sorted(METRIC_INTERNALS))
+
+
+def has_names(owner: type, names: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Names of a class, each with whether it has it; instance attributes count where an ``__init__`` names them."""
+    inits = [inspect.unwrap(base.__init__) for base in owner.__mro__]  # type: ignore[misc]
+    codes = [init.__code__ for init in inits if inspect.isfunction(init)]
+    set_by_init = {name for code in codes for name in (*code.co_names, *code.co_consts) if isinstance(name, str)}
+    for name in names:
+        yield f"{owner.__name__}.{name}", hasattr(owner, name) or name in set_by_init
 
 
 def check(namespace: str) -> None:
     """Raise where a private name is gone.
 
     Raises:
-        ImportError: The installed lightning lacks something the callback needs.
+        ImportError: The installed lightning or torchmetrics lacks something the callback needs.
+    """
+    user = "lightning_bln.callbacks"
+    require(user, namespace, required(namespace), "lightning==2.6.6")
+    require(user, "torchmetrics", has_names(Metric, ("_computed", "_update_count")), "torchmetrics==1.9.0")
+
+
+def require(user: str, library: str, names: Iterable[tuple[str, bool]], known: str) -> None:
+    """Raise where a library lacks a private name.
+
+    Args:
+        user: The package that needs the names.
+        library: The library's module; the error gives its version.
+        names: Each name with whether the library has it.
+        known: A requirement for pip that has them all.
+
+    Raises:
+        ImportError: A name is missing, or looking for one failed.
     """
     try:
-        missing = [name for name, is_there in required(namespace) if not is_there]
+        missing = [name for name, is_there in names if not is_there]
     except (ImportError, AttributeError) as error:
         missing = [str(error)]
     if missing:
-        version = importlib.import_module(namespace.partition(".")[0]).__version__
-        if any(name.startswith("torchmetrics.") for name in missing):
-            version += f" with torchmetrics {importlib.import_module('torchmetrics').__version__}"
+        version = importlib.import_module(library.partition(".")[0]).__version__
         raise ImportError(
-            f"lightning_bln.callbacks does not know {namespace} {version}: it lacks {', '.join(missing)}; "
-            "install lightning==2.6.6, or a newer lightning-bln"
+            f"{user} does not know {library} {version}: it lacks {', '.join(missing)}; "
+            f"install {known}, or a newer lightning-bln"
         )
 
 
 def takes_dataloader_iter(step: Any) -> bool:
-    """Whether a step asks for the dataloader's iterator in place of batches."""
+    """Whether a step takes the dataloader's iterator in place of batches."""
     return "dataloader_iter" in inspect.signature(step).parameters
 
 
 def takes_batch_idx(step: Any) -> bool:
-    """Whether a step is called with the batch's index: as lightning decides it, by name or by a second parameter."""
+    """Whether lightning passes the batch's index to a step, by the rule it applies: a name, or a second parameter."""
     parameters = inspect.signature(step).parameters
     named = [one for one in parameters.values() if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
     has_varargs = any(one.kind is one.VAR_POSITIONAL for one in parameters.values())

@@ -1,4 +1,4 @@
-"""Statistics beside averaged weights: a population belongs to the weights it was computed at and has no average."""
+"""Weight averaging without populations: a population belongs to the weights it was computed at and has no average."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_bln._scoped import setting
+from lightning_bln._torch import EXTRA_STATE, without_buffers
 from lightning_bln.callbacks import _lightning
 from lightning_bln.modes import HasMode
 from lightning_bln.population import Population, populations
 
 
-def keep_apart(callback: Any, module: nn.Module) -> None:
+def exclude_populations(callback: Any, module: nn.Module) -> None:
     """Let a ``WeightAveraging`` callback average and exchange everything in ``module`` except populations.
 
-    It pairs buffers by position and copies one into the other: populations grow with the data, so the shapes may
-    differ, and counts would be averaged as if they were weights.
+    It pairs buffers by position and copies one into the other. The shapes of populations may differ, since they grow
+    with the data, and their counts would be averaged like weights.
     """
     averaged = _lightning.averaged_model(callback)
     if not isinstance(averaged, AveragedModel):
@@ -31,11 +33,11 @@ def keep_apart(callback: Any, module: nn.Module) -> None:
 
 
 @contextmanager
-def save_average_alone(callbacks: Iterable[Any], module: nn.Module) -> Iterator[None]:
-    """Within the context checkpoints of weights alone hold the average's, if there is one, as full ones do.
+def saving_average(callbacks: Iterable[Any], module: nn.Module) -> Iterator[None]:
+    """Within the context, weights-only checkpoints hold the averaged weights, if there are any, as full ones do.
 
-    The Trainer asks no callback about them: they would hold the weights still in training, which nobody validated,
-    beside the average's population and mode. It does ask the module.
+    For a weights-only checkpoint the Trainer calls no callback, so that the weights in training would be saved, which
+    nobody validated, beside the average's population and mode. It does call the module.
     """
     averaging = [callback for callback in callbacks if isinstance(_lightning.averaged_model(callback), AveragedModel)]
     if not averaging:
@@ -50,42 +52,28 @@ def save_average_alone(callbacks: Iterable[Any], module: nn.Module) -> Iterator[
             write_statistics(module, checkpoint["state_dict"])
         own(checkpoint)
 
-    module.__dict__["on_save_checkpoint"] = on_save_checkpoint
-    try:
+    with setting([module], on_save_checkpoint=on_save_checkpoint):
         yield
-    finally:
-        module.__dict__.pop("on_save_checkpoint", None)
 
 
 def write_statistics(module: nn.Module, state_dict: dict[str, Any]) -> None:
-    """Put the modes and populations of ``module`` into a checkpoint whose weights may be an average's."""
+    """Write the modes and populations of ``module`` into a state dict whose weights may be an average's."""
     for name, part in module.named_modules():
         prefix = f"{name}." if name else ""
         entries: dict[str, Tensor] = {}
         if isinstance(part, HasMode):
-            entries["_extra_state"] = part.get_extra_state()
+            entries[EXTRA_STATE] = part.get_extra_state()
         if isinstance(part, Population):
             entries |= dict(part.named_buffers(recurse=False))
         state_dict.update({prefix + key: value for key, value in entries.items() if prefix + key in state_dict})
 
 
 def without_populations(function: Callable, *models: nn.Module) -> Callable:
+    """``function``, during which the populations of ``models`` have no buffers."""
+
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with hidden_populations(*models):
+        with without_buffers(population for model in models for population in populations(model)):
             return function(*args, **kwargs)
 
     return wrapped
-
-
-@contextmanager
-def hidden_populations(*models: nn.Module) -> Iterator[None]:
-    found = [population for model in models for population in populations(model)]
-    buffers = [population._buffers for population in found]
-    for population in found:
-        population._buffers = {}
-    try:
-        yield
-    finally:
-        for population, own in zip(found, buffers, strict=True):
-            population._buffers = own

@@ -1,10 +1,11 @@
-"""Display of a sweep: progress bars, the table, figures and hyperparameters in loggers."""
+"""Progress bars, metrics, hyperparameters and figures for loggers, the printed table, the files."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,58 +13,69 @@ import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich.console import Console
 
+from lightning_bln.callbacks import _lightning
+from lightning_bln.modes import ALL_MODES
 from lightning_bln.sweep.result import SweepResult
 
 FIGURE = "bln/modes"
+"""The heat map's name in loggers."""
 
 
 def label_bar(trainer: Any, text: str) -> None:
-    """Say beside the validation bar, of tqdm or of rich, what is going on."""
+    """Replace the description of the validation bar, of tqdm or rich."""
     bar = trainer.progress_bar_callback
     if bar is None or not getattr(bar, "is_enabled", True):
         return
     progress, task = getattr(bar, "progress", None), getattr(bar, "val_progress_bar_id", None)
     if progress is not None and task is not None:
         progress.update(task, description=text)
-    elif "_val_progress_bar" in bar.__dict__ and bar.__dict__["_val_progress_bar"] is not None:
-        bar.val_progress_bar.set_description(text)
+    elif "TQDMProgressBar" in classes(bar):
+        with suppress(TypeError):  # no validation bar has been made yet
+            bar.val_progress_bar.set_description(text)
+
+
+def classes(bar: Any) -> dict[str, type]:
+    """The class of a bar and its bases by name: which of the Trainer's packages they come from does not matter."""
+    return {base.__name__: base for base in type(bar).__mro__}
 
 
 class SweepBar:
-    """A line of the sweep's own under the Trainer's bars, as tqdm or rich draws them; without bars it does nothing."""
+    """The sweep's own progress bar under the Trainer's, of tqdm or rich as theirs; without theirs it does nothing."""
 
     INTERVAL = 0.1
-    """Seconds between two drawings: a mode may take less than drawing does."""
+    """Seconds between two redraws: a mode may take less time than a redraw."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.done, self.next = 0, 0.0
+        self.done, self.next_redraw = 0, 0.0
         self.line: TqdmLine | RichLine | None = None
 
     def start(self, text: str, total: float | None) -> None:
-        """Show ``text`` and how much of ``total`` is done, in place of what was shown before."""
+        """Begin anew with a description and a number of steps, None or infinite where it is unknown."""
         self.close()
         bar = self.trainer.progress_bar_callback
         if bar is None or not bar.is_enabled:
             return
         total = total if total is not None and math.isfinite(total) else None
-        kinds = {base.__name__: base for base in type(bar).__mro__}
-        if "TQDMProgressBar" in kinds:
-            self.line = TqdmLine(bar, kinds["TQDMProgressBar"], text, total)
-        elif "RichProgressBar" in kinds and bar.progress is not None:
+        found = classes(bar)
+        if "TQDMProgressBar" in found:
+            self.line = TqdmLine(bar, found["TQDMProgressBar"], text, total)
+        elif "RichProgressBar" in found and bar.progress is not None:
             self.line = RichLine(bar, text, total)
-        self.done, self.next = 0, 0.0
+        self.done, self.next_redraw = 0, 0.0
 
     def advance(self, steps: int = 1) -> None:
+        """Count steps, and redraw if the last redraw is long enough ago."""
         if self.line is None:
             return
         self.done += steps
         now = time.monotonic()
-        if now >= self.next:
+        if now >= self.next_redraw:
             self.line.show(self.done)
-            self.next = now + self.INTERVAL
+            self.next_redraw = now + self.INTERVAL
 
     def close(self) -> None:
+        """Take the bar away."""
         if self.line is not None:
             self.line.show(self.done)
             self.line.close()
@@ -71,9 +83,11 @@ class SweepBar:
 
 
 class TqdmLine:
-    def __init__(self, bar: Any, kind: type, text: str, total: float | None) -> None:
-        below = 1 if self.is_validating(bar) else 2
-        self.line = sys.modules[kind.__module__].Tqdm(
+    """A tqdm bar of the Trainer's style, in the terminal's line under its bars."""
+
+    def __init__(self, bar: Any, bar_class: type, text: str, total: float | None) -> None:
+        below = 1 if bar.trainer.state.fn == "validate" else 2  # in fit there is a training bar too
+        self.line = sys.modules[bar_class.__module__].Tqdm(
             desc=text,
             total=total,
             position=2 * bar.process_position + below,
@@ -83,11 +97,6 @@ class TqdmLine:
             bar_format=bar.BAR_FORMAT,
         )
 
-    @staticmethod
-    def is_validating(bar: Any) -> bool:
-        """Whether there is no training bar above."""
-        return bool(bar.trainer.state.fn == "validate")
-
     def show(self, done: int) -> None:
         self.line.update(done - self.line.n)
 
@@ -96,7 +105,7 @@ class TqdmLine:
 
 
 class RichLine:
-    """One task for all sweeps of a fit: the Trainer's bar finds its own by their place, so none may be taken away."""
+    """One rich task for all sweeps of a fit, hidden in between: the Trainer finds its tasks by position in the list."""
 
     def __init__(self, bar: Any, text: str, total: float | None) -> None:
         self.bar, self.progress = bar, bar.progress
@@ -114,30 +123,48 @@ class RichLine:
         self.progress.update(self.task, visible=False)
 
 
+def log_scores(callback: Any, trainer: Any, result: SweepResult) -> None:
+    """Log the mode chosen and, within fit, every mode's scores and spreads, from a hook of ``callback``."""
+    assert result.chosen is not None
+    callback.log("bln/mode", float(ALL_MODES.index(result.chosen)))
+    if trainer.state.fn != "fit":
+        return
+    shown = result.shown()
+    named = {
+        f"bln/{name}/{mode}": values[name] for mode, values in result.scores.items() for name in shown if name in values
+    }
+    # a name may end in a dataloader's index, and self.log would refuse it or append another one
+    _lightning.log_as_named(trainer, trainer.lightning_module, named)
+    for mode, pair in result.regrouped.items():
+        if math.isfinite(pair.spread):
+            callback.log(f"bln/spread/{mode}", pair.spread)
+
+
 def log_choice(trainer: Any, result: SweepResult, *, figure: bool) -> None:
-    """The chosen mode among the hyperparameters and, for loggers that take figures, the heat map."""
+    """Log the mode chosen as a hyperparameter and, to loggers that take figures, the heat map."""
     for logger in trainer.loggers:
         logger.log_hyperparams({"bln_mode": str(result.chosen)})
         if not figure:
             continue
         try:
-            show_figure(logger, result, trainer.global_step)
+            log_figure(logger, result, trainer.global_step)
         except Exception as error:
-            # a logger that cannot take a picture is no reason to lose a trained model
+            # a failing logger must not cost a trained model
             rank_zero_warn(f"{type(logger).__name__} did not take the heat map: {error}")
         logger.save()
 
 
-def show_figure(logger: Any, result: SweepResult, step: int) -> None:
+def log_figure(logger: Any, result: SweepResult, step: int) -> None:
+    """Give the heat map to a logger that has the interface of TensorBoard's or of Weights & Biases'."""
     add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
     if callable(add_figure):
         add_figure(FIGURE, result.plot(), global_step=step)
     elif callable(getattr(logger, "log_image", None)):
-        logger.log_image(key=FIGURE, images=[picture(result)], step=step)
+        logger.log_image(key=FIGURE, images=[heat_map(result)], step=step)
 
 
-def picture(result: SweepResult) -> np.ndarray:
-    """The heat map as an array of RGB values, for loggers that know no figures."""
+def heat_map(result: SweepResult) -> np.ndarray:
+    """The heat map as RGB values ``(height, width, 3)``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(result.plot())
@@ -146,11 +173,12 @@ def picture(result: SweepResult) -> np.ndarray:
 
 
 def print_table(result: SweepResult) -> None:
+    """Print the result with rich's colours."""
     Console().print(result)
 
 
 def save(result: SweepResult, folder: Path) -> None:
-    """The result as JSON and as a picture."""
+    """Write the result as JSON and as a heat map into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     result.to_json(folder / "bln_sweep.json")
     result.plot().savefig(folder / "bln_sweep.png", dpi=150)

@@ -1,4 +1,4 @@
-"""Whether a mode's score is the model's, or depends on which samples happen to share a batch."""
+"""The guard against modes whose score depends on which samples share a batch."""
 
 from __future__ import annotations
 
@@ -17,17 +17,27 @@ from lightning_bln.sweep.plot import number
 from lightning_bln.sweep.result import Regrouped, SweepResult
 
 TARGETS = ("y", "target", "targets", "label", "labels")
-SAMPLES = 4096
-BYTES = 2**28
+"""Keys under which a batch that is a mapping may hold its target."""
+
+SAMPLES, BYTES = 4096, 2**28
+"""Bounds on the validation data that are kept: beyond two batches no more than either."""
 
 
 class NotRegroupable(Exception):
-    """Batches cannot be regrouped, for the reason in the message."""
+    """Batches cannot be taken apart and put together again; the message says why."""
 
 
 @dataclass
 class Kept:
-    """A validation batch, kept to be regrouped."""
+    """A copy of a validation batch to be regrouped.
+
+    Args:
+        batch: The batch as the dataloader gave it.
+        dataloader_idx: Its dataloader's index.
+        tensors: The tensors in it, samples first.
+        size: The number of its samples.
+        target: One number a sample, None where there is no such tensor.
+    """
 
     batch: Any
     dataloader_idx: int | None
@@ -37,7 +47,12 @@ class Kept:
 
 
 class Guard:
-    """Keeps the validation batches as they come, up to a bound, and scores them again in other batches."""
+    """Keeper of the validation batches, up to a bound, which scores a mode on the same samples in other batches.
+
+    Args:
+        tolerance: How far, relatively, a score may move.
+        is_strict: Whether to set the best batch-independent mode where it moves further.
+    """
 
     def __init__(self, tolerance: float, is_strict: bool) -> None:
         self.tolerance, self.is_strict = tolerance, is_strict
@@ -47,7 +62,7 @@ class Guard:
         self.reason: str | None = None
 
     def keep(self, batch: Any, dataloader_idx: int | None) -> None:
-        """Take a copy of ``batch`` before anything can change it."""
+        """Copy ``batch``, before a step can change it."""
         if self.reason is not None or not self.is_complete:
             return
         try:
@@ -63,11 +78,14 @@ class Guard:
         self.kept.append(kept)
 
     def judge(self, evaluation: Evaluation, result: SweepResult, candidates: Sequence[StatisticsMode]) -> None:
-        """Score ``result.chosen`` and the best batch-independent mode on regrouped batches; write into ``result``."""
+        """Score ``result.chosen`` and the best batch-independent mode on regrouped batches, and write into ``result``.
+
+        That is the scores, and where that of ``result.chosen`` moves too far a note and in strict mode another choice.
+        """
         chosen = result.chosen
         assert chosen is not None
         independent = [mode for mode in candidates if mode.is_batch_independent and mode in result.scores]
-        modes = [chosen, *([result.best(among=independent)] if independent else [])]
+        fallback = result.best(among=independent) if independent else None
         regrouped = self._regrouped()
         strategy = evaluation.trainer.strategy
         if not strategy.reduce_boolean_decision(regrouped is not None, all=True) or regrouped is None:
@@ -76,7 +94,7 @@ class Guard:
                 f"{self.reason or 'another rank could not regroup its batches'}."
             )
             return
-        # ranks with other data may have kept less: only dataloaders that all of them kept can be reduced over them
+        # ranks may have kept batches of fewer dataloaders than others: reduce over those that all of them kept
         is_complete = strategy.reduce_boolean_decision(self.is_complete, all=True)
         indices = list(dict.fromkeys(kept.dataloader_idx for kept in self.kept))
         shared = strategy.reduce(torch.tensor(len(indices), device=strategy.root_device), reduce_op="min")
@@ -84,34 +102,37 @@ class Guard:
         loaded = [(kept.batch, kept.dataloader_idx) for kept in self.kept if kept.dataloader_idx in indices]
         regrouped = [(batch, index) for batch, index in regrouped if index in indices]
         pairs = {}
-        for mode in modes:
-            # the pass just done has this value already, where all its batches were kept
+        for mode in (chosen, fallback):
+            if mode is None:
+                continue
+            # where all batches were kept, the validation just done has scored them as loaded
             before = result.scores[mode][result.monitor]
             if not is_complete:
                 before = evaluation.score(mode, loaded, result.monitor)
             pairs[mode] = Regrouped(before, evaluation.score(mode, regrouped, result.monitor))
         result.regrouped = pairs
-        self._conclude(result, modes)
+        self._conclude(result, chosen, fallback)
 
-    def _conclude(self, result: SweepResult, modes: list[StatisticsMode]) -> None:
-        chosen, *others = modes
+    def _conclude(self, result: SweepResult, chosen: StatisticsMode, fallback: StatisticsMode | None) -> None:
+        """Note in ``result`` that the score of ``chosen`` moves too far, and where strict choose ``fallback``."""
         pair = result.regrouped[chosen]
-        # a metric that is itself taken batch by batch moves for every mode: that much is not the mode's doing
-        baseline = result.regrouped[others[0]].spread if others else 0.0
+        # a metric averaged over batches moves for batch-independent modes too; that much is not due to the mode
+        baseline = result.regrouped[fallback].spread if fallback is not None else 0.0
         if not pair.spread - baseline > self.tolerance:
             return
         moved = (
             f"{chosen} has the best {result.monitor} ({number(pair.as_loaded)}), but the same samples in other batches "
             f"give {number(pair.regrouped)}, {100 * pair.spread:.1f} % off"
         )
-        if others and self.is_strict:
-            result.chosen = others[0]
-            value = number(result.scores[others[0]][result.monitor])
-            result.note = f"{moved}, so {others[0]} ({value}) is set, which does not depend on the batch."
+        if fallback is not None and self.is_strict:
+            result.chosen = fallback
+            value = number(result.scores[fallback][result.monitor])
+            result.note = f"{moved}, so {fallback} ({value}) is set, which does not depend on the batch."
         else:
             result.note = f"{moved}: expect that at inference, or use a batch-independent mode."
 
     def _regrouped(self) -> list[tuple[Any, int | None]] | None:
+        """Other batches of the samples kept, each with its dataloader's index; None where that cannot be."""
         if self.reason is not None:
             return None
         try:
@@ -126,7 +147,11 @@ class Guard:
 
 
 def dissect(batch: Any, dataloader_idx: int | None) -> Kept:
-    """A copy of ``batch``, its tensors, and how many samples it has."""
+    """A copy of ``batch`` with its parts.
+
+    Raises:
+        NotRegroupable: It holds more than tensors, or they do not share a first axis.
+    """
     own = apply_to_collection(batch, Tensor, torch.clone)
     tensors: list[Tensor] = []
     others: list[Any] = []
@@ -142,7 +167,7 @@ def dissect(batch: Any, dataloader_idx: int | None) -> Kept:
 
 
 def find_target(batch: Any, size: int) -> Tensor | None:
-    """The tensor of one number a sample that is the target by name, or by standing last."""
+    """The target, by its key in :data:`TARGETS` or as the last entry; None unless it holds one number a sample."""
     found: Any = None
     if isinstance(batch, Mapping):
         found = next((batch[name] for name in TARGETS if name in batch), None)
@@ -152,7 +177,11 @@ def find_target(batch: Any, size: int) -> Tensor | None:
 
 
 def regroup(kept: list[Kept]) -> list[Any]:
-    """The samples of ``kept`` in other batches of the same sizes; a lone batch is split in two."""
+    """The samples of ``kept`` in other batches of the same sizes; a single batch is split in two.
+
+    Raises:
+        NotRegroupable: The batches do not fit together, or there are too few samples.
+    """
     shapes = {tuple((tensor.shape[1:], tensor.dtype) for tensor in one.tensors) for one in kept}
     if len(shapes) > 1:
         raise NotRegroupable("batches differ in more than their number of samples, as padded ones do")
@@ -169,7 +198,7 @@ def regroup(kept: list[Kept]) -> list[Any]:
 
 
 def new_order(target: Tensor | None, sizes: list[int]) -> Tensor:
-    """Sorted by target, unless there is none or the data comes nearly so; then shuffled."""
+    """An order of samples that changes what batches share: by target, or shuffled where it is so already or unknown."""
     shuffled = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(0))
     if target is None or is_sorted(target.double().cpu(), sizes):
         return shuffled
@@ -177,13 +206,13 @@ def new_order(target: Tensor | None, sizes: list[int]) -> Tensor:
 
 
 def is_sorted(target: Tensor, sizes: list[int]) -> bool:
-    """Whether batches differ in target more than the samples within one do, or none differ at all."""
+    """Whether the target varies more between batches than within them, or not at all."""
     total = target.var(correction=0)
     within = sum(part.var(correction=0) * len(part) for part in target.split(sizes) if len(part)) / len(target)
     return bool(within <= total / 2)
 
 
 def fill(template: Any, tensors: list[Tensor]) -> Any:
-    """``template`` with other tensors in the same places."""
+    """``template`` with ``tensors`` in the places of its own."""
     rest = iter(tensors)
     return apply_to_collection(template, Tensor, lambda _: next(rest))

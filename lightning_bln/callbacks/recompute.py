@@ -1,9 +1,9 @@
-"""The population computed over training batches inside fit, leaving training as if nothing had happened."""
+"""Recomputation of the population over training batches within fit, without a trace in training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from lightning_bln._scoped import setting
 from lightning_bln._torch import tree_map
 from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.run import RandomState, nothing
@@ -20,7 +21,7 @@ from lightning_bln.distributed import in_step, is_sharded
 from lightning_bln.population import recompute_population, reset_population
 
 STEP = "population_step"
-"""A module's own forward for this, where its training_step cannot serve: it takes ``(batch, batch_idx)``."""
+"""Optional method of a module, ``(batch, batch_idx)``, that is called in place of an unusable ``training_step``."""
 
 
 def recompute(
@@ -31,7 +32,7 @@ def recompute(
     dataloader: Iterable[Any] | None = None,
     on_step: Callable[[int], None] = nothing,
 ) -> None:
-    """Compute the population of ``module`` at its weights as they are, over the Trainer's training data.
+    """Compute the population of ``module`` at its present weights, over the Trainer's training data.
 
     Args:
         trainer: A Trainer within ``fit``.
@@ -41,11 +42,14 @@ def recompute(
         on_step: Called with 1 after each batch.
     """
     with undisturbed(trainer, module):
-        batches = training_batches(trainer) if dataloader is None else enumerated(dataloader)
-        whole = trainer.strategy.model
-        if is_sharded(whole) and not is_sharded(module):
-            # only the wrapper shows that ranks must run the module together
-            batches, limit = in_step(whole, islice(batches, limit)), None
+        if dataloader is None:
+            batches = training_batches(trainer)
+        else:
+            batches = ((batch, batch_idx) for batch_idx, batch in enumerate(dataloader))
+        wrapped = trainer.strategy.model
+        if is_sharded(wrapped) and not is_sharded(module):
+            # recompute_population sees the module alone, and only its wrapper says that ranks must run in step
+            batches, limit = in_step(wrapped, islice(batches, limit)), None
 
         def predict(item: tuple[Any, int]) -> None:
             run_step(trainer, module, *item)
@@ -56,7 +60,7 @@ def recompute(
 
 
 def check_recompute(trainer: Any, module: Any) -> None:
-    """Raise where the population could not be recomputed without harm, before anything has changed."""
+    """Raise where a training step could not be run without harm to training, before anything has changed."""
     if hasattr(module, STEP):
         return
     if not module.automatic_optimization:
@@ -74,6 +78,7 @@ def check_recompute(trainer: Any, module: Any) -> None:
 
 
 def run_step(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+    """Run a training step without optimizer on a batch, moved and converted as the Trainer does it."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = _lightning.before_batch_transfer(module, batch, 0)
     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -87,66 +92,53 @@ def run_step(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
 
 @contextmanager
 def undisturbed(trainer: Any, module: Any) -> Iterator[None]:
-    """Put back after the context all that a training step touches besides gradients: randomness, state, logs, stage."""
+    """After the context, all that a training step touches besides gradients is as before: RNG, state, logs, stage."""
     user = UserState(module)
-    state, random, stage = user.take(), RandomState(module.device), trainer.state.stage
-    hook, loggers = _lightning.current_hook(module), trainer.loggers
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
+    state, random, stage, loggers = user.take(), RandomState(module.device), trainer.state.stage, trainer.loggers
+    with (
+        torch.inference_mode(False),
+        unsynchronised(trainer.strategy.model),
+        setting([module], log=mute, log_dict=mute),
+        _lightning.in_hook(module, "training_step"),
+    ):
         try:
             user.put(UserState.copy(state))
-            module.__dict__["log"] = module.__dict__["log_dict"] = mute
-            _lightning.set_current_hook(module, "training_step")
             if loggers:
                 trainer.loggers = [_lightning.silent_logger(trainer) for _ in loggers]
             trainer.training = True
-            stack.enter_context(unsynchronised(trainer.strategy.model))
             yield
         finally:
-            module.__dict__.pop("log", None)
-            module.__dict__.pop("log_dict", None)
             user.put(state)
-            _lightning.set_current_hook(module, hook)
             if loggers:
                 trainer.loggers = loggers
             trainer.state.stage = stage
             random.restore()
 
 
-@contextmanager
-def unsynchronised(model: Any) -> Iterator[None]:
-    """Within the context DDP's forward broadcasts no buffers: ranks may have different numbers of batches."""
-    if not isinstance(model, DistributedDataParallel):
-        yield
-        return
-    before, model.require_forward_param_sync = model.require_forward_param_sync, False
-    try:
-        yield
-    finally:
-        model.require_forward_param_sync = before
+def unsynchronised(model: Any) -> AbstractContextManager[None]:
+    """Within the context, DDP's forward broadcasts no buffers: ranks may have different numbers of batches."""
+    return setting([model] if isinstance(model, DistributedDataParallel) else [], require_forward_param_sync=False)
 
 
 def mute(*args: Any, **kwargs: Any) -> None:
-    """Stands in for ``self.log``."""
+    """Stand in for ``self.log``."""
 
 
 def training_batches(trainer: Any) -> Iterator[tuple[Any, int]]:
-    """A pass over the training data of its own; the one that trains does not notice."""
+    """A separate pass over the training data, with each batch's index, beside the one that trains."""
     source = _lightning.train_loader(trainer)
-    combined = type(source)(tree_map(lambda one: apart(trainer, one), source.iterables), source._mode)
-    combined.limits = source.limits
+    combined = _lightning.recombined(source, tree_map(lambda loader: independent(trainer, loader), source.iterables))
     with restored_generators(source.flattened):
         for batch, batch_idx, _ in combined:
             yield batch, batch_idx
 
 
-def enumerated(dataloader: Iterable[Any]) -> Iterator[tuple[Any, int]]:
-    for batch_idx, batch in enumerate(dataloader):
-        yield batch, batch_idx
+def independent(trainer: Any, loader: Any) -> Any:
+    """A loader of the same batches that shares no iterator with ``loader``.
 
-
-def apart(trainer: Any, loader: Any) -> Any:
-    """A loader of the same batches that shares no iterator with ``loader``."""
+    Raises:
+        MisconfigurationException: The data cannot be read a second time while they are being read.
+    """
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
         raise _lightning.misconfiguration(
             trainer,
@@ -154,7 +146,7 @@ def apart(trainer: Any, loader: Any) -> Any:
             "would move; pass stats_dataloader=, or set population='epoch'",
         )
     if isinstance(loader, DataLoader) and loader.persistent_workers and loader.num_workers:
-        # its workers serve one iterator at a time: a second one takes the batches the first still waits for
+        # persistent workers serve one iterator: a second one would take the batches that the first still waits for
         if type(loader) is not DataLoader:
             raise _lightning.misconfiguration(
                 trainer,
@@ -187,7 +179,7 @@ def apart(trainer: Any, loader: Any) -> Any:
 
 @contextmanager
 def restored_generators(loaders: Iterable[Any]) -> Iterator[None]:
-    """Within the context loaders and samplers may draw from generators of their own; then those are set back."""
+    """After the context, the generators that loaders and samplers draw from have the state they had before."""
     generators = []
     for loader in loaders:
         sampler = getattr(loader, "sampler", None)
@@ -203,14 +195,14 @@ def restored_generators(loaders: Iterable[Any]) -> Iterator[None]:
 
 
 def fingerprint(module: nn.Module) -> int:
-    """The sum over the bits of this rank's weights, by which to tell that one moved, by an optimizer or otherwise."""
-    own = [one.to_local() if hasattr(one, "to_local") else one for one in module.parameters()]
-    sums = [sum_of_bits(one.detach()) for one in own]
+    """A checksum of this rank's weights, which shows that some have changed, by an optimizer or otherwise."""
+    shards = [one.to_local() if hasattr(one, "to_local") else one for one in module.parameters()]
+    sums = [sum_of_bits(one.detach()) for one in shards]
     return int(torch.stack(sums).sum()) if sums else 0
 
 
 def sum_of_bits(weight: Tensor) -> Tensor:
-    """Eight bytes at a time, as integers, which takes as long as to read them and misses no change in one number."""
+    """The sum of a weight's bytes as 64-bit integers: as fast as memory, and a change of one element always shows."""
     raw = weight.contiguous().view(-1).view(torch.uint8)
     if raw.storage_offset() % 8:
         raw = raw.clone()

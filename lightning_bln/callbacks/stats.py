@@ -1,4 +1,4 @@
-"""The callback: when the population is frozen and a statistics mode chosen; what that takes is done elsewhere."""
+"""The callback: at which of the Trainer's hooks the population is frozen and a statistics mode chosen."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_bln._torch import ignore_in_ddp
 from lightning_bln.callbacks import _lightning
-from lightning_bln.callbacks.averaging import keep_apart, save_average_alone, write_statistics
-from lightning_bln.callbacks.display import SweepBar, label_bar, log_choice, print_table, save
+from lightning_bln.callbacks.averaging import exclude_populations, saving_average, write_statistics
+from lightning_bln.callbacks.checks import check_arguments, check_model, check_validation_data, parse_candidates
+from lightning_bln.callbacks.display import SweepBar, label_bar, log_choice, log_scores, print_table, save
 from lightning_bln.callbacks.evaluation import Evaluation
 from lightning_bln.callbacks.guard import Guard
 from lightning_bln.callbacks.recompute import check_recompute, fingerprint, recompute
 from lightning_bln.distributed import is_sharded
-from lightning_bln.modes import ALL_MODES, BATCH_INDEPENDENT_MODES, StatisticsMode, mode_layers
+from lightning_bln.modes import StatisticsMode, mode_layers
 from lightning_bln.population import Population, freeze_population, populations, reset_population
 from lightning_bln.sweep.result import Direction, SweepResult, check_direction
 from lightning_bln.sweep.shared_forward import SharedForward
@@ -31,28 +33,28 @@ for _namespace in _lightning.namespaces():
 class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
     r"""Freeze the population before each validation, and set the statistics mode that validates best.
 
-    Every candidate mode is evaluated in the same pass over the validation data, with the module's own
-    ``validation_step`` and whatever it logs. The best one is set, and its values stand under their plain names, so that
-    checkpoints, early stopping, schedulers and loggers act on the model as it will be used. Mode and population are
-    part of the checkpoint.
+    One pass over the validation data evaluates every candidate mode, with the module's own ``validation_step`` and
+    whatever it logs. The best mode is set and its metrics are those logged under their plain names, so that
+    checkpoints, early stopping, schedulers and loggers act on the model as it will be used. Checkpoints hold mode and
+    population.
 
     Args:
-        monitor: Name of a logged validation metric that decides.
-        mode: Whether a small (``"min"``) or a large (``"max"``) value of it is good.
+        monitor: Name of the logged validation metric by which to choose.
+        mode: The direction of the metric: ``"min"`` if small values are good, ``"max"`` if large ones are.
         candidates: The modes to choose from: ``"all"`` 16, ``"batch_independent"`` (``pp**``), or modes by name.
-        population: ``"recompute"`` computes it over training batches at the weights being validated; ``"epoch"``
-            takes the average over the epoch's training batches, whose weights moved meanwhile, as the paper does.
-        recompute_batches: How many training batches to recompute it over, on each rank; None for all.
+        population: ``"recompute"`` computes it over training batches at the weights to be validated; ``"epoch"``
+            averages over the epoch's training batches while the weights move, as the paper does.
+        recompute_batches: Number of training batches to recompute it over, on each rank; None for all.
         every_n_epochs: Choose at every n-th epoch; the population is frozen at every validation.
-        guard: What to do where the best mode uses the current batch and its score depends on how the samples are
-            grouped into batches: ``"strict"`` sets the best batch-independent mode instead, ``"warn"`` says by how
-            much the score moves, ``"off"`` does not look.
-        tolerance: How far, relatively, the score may move.
+        guard: Response where the best mode uses the current batch and its score depends on how samples are grouped
+            into batches: ``"strict"`` sets the best batch-independent mode instead, ``"warn"`` warns by how much the
+            score moves, ``"off"`` skips the check.
+        tolerance: The relative change of the score that the guard accepts.
         stats_dataloader: Batches to recompute the population over, in place of the training data.
-        log: Whether to log ``bln/mode`` (0 to 15, counting c as 1 and p as 0) and ``bln/<metric>/<mode>``.
+        log: Whether to log ``bln/mode`` (0 to 15, the letters as bits: p is 0, c is 1) and ``bln/<metric>/<mode>``.
         plot: Whether to give the heat map to loggers that take figures, at the end of fit.
-        save_dir: Where to write ``bln_sweep.json`` and ``bln_sweep.png`` at the end of fit; None writes nothing.
-        verbose: Whether to print the table at the end of fit.
+        save_dir: Folder for ``bln_sweep.json`` and ``bln_sweep.png`` at the end of fit; None writes nothing.
+        verbose: Whether to print the table of scores at the end of fit.
 
     Attributes:
         result: The last :class:`~lightning_bln.sweep.SweepResult`, or None before the first choice.
@@ -60,14 +62,17 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
 
     Raises:
         ValueError: An argument is none of those above.
-        MisconfigurationException: At the start of fit or validate, where model, data or Trainer cannot be served; at
-            the first validation, where nothing logs ``monitor``.
+        MisconfigurationException: Model, data or Trainer do not suit the callback (at the start of fit or validate),
+            or nothing logs ``monitor`` (at the first validation).
 
     Example:
         >>> callback = BLNStatsCallback(monitor="val_acc", mode="max", candidates="batch_independent")
         >>> callback.candidates
         ('pppp', 'pppc', 'ppcp', 'ppcc')
     """
+
+    shares_forwards = True
+    """Whether modes share forwards where the model allows it; without, the results are the same and take longer."""
 
     def __init__(
         self,
@@ -87,20 +92,17 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        # the other Trainer may have been imported since this class was made, and takes only callbacks of its own
+        # a Trainer takes only callbacks of its own namespace, which may have been imported after this module
         later = tuple(base for base in _lightning.callback_bases() if not isinstance(self, base))
         if later:
             self.__class__ = of_both(type(self), later)  # type: ignore[arg-type]
-        if population not in ("recompute", "epoch"):
-            raise ValueError(f"population={population!r}, but it must be 'recompute' or 'epoch'")
-        if guard not in ("strict", "warn", "off"):
-            raise ValueError(f"guard={guard!r}, but it must be 'strict', 'warn' or 'off'")
-        if recompute_batches is not None and recompute_batches < 1:
-            raise ValueError(f"recompute_batches={recompute_batches}, but it must be positive, or None for all")
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs={every_n_epochs}, but it must be positive")
-        if not (tolerance >= 0 and math.isfinite(tolerance)):
-            raise ValueError(f"tolerance={tolerance}, but it must be zero or positive")
+        check_arguments(
+            population=population,
+            guard=guard,
+            recompute_batches=recompute_batches,
+            every_n_epochs=every_n_epochs,
+            tolerance=tolerance,
+        )
         self.monitor, self.mode = monitor, check_direction(mode)
         self.candidates = parse_candidates(candidates)
         self.population, self.recompute_batches = population, recompute_batches
@@ -113,21 +115,19 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self._evaluation: Evaluation | None = None
         self._guard: Guard | None = None
         self._shared: SharedForward | None = None
-        self._sweeps = False
-        self._frozen_at: int | None = None
+        self._is_sweeping = False
+        self._frozen_weights: int | None = None
         self._frozen_step: int | None = None
-        self._warned: str | None = None
-        self._explained = False
-        self._quiet = ExitStack()
-        self._fitting = ExitStack()
+        self._last_warning: str | None = None
+        self._is_explained = False
+        self._during_sanity_check = ExitStack()
+        self._during_fit = ExitStack()
         self._bar: SweepBar | None = None
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
-
-    shares_forwards = True
-    """Whether modes share forwards where the model allows; results are the same without."""
+        arguments = {"monitor": self.monitor, "mode": self.mode}
+        return f"{type(self).__qualname__}{arguments}"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         ours = [callback for callback in trainer.callbacks if isinstance(callback, BLNStatsCallback)]
@@ -136,8 +136,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
                 trainer,
                 f"callbacks has {len(ours)} BLNStatsCallback, but a model has one statistics mode at a time; keep one",
             )
-        # the Trainer iterates over the old list meanwhile, so it gets a new one: ours after all that log or average
-        # weights, before those that save
+        # after callbacks that log or average weights, before those that save; in a new list, since the Trainer is
+        # iterating over this one
         others = [callback for callback in trainer.callbacks if callback is not self]
         last = next((place for place, one in enumerate(others) if saves_checkpoints(one)), len(others))
         trainer.callbacks = [*others[:last], self, *others[last:]]
@@ -147,70 +147,63 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             if isinstance(module, Population)
             for buffer, _ in module.named_buffers()
         ]
-        _lightning.ignore_in_ddp(pl_module, names)
+        ignore_in_ddp(pl_module, names)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        self._check(trainer, pl_module)
+        check_model(trainer, pl_module)
         if self.population == "recompute":
             check_recompute(trainer, pl_module)
         for callback in trainer.callbacks:
-            keep_apart(callback, pl_module)
-        self._fitting.enter_context(save_average_alone(trainer.callbacks, pl_module))
+            exclude_populations(callback, pl_module)
+        self._during_fit.enter_context(saving_average(trainer.callbacks, pl_module))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        # not at the start of fit: with sharded weights the checkpoint is read only after that
+        # not in on_fit_start: sharded weights are loaded after it
         if all(one.is_frozen for one in populations(pl_module)):
             self._announce(pl_module, "resumes")
-        has_none = sum(trainer.num_val_batches) == 0
-        decide = trainer.strategy.reduce_boolean_decision
-        if decide(has_none, all=False) and not decide(has_none, all=True):
-            raise _lightning.misconfiguration(
-                trainer,
-                "a rank has no validation batches while others do, and would choose no mode; give every rank at least "
-                "one batch, of fewer samples each",
-            )
+        check_validation_data(trainer)
 
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
-        # before training there is no population, and nobody wants to be told so
-        self._quiet.enter_context(warnings.catch_warnings())
+        # before training there is no population, and a warning of it would be noise
+        self._during_sanity_check.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*needs a population.*")
 
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
-        self._quiet.close()
+        self._during_sanity_check.close()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        # not at the epoch's start: the Trainer skips that hook when it resumes, in mid-epoch and just after an epoch
+        # not in on_train_epoch_start, which the Trainer skips when it resumes, within an epoch and right after one
         if batch_idx == 0:
             reset_population(pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._evaluation = self._guard = None
         fitting = trainer.state.fn == "fit"
-        self._sweeps = (
+        self._is_sweeping = (
             not trainer.sanity_checking
             and not trainer.barebones
             and (not fitting or (trainer.current_epoch + 1) % self.every_n_epochs == 0)
         )
         if not fitting:
-            self._check(trainer, pl_module)
-            self._announce(pl_module, "validates, coming")
+            check_model(trainer, pl_module)
+            self._announce(pl_module, "starts to validate")
             if not all(one.is_frozen for one in populations(pl_module)):
-                self._sweeps = False
+                self._is_sweeping = False
                 rank_zero_info("BLNStatsCallback chooses no mode: the model has no population yet; call fit first.")
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        # not earlier: averaged weights are swapped in by other callbacks in this very hook
+        # not earlier: other callbacks swap averaged weights in by this hook
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._freeze(trainer, pl_module)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if not self._sweeps:
+        if not self._is_sweeping:
             return
         if self._evaluation is None:
-            # only now have the module's own hooks for the start of the epoch run
-            # what one rank shares and another does not would put their forwards out of step, where weights are sharded
+            # made here, since only now have the module's own hooks for the start of the epoch run
+            # with sharded weights, ranks that share different forwards would call different collectives
             if self._shared is None and self.shares_forwards and not is_sharded(trainer.strategy.model):
                 self._shared = SharedForward(pl_module)
             self._evaluation = Evaluation(trainer, pl_module, self.candidates, self._shared)
@@ -237,12 +230,12 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self._close_bar()
         scores = self._agree(evaluation, evaluation.finish())
         result = SweepResult(scores, self.monitor, self.mode, evaluation.incumbent, reason=evaluation.reason)
-        if result.reason is not None and not self._explained:
-            self._explained = True
+        if result.reason is not None and not self._is_explained:
+            self._is_explained = True
             rank_zero_info(f"BLNStatsCallback evaluates modes one after the other: {result.reason}.")
         try:
             result.chosen = result.best(among=self.candidates)
-        except ValueError:  # NaN everywhere, and layers of different modes: leave them
+        except ValueError:  # all scores are NaN and the layers' modes differ: keep them
             return
         if guard is not None and not result.chosen.is_batch_independent:
             if self._bar is not None:
@@ -254,11 +247,11 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self.result = result
         score = result.scores.get(result.chosen, {}).get(self.monitor, math.nan)
         self.history.append((trainer.current_epoch, trainer.global_step, str(result.chosen), score))
-        if result.note is not None and result.note != self._warned:
-            self._warned = result.note
+        if result.note is not None and result.note != self._last_warning:
+            self._last_warning = result.note
             rank_zero_warn(result.note)
         if self.should_log:
-            self._log_scores(trainer, result)
+            log_scores(self, trainer, result)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._freeze(trainer, pl_module)
@@ -282,15 +275,15 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._close_shared()
         self._shared = self._bar = None
-        self._explained = False
-        self._fitting.close()
+        self._is_explained = False
+        self._during_fit.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._evaluation = self._guard = None
         self._close_bar()
         self._close_shared()
-        self._quiet.close()
-        self._fitting.close()
+        self._during_sanity_check.close()
+        self._during_fit.close()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         write_statistics(pl_module, checkpoint["state_dict"])
@@ -323,36 +316,22 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         if modes:
             rank_zero_info(f"{type(module).__name__} {doing} in statistics mode {', '.join(modes)}.")
 
-    def _check(self, trainer: Any, module: Any) -> None:
-        if not mode_layers(module):
-            raise _lightning.misconfiguration(
-                trainer,
-                f"model={type(module).__name__} has no layer with a statistics mode, so there is nothing to choose; "
-                "put a BatchLayerNorm or a recurrent layer with norm='bln' into it, or take the callback away",
-            )
-        if _lightning.takes_dataloader_iter(module.validation_step):
-            raise _lightning.misconfiguration(
-                trainer,
-                "validation_step(dataloader_iter) draws its own batches, so modes cannot share them; declare it as "
-                "validation_step(batch, batch_idx)",
-            )
-
     def _freeze(self, trainer: Any, module: Any) -> None:
-        """Freeze the population of the weights as they are, unless that has been done."""
+        """Freeze the population of the present weights, unless that has been done."""
         weights, step = fingerprint(module), trainer.global_step
-        has_moved, has_stepped = weights != self._frozen_at, step != self._frozen_step
-        # ranks must go the same way: one's shard of the weights may be still, or its share of the data empty
+        has_moved, has_stepped = weights != self._frozen_weights, step != self._frozen_step
+        # ranks must decide alike, though a rank's shard of the weights may be unchanged, or its share of the data empty
         has_moved = trainer.strategy.reduce_boolean_decision(has_moved, all=False)
         has_gathered = all(one.is_gathering for one in populations(module))
         if self.population == "epoch":
             has_gathered = trainer.strategy.reduce_boolean_decision(has_gathered, all=False)
         if self.population == "epoch" and has_stepped and has_gathered:
             freeze_population(module)
-        elif has_moved and (self.population == "recompute" or self._frozen_at is not None):
-            # weights that moved without a step are an average's, of which no epoch has gathered anything
+        elif has_moved and (self.population == "recompute" or self._frozen_weights is not None):
+            # weights that changed without a step are an average's, for which no epoch has gathered statistics
             self._bar = self._bar or SweepBar(trainer)
-            there_are = trainer.num_training_batches if self.stats_dataloader is None else math.inf
-            self._bar.start("Population", min(there_are, self.recompute_batches or math.inf))
+            batches = trainer.num_training_batches if self.stats_dataloader is None else math.inf
+            self._bar.start("Population", min(batches, self.recompute_batches or math.inf))
             recompute(
                 trainer,
                 module,
@@ -361,12 +340,12 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
                 on_step=self._bar.advance,
             )
             self._close_bar()
-        self._frozen_at, self._frozen_step = weights, step
+        self._frozen_weights, self._frozen_step = weights, step
 
     def _agree(
         self, evaluation: Evaluation, scores: dict[StatisticsMode, dict[str, float]]
     ) -> dict[StatisticsMode, dict[str, float]]:
-        """The scores with the monitored one averaged over ranks."""
+        """``scores``, the monitored ones averaged over ranks so that all of them choose alike."""
         known = sorted({name for values in scores.values() for name in values})
         if self.monitor not in known:
             logged = ", ".join(known) if known else "nothing"
@@ -380,28 +359,10 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             own[self.monitor] = value
         return scores
 
-    def _log_scores(self, trainer: Any, result: SweepResult) -> None:
-        assert result.chosen is not None
-        self.log("bln/mode", float(ALL_MODES.index(result.chosen)))
-        if trainer.state.fn != "fit":
-            return
-        shown = result.shown()
-        named = {
-            f"bln/{name}/{mode}": values[name]
-            for mode, values in result.scores.items()
-            for name in shown
-            if name in values
-        }
-        # the name may hold a dataloader's index, which must not be given a second one
-        _lightning.log_as_named(trainer, trainer.lightning_module, named)
-        for mode, pair in result.regrouped.items():
-            if math.isfinite(pair.spread):
-                self.log(f"bln/spread/{mode}", pair.spread)
-
 
 @cache
 def of_both(cls: Any, later: tuple[type, ...]) -> type:
-    """``cls`` under its own name, as a callback of further namespaces too."""
+    """A subclass of ``cls`` under the same name that is a callback of further namespaces too."""
     names: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     names["__reduce__"] = lambda self: (revive, (cls, self.__dict__))
     make: Any = type(cls)
@@ -409,27 +370,13 @@ def of_both(cls: Any, later: tuple[type, ...]) -> type:
 
 
 def revive(cls: Any, state: dict[str, Any]) -> Any:
-    """Unpickle an instance of a class that no module has by name."""
+    """Unpickle an instance of a class made by :func:`of_both`, which no module has by name."""
     later = tuple(base for base in _lightning.callback_bases() if not issubclass(cls, base))
     instance = object.__new__(of_both(cls, later) if later else cls)
     instance.__dict__.update(state)
     return instance
 
 
-def parse_candidates(candidates: str | Iterable[str]) -> tuple[StatisticsMode, ...]:
-    """The modes that ``candidates`` names."""
-    named = {"all": ALL_MODES, "batch_independent": BATCH_INDEPENDENT_MODES}
-    if isinstance(candidates, str):
-        if candidates not in named:
-            raise ValueError(
-                f"candidates={candidates!r}, but it must be 'all', 'batch_independent' or modes by name: ['ppcc'], say"
-            )
-        return named[candidates]
-    modes = tuple(dict.fromkeys(StatisticsMode(one) for one in candidates))
-    if not modes:
-        raise ValueError("candidates is empty, but there must be a mode to choose; pass 'all', or modes by name")
-    return modes
-
-
 def saves_checkpoints(callback: Any) -> bool:
+    """Whether a callback is one of those that the Trainer runs last, of either namespace."""
     return any(base.__name__ == "Checkpoint" for base in type(callback).__mro__)

@@ -1,4 +1,4 @@
-"""``python -m lightning_bln.cli``."""
+"""Entry point of ``python -m lightning_bln.cli``."""
 
 from lightning_bln.cli.command import main
 

@@ -1,4 +1,4 @@
-"""The cells of the registry as a table."""
+"""Table of the registry's cells, as ``bln cells`` prints it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_bln.recurrence.cell_modules import RecurrentCell
 
 
 class Entry(NamedTuple):
-    """A line of the table."""
+    """A row of the table."""
 
     name: str
     states: tuple[str, ...]
@@ -23,7 +23,7 @@ class Entry(NamedTuple):
 
 
 def source(cell: type[Cell]) -> str:
-    """Where a cell comes from, as the last section of its docstring says.
+    """The citation of a cell, from the last section of its docstring.
 
     Example:
         >>> source(registry["mgu"])
@@ -33,17 +33,17 @@ def source(cell: type[Cell]) -> str:
 
 
 def entries(input_size: int = 128, hidden_size: int = 128) -> list[Entry]:
-    """All cells, with how many parameters each has at a size, norms left out."""
+    """A row for every cell, with its number of parameters at a size, norms left out."""
     found = []
-    for name, kind in registry.items():
-        cell = RecurrentCell(name, input_size, hidden_size, norm=None, device="meta")
-        number = sum(parameter.numel() for parameter in cell.parameters())
-        found.append(Entry(name, kind.states, number, source(kind)))
+    for name, cell in registry.items():
+        module = RecurrentCell(name, input_size, hidden_size, norm=None, device="meta")
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        found.append(Entry(name, cell.states, parameters, source(cell)))
     return found
 
 
 def table(input_size: int = 128, hidden_size: int = 128) -> Table:
-    """Name, states, parameters at a size and citation of every cell.
+    """The table of every cell's name, states, parameters at a size and citation.
 
     Args:
         input_size: Features of the input.

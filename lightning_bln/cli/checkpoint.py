@@ -1,4 +1,4 @@
-"""A Trainer's checkpoint file: reading it, and writing a statistics mode into it."""
+"""Reading a Trainer's checkpoint, and writing a statistics mode into it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from lightning_bln._files import replacing
+from lightning_bln._torch import EXTRA_STATE
 from lightning_bln.modes import HasMode
 
 
 def load_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str, Any]:
-    """What the checkpoint at ``path`` holds, on the CPU.
+    """Load the checkpoint at ``path`` to the CPU.
 
     Raises:
         ValueError: The file holds objects that could run code, and ``weights_only`` forbids those.
@@ -35,26 +36,26 @@ def write_mode(
     weights_only: bool = True,
     callback: Any = None,
 ) -> None:
-    """Write the statistics modes of ``model`` into the checkpoint at ``path``; all else in the file stays.
+    """Write the statistics modes of ``model`` into the checkpoint at ``path``, and change nothing else in it.
 
-    The file is replaced in one step: whoever reads it finds the old one or the new one whole, also after a crash.
+    The file is replaced in one step: a reader finds the old or the new one whole, also after a crash.
 
     Args:
         path: A checkpoint whose ``state_dict`` is that of ``model``.
         model: The model whose layers' modes are written.
         output: Write to this file and leave ``path`` alone.
         weights_only: Refuse files that could run code when they are loaded.
-        callback: A :class:`~lightning_bln.callbacks.BLNStatsCallback`; where the file has its state, the state gets
-            its result.
+        callback: A :class:`~lightning_bln.callbacks.BLNStatsCallback`, whose result goes into its state in the file,
+            if the file has one.
 
     Raises:
-        ValueError: The file's state dict has no mode for a layer of ``model``; nothing is written then.
+        ValueError: The file has no mode for a layer of ``model``; nothing is written then.
     """
     checkpoint = load_checkpoint(path, weights_only=weights_only)
     state_dict = checkpoint["state_dict"]
     for name, layer in model.named_modules():
         if isinstance(layer, HasMode):
-            key = f"{name}._extra_state".lstrip(".")
+            key = f"{name}.{EXTRA_STATE}".lstrip(".")
             if key not in state_dict:
                 raise ValueError(f"{path} has no entry {key!r}, so it is not of this {type(model).__name__}")
             state_dict[key] = layer.get_extra_state()

@@ -1,4 +1,4 @@
-"""``bln fit``, ``validate``, ``test``, ``predict`` and ``sweep``: LightningCLI with one subcommand more."""
+"""LightningCLI with the further subcommand ``sweep``, as ``bln fit``, ``validate``, ``test``, ``predict`` run it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from lightning_bln.population import populations
 from lightning_bln.sweep.result import Direction, SweepResult
 
 CONFIG_KEY = "bln_config"
-"""Where a checkpoint keeps the YAML it was trained from."""
+"""The key in a checkpoint of the YAML it was trained from."""
 
 RECIPE = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler")
-"""The parts of a configuration that every subcommand shares."""
+"""The entries of a configuration that every subcommand has."""
 
 NOISE = (
     ".*LeafSpec.*",  # lightning 2.6 on torch 2.13
-    ".*args parameter is intended to run from within Python.*",  # ours are made from those it compares them with
-    ".*callbacks used to create the checkpoint.*",  # a sweep leaves out what would write files
+    ".*args parameter is intended to run from within Python.*",  # ours come from the command line all the same
+    ".*callbacks used to create the checkpoint.*",  # a sweep leaves out callbacks that would write files
 )
+"""Patterns of warnings that a user of the command cannot act on."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -45,7 +46,15 @@ def run(args: Sequence[str]) -> None:
 
 
 def own_config(args: list[str], folder: Path) -> list[str]:
-    """``args`` with the configuration in front that the checkpoint they name was trained from, if it holds one."""
+    """``args``, preceded by the configuration in the checkpoint that they name, if it holds one.
+
+    Args:
+        args: The command line.
+        folder: Folder to write the configuration to.
+
+    Raises:
+        SystemExit: There is no configuration, in the checkpoint or in ``args``.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ckpt", type=Path)
     parser.add_argument("-c", "--config")
@@ -67,7 +76,7 @@ def own_config(args: list[str], folder: Path) -> list[str]:
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer, which can also sweep a trained checkpoint and keep its predictions."""
+    """Lightning's Trainer, which can also sweep the modes of a checkpoint, and save predictions."""
 
     def sweep(
         self,
@@ -81,17 +90,24 @@ class Trainer(L.Trainer):
         mode: Direction = "min",
         weights_only: bool = True,
     ) -> SweepResult:
-        """Evaluate every statistics mode of a checkpoint, and write the best one into it.
+        """Evaluate a checkpoint in every statistics mode, and write the best one into it.
 
         Args:
-            model: The module the checkpoint is of.
-            dataloaders: Validation data, unless ``datamodule`` has it.
-            datamodule: Has the validation data.
-            ckpt: The checkpoint; it is replaced at once, when all else has worked, and changes in nothing but its mode.
-            output: Write there instead.
-            monitor: The validation metric that decides, unless the configuration has a BLNStatsCallback.
-            mode: Which way it is good: "min" or "max".
+            model: The checkpoint's module.
+            dataloaders: Validation data, unless ``datamodule`` has them.
+            datamodule: Datamodule with the validation data.
+            ckpt: The checkpoint, of which nothing but the mode changes; it is replaced in one step at the end.
+            output: Write to this file instead.
+            monitor: The validation metric by which to choose, unless the configuration has a BLNStatsCallback.
+            mode: Its direction, "min" or "max".
             weights_only: Refuse files that could run code when they are loaded.
+
+        Returns:
+            The scores of every mode and the choice.
+
+        Raises:
+            FileNotFoundError: There is no file at ``ckpt``.
+            RuntimeError: The checkpoint has no population.
         """
         if not Path(ckpt).is_file():
             raise FileNotFoundError(f"ckpt={str(ckpt)!r} is no file; pass a checkpoint that the Trainer has written")
@@ -119,9 +135,12 @@ class Trainer(L.Trainer):
         """Run inference on your data.
 
         Args:
-            args: As Lightning's Trainer takes them.
-            output: Where to save the predictions, a list with one entry for each batch, with ``torch.save``.
-            kwargs: As Lightning's Trainer takes them.
+            args: Arguments of Lightning's ``predict``.
+            output: File to save the predictions to with ``torch.save``, a list with an entry for each batch.
+            kwargs: Arguments of Lightning's ``predict``.
+
+        Returns:
+            The predictions.
         """
         predictions = super().predict(*args, **kwargs)
         if output is not None and self.is_global_zero:
@@ -131,7 +150,7 @@ class Trainer(L.Trainer):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the configuration in the checkpoint too, so that the file alone says what it is of."""
+    """Callback that saves the configuration in the checkpoint too, so that ``bln sweep`` needs the file alone."""
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[CONFIG_KEY] = self.parser.dump(self.config, skip_none=False)
@@ -141,8 +160,8 @@ class CLI(LightningCLI):
     """LightningCLI for any module and data by their class paths; see Lightning's documentation of it.
 
     Args:
-        args: The command line, or with ``run=False`` the configuration itself as a dictionary.
-        run: Whether to run a subcommand, or only to make ``model``, ``datamodule`` and ``trainer``.
+        args: The command line, or with ``run=False`` the configuration as a dictionary.
+        run: Whether to run a subcommand, or only to create ``model``, ``datamodule`` and ``trainer``.
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True, **kwargs: Any) -> None:
@@ -158,15 +177,15 @@ class CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and ``sweep``."""
+        """Lightning's subcommands, and ``sweep``."""
         return {**LightningCLI.subcommands(), "sweep": {"model", "dataloaders", "datamodule"}}
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """The Trainer; for a sweep without what would write files."""
+        """Create the Trainer, for a sweep without the callbacks and loggers that would write files."""
         if self.subcommand not in (None, "fit"):
-            self.save_config_callback = None  # it would overwrite that of the training
+            self.save_config_callback = None  # it would overwrite the file of the training
         if self.subcommand == "sweep":
-            callbacks = self._get(self.config_init, "trainer").get("callbacks") or []
+            callbacks = self.config_init[self.subcommand]["trainer"].get("callbacks") or []
             callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
             kwargs["callbacks"] = [one for one in callbacks if isinstance(one, BLNStatsCallback)]
             kwargs |= {"logger": False, "enable_checkpointing": False}

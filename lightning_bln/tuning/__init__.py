@@ -1,4 +1,4 @@
-"""Hyperparameter search in which the statistics mode costs no training: every trial sweeps all modes inside."""
+"""Hyperparameter search in which each trial trains one model and scores it in every statistics mode."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""``bln tune``."""
+"""The ``bln tune`` command."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def run(*, config: Path | None, engine: str, address: str | None, **options: Any) -> None:
-    """Search as the command line says."""
+    """Run the search on the engine that the command line names."""
     if engine == "optuna":
         if address is not None:
             raise SystemExit(f"--address={address} is for --engine ray; Optuna shares work through --storage")

@@ -1,4 +1,4 @@
-"""One trial: train once, score every statistics mode, report the best."""
+"""Objective of a trial: train once, score every statistics mode, report the best."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from lightning_bln.callbacks import BLNStatsCallback
 from lightning_bln.sweep.result import Direction, SweepResult
 
 MODE, SCORES = "bln_mode", "bln_scores"
-"""Names of a trial's user attributes: the mode chosen, and the monitored value of every mode."""
+"""Names of a trial's user attributes: the mode chosen, and the monitored metric of every mode."""
 
 
 @dataclass(frozen=True)
 class Objective:
     """An Optuna objective that trains one model a trial and takes its best statistics mode.
 
-    The modes are swept by :class:`~lightning_bln.callbacks.BLNStatsCallback` at each validation, so that pruning
-    compares models in the mode they would be used in. The trial keeps the last validation's sweep as user attributes.
+    A :class:`~lightning_bln.callbacks.BLNStatsCallback` sweeps the modes at each validation, so that pruning compares
+    models in the mode they would be used in. The trial keeps the last sweep as user attributes.
 
     Args:
-        build: Makes Trainer, model and data of a trial; data is None for a model with loaders of its own. A Trainer
-            without a BLNStatsCallback gets one.
+        build: Makes Trainer, model and datamodule of a trial; the datamodule is None for a model with its own loaders.
+            A Trainer without a BLNStatsCallback gets one.
         monitor: The validation metric to optimise.
-        mode: ``"min"`` or ``"max"``.
-        latency: Also minimise the milliseconds that a forward takes on one validation batch, as a second objective.
-        prune: Let the study's pruner end a trial early; Optuna can do so only where there is one objective.
+        mode: Its direction, ``"min"`` or ``"max"``.
+        latency: Also minimise the milliseconds of a forward on one validation batch, as a second objective.
+        prune: Let the study's pruner end a trial early; without effect with ``latency``, since Optuna prunes only where
+            there is one objective.
 
     Example:
         >>> import lightning as L
@@ -71,10 +72,10 @@ class Objective:
 
 
 def stats_callback(trainer: Any, monitor: str, mode: Direction) -> BLNStatsCallback:
-    """The Trainer's own callback, or a new one.
+    """The Trainer's own BLNStatsCallback, or a new one added to it.
 
     Raises:
-        ValueError: The Trainer's callback chooses the mode by another metric.
+        ValueError: The Trainer's callback chooses the mode by another metric or direction.
     """
     found = [callback for callback in trainer.callbacks if isinstance(callback, BLNStatsCallback)]
     if not found:
@@ -90,7 +91,7 @@ def stats_callback(trainer: Any, monitor: str, mode: Direction) -> BLNStatsCallb
 
 
 def record(trial: optuna.Trial, result: SweepResult | None) -> None:
-    """Keep in the trial what every mode scored."""
+    """Store the mode chosen and every mode's finite score in the trial."""
     if result is None:
         return
     scores = {str(mode): values[result.monitor] for mode, values in result.scores.items() if result.monitor in values}
@@ -99,7 +100,11 @@ def record(trial: optuna.Trial, result: SweepResult | None) -> None:
 
 
 def best_score(result: SweepResult | None, monitor: str) -> float:
-    """The monitored value of the mode chosen."""
+    """The monitored metric of the mode chosen.
+
+    Raises:
+        ValueError: There was no validation, or the metric is NaN.
+    """
     if result is None or result.chosen is None:
         raise ValueError("no validation has run, so there is no mode and no score; validate at least once a training")
     value = result.scores[result.chosen].get(monitor, math.nan)
@@ -115,13 +120,12 @@ def validation_batch(trainer: Any) -> Any:
 
 
 def measure_latency(model: nn.Module, batch: Any, repeats: int = 20) -> float:
-    """Milliseconds that a forward takes in evaluation, the median of ``repeats``.
+    """Median time of a forward in evaluation, in milliseconds.
 
     Args:
-        model: Called with the batch, or with its first entry where the batch is a tuple or a list, on the device and in
-            the statistics mode it has.
-        batch: One batch.
-        repeats: How many times to measure, after three calls that are not.
+        model: The model, which stays on its device and in its statistics mode.
+        batch: Its input; of a tuple or list the first entry.
+        repeats: Number of timed calls, after three that are not timed.
     """
     device = next(model.parameters()).device
     inputs = apply_to_collection(batch, Tensor, lambda one: one.to(device))

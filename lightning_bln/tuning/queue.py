@@ -1,8 +1,8 @@
-"""A study as a queue of exactly so many trials, that any number of processes work off and any of them may die in.
+"""A study as a queue with a fixed number of trials, worked off by any number of processes, each of which may die.
 
-Every trial belongs to a slot, numbered from 0. A slot is done when a trial of it has finished; a trial whose process
-died is failed and its slot gets another one with the same hyperparameters. All changes of the queue happen under one
-lock that the operating system or the database server releases when its holder dies.
+Every trial belongs to a slot, numbered from 0. A slot is done when one of its trials has finished. A trial whose
+process died is marked as failed, and its slot gets another one with the same hyperparameters. All changes of the queue
+happen under one lock, which the operating system or the database server releases when its holder dies.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ import optuna
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
+from lightning_bln.tuning._private import storage_of, trial_id
+
 SLOT, OWNER, ERROR = "bln_slot", "bln_owner", "bln_error"
-"""Names of a trial's user attributes: its slot, the worker that runs it, and the exception that ended it."""
+"""Names of a trial's user attributes: its slot, the worker that runs it, and the traceback that ended it."""
 
 OPEN = (TrialState.WAITING, TrialState.RUNNING)
+"""States of trials that have not ended."""
 
 
 class Store:
-    """Where a study is kept.
+    """The storage of a study, with locks for its workers.
 
     Args:
-        url: ``sqlite:///path``, ``journal:path``, or another database as SQLAlchemy names it.
-        heartbeat: Seconds between a running trial's signs of life in a database; after four without one it is lost.
+        url: ``sqlite:///path``, ``journal:path``, or another database by its SQLAlchemy URL.
+        heartbeat: Seconds between two heartbeats of a running trial in a database; after four without one it is lost.
     """
 
     def __init__(self, url: str, heartbeat: int = 30) -> None:
@@ -51,17 +54,21 @@ class Store:
         if kind in ("postgres", "postgresql"):
             url = f"postgresql+psycopg:{path}"
         waits = {"connect_args": {"timeout": 60}} if kind == "sqlite" else {"pool_pre_ping": True}
-        with self._file_lock() if self.file is not None else nullcontext():  # two must not create the tables at once
+        with self._file_lock() if self.file is not None else nullcontext():  # two must not create tables at once
             self.storage = optuna.storages.RDBStorage(
                 url, engine_kwargs=waits, heartbeat_interval=heartbeat, grace_period=4 * heartbeat
             )
 
     def _file_lock(self) -> FileLock:
-        return FileLock(f"{self.file}.queue.lock")  # a journal has a .lock of its own
+        return FileLock(f"{self.file}.queue.lock")  # not .lock, which a journal itself uses
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
-        """Within the context no other process is in it for the same study."""
+        """Within the context, no other process is within it for the same study.
+
+        Raises:
+            ValueError: The database has no lock that ends with its holder.
+        """
         if self.file is not None:
             with self._file_lock():
                 yield
@@ -75,8 +82,8 @@ class Store:
             raise ValueError(f"storage={self.url!r} cannot be locked; use sqlite:///, journal: or postgresql://")
 
     @contextmanager
-    def alive(self, trial_id: int) -> Iterator[None]:
-        """Within the context the trial shows that it is being worked on."""
+    def alive(self, trial: optuna.Trial) -> Iterator[None]:
+        """Within the context, a thread sends the trial's heartbeats to the database."""
         if not isinstance(self.storage, optuna.storages.RDBStorage):
             yield
             return
@@ -84,7 +91,7 @@ class Store:
 
         def beat() -> None:
             while not done.wait(storage.heartbeat_interval):
-                storage.record_heartbeat(trial_id)
+                storage.record_heartbeat(trial_id(trial))
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -95,11 +102,11 @@ class Store:
             thread.join()
 
     def worker_lock(self, owner: str) -> FileLock | None:
-        """What a worker holds as long as it lives, where the study is a file: the system releases it on any death."""
+        """The lock that a worker holds while it lives, for a study in a file; any death releases it."""
         return None if self.file is None else FileLock(f"{self.file}.worker-{owner}.lock")
 
     def is_dead(self, owner: str | None) -> bool:
-        """Whether a worker is known to have died: for files at once, for databases only heartbeats tell."""
+        """Whether a worker has died, for a study in a file; in a database only heartbeats tell, so always False."""
         if self.file is None:
             return False
         if owner is None:
@@ -118,10 +125,10 @@ class Queue:
     """One worker's view of a study of ``trials`` trials.
 
     Args:
-        store: Where the study is kept.
+        store: The study's storage.
         study: The study, loaded from it.
-        trials: How many trials there shall be.
-        retries: How often a slot whose process died is tried again.
+        trials: Number of trials in the end.
+        retries: How many more trials a slot may get whose process died.
     """
 
     def __init__(self, store: Store, study: optuna.Study, trials: int, retries: int = 3) -> None:
@@ -132,34 +139,34 @@ class Queue:
             self._lock.acquire()
 
     def close(self) -> None:
-        """Say that this worker is through."""
+        """Release the lock by which others see that this worker lives."""
         if self._lock is not None:
             self._lock.release()
             Path(self._lock.lock_file).unlink(missing_ok=True)
 
     def claim(self) -> optuna.Trial | None:
-        """The next trial to run, now this worker's own; None where there is none left to start at present."""
+        """The next trial to run, marked as this worker's; None where no trial waits at present."""
         with self.store.exclusive(self.study.study_name):
             self._fail_lost()
             self._fill()
             waiting = [one for one in self._all() if one.state == TrialState.WAITING and self._is_in_range(one)]
             if not waiting:
                 return None
-            trial_id = waiting[0]._trial_id  # no public name, and ask() would make a trial more where none waits
-            storage = self.study._storage
+            key = trial_id(waiting[0])  # not study.ask(), which adds a trial where none waits
+            storage = storage_of(self.study)
             if hasattr(storage, "record_heartbeat"):
-                storage.record_heartbeat(trial_id)  # before it runs: one without any is never found to be lost
-            storage.set_trial_user_attr(trial_id, OWNER, self.owner)
-            if not storage.set_trial_state_values(trial_id, TrialState.RUNNING):
+                storage.record_heartbeat(key)  # before it runs: a trial without any heartbeat never counts as lost
+            storage.set_trial_user_attr(key, OWNER, self.owner)
+            if not storage.set_trial_state_values(key, TrialState.RUNNING):
                 return None
-        return optuna.Trial(self.study, trial_id)
+        return optuna.Trial(self.study, key)
 
     def is_finished(self) -> bool:
-        """Whether nothing waits or runs; a trial that another process runs may yet be lost and come back."""
+        """Whether no trial waits or runs; one that another process runs may still be lost, and come back."""
         return not any(one.state in OPEN for one in self._all() if self._is_in_range(one))
 
     def finished(self) -> list[FrozenTrial]:
-        """The trials that count: one for each slot that is done."""
+        """One trial for each slot that is done."""
         return [one for one in self._all() if self._is_in_range(one) and is_done(one)]
 
     def _all(self) -> list[FrozenTrial]:
@@ -169,13 +176,14 @@ class Queue:
         return trial.user_attrs.get(SLOT, self.trials) < self.trials
 
     def _fail_lost(self) -> None:
+        """Mark trials as failed whose process died."""
         optuna.storages.fail_stale_trials(self.study)
         for one in self._all():
             if one.state == TrialState.RUNNING and self.store.is_dead(one.user_attrs.get(OWNER)):
-                self.study._storage.set_trial_state_values(one._trial_id, TrialState.FAIL)
+                storage_of(self.study).set_trial_state_values(trial_id(one), TrialState.FAIL)
 
     def _fill(self) -> None:
-        """Give every slot that has no trial one, with the hyperparameters of the one it lost."""
+        """Enqueue a trial for every slot that is without one, with the hyperparameters of the one it lost."""
         slots: dict[int, list[FrozenTrial]] = {slot: [] for slot in range(self.trials)}
         for one in self._all():
             slots.setdefault(one.user_attrs.get(SLOT, self.trials), []).append(one)
@@ -187,7 +195,7 @@ class Queue:
 
 
 def is_done(trial: FrozenTrial) -> bool:
-    """Whether a trial ended by itself: with a value, pruned, or in an exception of its own."""
+    """Whether a trial ended by itself: with a value, by pruning, or by an exception."""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or (
         trial.state == TrialState.FAIL and ERROR in trial.user_attrs
     )

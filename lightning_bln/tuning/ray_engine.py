@@ -1,4 +1,4 @@
-"""The same search on Ray Tune: ASHA on one machine or a cluster, with checkpoints, and failed trials retried."""
+"""Search on Ray Tune: ASHA on one machine or a cluster; failed trials go on from their checkpoints."""
 
 from __future__ import annotations
 
@@ -17,33 +17,35 @@ from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
+from lightning_bln.tuning._private import ExtendedReport, check_ray
 from lightning_bln.tuning.objective import MODE, SCORES, stats_callback
 from lightning_bln.tuning.recipe import Recipe
 from lightning_bln.tuning.report import write_report
 from lightning_bln.tuning.space import Distribution
 
+check_ray(TuneReportCheckpointCallback)
+
 CHECKPOINT = "checkpoint.ckpt"
+"""The name of the file in a checkpoint's folder."""
 
 DOT = ":"
-"""Stands for the dots of a path in Ray's configurations: some of its parts take dots and slashes for nesting."""
+"""The replacement of dots in the paths of hyperparameters: parts of Ray read dots and slashes as nesting."""
 
 
-class Report(TuneReportCheckpointCallback):
-    """Ray's callback, which reports the best mode's value at each validation, and what every mode scored."""
+class Report(ExtendedReport, TuneReportCheckpointCallback):
+    """Ray's callback, which reports the best mode's metric at each validation, and with it every mode's score."""
 
     def __init__(self, monitor: str, statistics: Any) -> None:
         super().__init__(metrics=[monitor], filename=CHECKPOINT, on="validation_end")
         self.monitor, self.statistics = monitor, statistics
 
-    def _get_report_dict(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
-        report = super()._get_report_dict(trainer, pl_module)
+    def extra_entries(self) -> dict[str, Any]:
+        """The mode chosen and every mode's score, if the callback has chosen."""
         result = self.statistics.result
-        if report and result is not None:
-            report[MODE] = str(result.chosen)
-            report[SCORES] = {
-                str(mode): values[self.monitor] for mode, values in result.scores.items() if self.monitor in values
-            }
-        return report
+        if result is None:
+            return {}
+        scored = {str(mode): values[self.monitor] for mode, values in result.scores.items() if self.monitor in values}
+        return {MODE: str(result.chosen), SCORES: scored}
 
 
 def tune_on_ray(
@@ -59,18 +61,18 @@ def tune_on_ray(
 ) -> optuna.Study:
     """Search with Ray Tune, and write the same report as :func:`lightning_bln.tuning.tune`.
 
-    Bad trials are stopped by ASHA (asynchronous successive halving). A trial that fails goes on from its last
-    checkpoint; a search that was killed goes on when it is started again with the same ``name`` and ``output``.
+    ASHA (asynchronous successive halving) stops bad trials. A trial that fails goes on from its last checkpoint; a
+    search that was killed goes on when it is started again with the same ``name`` and ``output``.
 
     Args:
-        recipe: What to search, or its YAML file; None is the demo's. Its ``pruner: none`` switches ASHA off, its
-            ``sampler`` picks TPE (through Ray's Optuna search) or random search.
-        trials: How many trials to run.
-        jobs: How many to run at once.
+        recipe: The search, or its YAML file; None for the demo's. ``pruner: none`` switches ASHA off; ``sampler`` picks
+            TPE (through Ray's Optuna search) or random search.
+        trials: Number of trials.
+        jobs: Number of trials run at once.
         address: A running cluster's, ``auto`` for the one this machine belongs to; None starts a local one.
         name: The search's name, a folder in ``output``.
         output: Folder for Ray's records and the report; for a cluster one that all machines share.
-        retries: How often a trial that failed is tried again.
+        retries: How many times a failed trial is tried again.
         progress: Whether Ray reports progress.
 
     Returns:
@@ -90,7 +92,7 @@ def tune_on_ray(
     recipe.build(recipe.first_values(), output)
     started = not ray.is_initialized()
     if started:
-        # usage statistics would be sent off the machine
+        # otherwise Ray sends usage statistics off the machine
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         local: dict[str, Any] = {"num_cpus": jobs, "include_dashboard": False} if address is None else {}
         ray.init(address=address, log_to_driver=False, **local)
@@ -111,7 +113,7 @@ def tune_on_ray(
 def make_tuner(
     recipe: Recipe, trials: int, jobs: int, name: str, output: Path, retries: int, progress: bool
 ) -> tune.Tuner:
-    """Ray's tuner, restored where the search has begun before."""
+    """Create Ray's tuner, or restore that of a search which has begun before."""
     per_trial: dict[str, float] = {"cpu": 1}
     gpus = ray.cluster_resources().get("GPU", 0)
     if gpus:
@@ -147,7 +149,7 @@ def make_tuner(
 
 
 def run_trial(config: dict[str, Any], recipe: Recipe) -> None:
-    """What Ray runs for one trial: a fit from its start, or from the checkpoint it had when it failed."""
+    """Train one trial, from the start or from the checkpoint it had when it failed."""
     import torch
 
     if not torch.cuda.is_available():
@@ -165,7 +167,7 @@ def run_trial(config: dict[str, Any], recipe: Recipe) -> None:
 
 
 def as_domain(distribution: Distribution) -> Any:
-    """Ray's name for a distribution."""
+    """A distribution as Ray's."""
     low, high, step = distribution.low, distribution.high, distribution.step
     if distribution.choices is not None:
         return tune.choice(list(distribution.choices))
@@ -183,7 +185,7 @@ def as_domain(distribution: Distribution) -> Any:
 
 
 def as_optuna(distribution: Distribution) -> BaseDistribution:
-    """Optuna's name for it."""
+    """A distribution as Optuna's, without ``step``: Ray draws its multiples, Optuna counts it from ``low``."""
     if distribution.choices is not None:
         return CategoricalDistribution(distribution.choices)
     kind: Any = IntDistribution if distribution.is_integer else FloatDistribution
@@ -191,7 +193,7 @@ def as_optuna(distribution: Distribution) -> BaseDistribution:
 
 
 def as_study(results: Any, recipe: Recipe) -> optuna.Study:
-    """Ray's results as a study: what ASHA stopped early counts as pruned."""
+    """Ray's results as a study in memory; a trial that ASHA stopped counts as pruned."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="minimize" if recipe.mode == "min" else "maximize")
     epochs = recipe.fit.get("trainer", {}).get("max_epochs") or 0

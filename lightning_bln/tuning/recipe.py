@@ -1,4 +1,4 @@
-"""What ``bln tune`` reads: a LightningCLI configuration, and what of it to search."""
+"""Configuration of ``bln tune``: what ``bln fit`` would train, and which of its entries to search."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ DEMO: dict[str, Any] = {
     "mode": "min",
     "pruner": "median",
 }
-"""What is searched without a configuration: the demo's network on its digits."""
+"""The search without a configuration: the demo's network on its digits."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A search.
+    """A search over entries of a configuration of ``bln fit``.
 
     Args:
-        fit: What ``bln fit`` would train: ``model``, ``data``, ``trainer`` and so on.
-        search: For paths into ``fit`` such as ``model.init_args.lr``, where their values come from.
+        fit: The configuration: ``model``, ``data``, ``trainer`` and so on.
+        search: A distribution for each path into ``fit`` that is searched, such as ``model.init_args.lr``.
         monitor: The validation metric to optimise.
-        mode: ``"min"`` or ``"max"``.
-        latency: Whether a forward's milliseconds are a second objective.
-        pruner: ``"median"``, ``"hyperband"`` or ``"none"``; with ``latency`` it has no effect.
+        mode: Its direction, ``"min"`` or ``"max"``.
+        latency: Whether the milliseconds of a forward are a second objective.
+        pruner: ``"median"``, ``"hyperband"`` or ``"none"``; without effect with ``latency``.
         sampler: ``"tpe"`` (with ``latency`` NSGA-II) or ``"random"``.
-        seed: Of the sampler; parallel workers add their own number.
+        seed: Seed of the sampler; parallel workers add their number to it.
 
     Raises:
         ValueError: An entry is none of those above.
@@ -80,7 +80,7 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> Recipe:
-        """Read a YAML file; ``fit`` may name another one. Without a file: the demo's."""
+        """Read a YAML file, whose ``fit`` may name another one; without a file, the demo's search."""
         if path is None:
             return cls.parse(DEMO)
         spec = yaml.safe_load(Path(path).read_text())
@@ -90,7 +90,11 @@ class Recipe:
 
     @classmethod
     def parse(cls, spec: Any) -> Recipe:
-        """The search that a YAML file's content describes."""
+        """The search described by the content of a YAML file.
+
+        Raises:
+            ValueError: An entry is missing, unknown or not allowed.
+        """
         known = [name for name in cls.__dataclass_fields__ if not name.startswith("_")]
         if not isinstance(spec, dict) or not {"fit", "search"} <= set(spec) <= set(known):
             raise ValueError(f"the configuration must have fit and search, and may have {', '.join(known[2:])}")
@@ -109,18 +113,18 @@ class Recipe:
         return recipe
 
     def configuration(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """``fit`` with ``values`` at their paths."""
+        """A copy of ``fit`` with ``values`` at their paths."""
         config = copy.deepcopy(dict(self.fit))
         for path, value in values.items():
             set_path(config, path, value)
         return config
 
     def build(self, values: Mapping[str, Any], folder: Path) -> tuple[Any, Any, Any]:
-        """Trainer, model and data for ``values``, as ``bln fit`` would make them, but quiet.
+        """Create Trainer, model and datamodule for ``values`` as ``bln fit`` does, but quiet.
 
         Args:
             values: A value for each path of ``search``.
-            folder: Where the Trainer may write.
+            folder: Folder that the Trainer may write to.
 
         Raises:
             ValueError: LightningCLI does not accept the configuration.
@@ -134,7 +138,7 @@ class Recipe:
         callbacks = trainer["callbacks"]
         for one in [*callbacks, trainer["logger"]]:
             arguments = one.get("init_args", {}) if isinstance(one, dict) else {}
-            # trials run side by side, and must not write into one folder
+            # trials run at the same time, and must not write to one folder
             arguments.update({key: str(folder) for key in ("dirpath", "save_dir") if arguments.get(key) is not None})
         for callback in callbacks:
             if str(callback["class_path"]).endswith("BLNStatsCallback"):
@@ -149,12 +153,16 @@ class Recipe:
         return cli.trainer, cli.model, cli.datamodule
 
     def first_values(self) -> dict[str, Any]:
-        """Some value for each path."""
+        """The first value of each path's distribution."""
         return {name: distribution.first for name, distribution in self.search.items()}
 
 
 def set_path(config: Any, path: str, value: Any) -> None:
-    """Set the entry that a dotted path leads to; numbers in it count the entries of a list."""
+    """Set the entry at a dotted path, in which numbers are indices into lists.
+
+    Raises:
+        ValueError: There is no such entry.
+    """
     *above, last = path.split(".")
     for place, key in enumerate(above):
         try:

@@ -1,4 +1,4 @@
-"""What a search found: the best configuration, the share of each hyperparameter and of the mode, and plots."""
+"""Report of a search: best configuration, variance explained by each hyperparameter and by the mode, plots."""
 
 from __future__ import annotations
 
@@ -23,19 +23,22 @@ from lightning_bln.tuning.objective import MODE, SCORES
 from lightning_bln.tuning.recipe import Recipe
 
 MODE_PARAMETER = "statistics mode"
+"""The mode's name among the hyperparameters."""
 
 
 def write_report(study: optuna.Study, recipe: Recipe, output: Path) -> dict[str, Path]:
-    """Write what was found into a folder.
+    """Write the report of a study to a folder, and print its essence.
+
+    The files are ``best.yaml`` for ``bln fit``, ``trials.csv`` with every trial, ``importance.json`` with the share of
+    the metric's variance that each hyperparameter and the mode explain, and plots.
 
     Args:
         study: A study with at least one complete trial.
-        recipe: What was searched.
-        output: The folder: ``best.yaml`` for ``bln fit``, ``trials.csv`` with every trial, ``importance.json`` with
-            the share of the metric's variance that each hyperparameter and the mode explain, and plots.
+        recipe: The search.
+        output: The folder.
 
     Returns:
-        The files, by what they are.
+        Each file's path by what it holds.
     """
     output.mkdir(parents=True, exist_ok=True)
     best = best_trial(study, recipe)
@@ -67,7 +70,7 @@ def best_trial(study: optuna.Study, recipe: Recipe) -> FrozenTrial:
 
 
 def best_configuration(best: FrozenTrial, recipe: Recipe) -> str:
-    """A YAML file for ``bln fit``."""
+    """The content of a YAML file by which ``bln fit`` trains the best trial again."""
     header = (
         f"# bln fit --config best.yaml\n"
         f"# trial {best.number}: {recipe.monitor} {best.values[0]:.6g} in statistics mode {best.user_attrs.get(MODE)}\n"
@@ -76,7 +79,7 @@ def best_configuration(best: FrozenTrial, recipe: Recipe) -> str:
 
 
 def write_table(study: optuna.Study, recipe: Recipe, path: Path) -> None:
-    """Every trial with its hyperparameters and what each mode scored."""
+    """Write every trial with its hyperparameters and every mode's score as CSV."""
     names = sorted({name for trial in study.trials for name in trial.params})
     values = [recipe.monitor, *(["latency_ms"] if recipe.latency else [])]
     with path.open("w", newline="") as file:
@@ -92,18 +95,18 @@ def write_table(study: optuna.Study, recipe: Recipe, path: Path) -> None:
 
 
 def explained_variance(study: optuna.Study, seed: int = 0) -> dict[str, float]:
-    """The share of the metric's variance that each hyperparameter explains on its own, and that the mode does (fANOVA).
+    """Share of the metric's variance that each hyperparameter explains on its own, and that the mode does (fANOVA).
 
-    A trial's sweep scores every mode of one trained model, so every mode of every complete trial is a data point, with
-    the mode as one hyperparameter more.
+    Every mode of every complete trial is a data point, with the mode as a further hyperparameter, since a trial scores
+    its model in all of them.
 
     Args:
         study: Trials run by :class:`~lightning_bln.tuning.Objective`.
-        seed: Of the random forest.
+        seed: Seed of the random forest.
 
     Returns:
-        Shares of the variance over trials and modes that each explains alone, the largest first; what is missing to 1
-        are interactions. Empty where there are fewer than two complete trials, or all scores are equal.
+        The shares, the largest first; what they lack to 1 is due to interactions. Empty where there are fewer than two
+        complete trials, or all scores are equal.
 
     Source:
         Hutter, Hoos and Leyton-Brown, "An efficient approach for assessing hyperparameter importance", ICML 2014.
@@ -118,7 +121,7 @@ def explained_variance(study: optuna.Study, seed: int = 0) -> dict[str, float]:
         return {}
     modes = CategoricalDistribution([str(mode) for mode in ALL_MODES])
     columns = {
-        name: in_order(name, distribution, points)
+        name: by_rank(name, distribution, points)
         for name, distribution in {**finished[0].distributions, MODE_PARAMETER: modes}.items()
     }
     swept = optuna.create_study()
@@ -132,13 +135,16 @@ def explained_variance(study: optuna.Study, seed: int = 0) -> dict[str, float]:
     )
 
 
-def in_order(
+def by_rank(
     name: str, distribution: BaseDistribution, points: list[tuple[dict[str, Any], float]]
 ) -> tuple[BaseDistribution, dict[Any, int] | None]:
-    """A categorical hyperparameter as the ranks of its choices by their mean score; any other as it is.
+    """Replace a categorical hyperparameter by the ranks of its choices, ordered by mean score, and keep any other.
 
-    The share explained is the same, but fANOVA's time grows exponentially with the number of choices of a categorical
-    one: 16 modes would take it an hour.
+    The share explained stays the same, but fANOVA's time grows exponentially with the number of choices: 16 modes
+    would take an hour.
+
+    Returns:
+        The distribution, and each choice's rank, None for a hyperparameter that is kept.
     """
     if not isinstance(distribution, CategoricalDistribution):
         return distribution, None
@@ -150,7 +156,7 @@ def in_order(
 
 
 def draw(study: optuna.Study, recipe: Recipe, shares: dict[str, float], output: Path) -> dict[str, Path]:
-    """The study's plots as files; one that Optuna cannot draw from so few trials is left out."""
+    """Draw the study's plots into files, without those that Optuna cannot draw from so few trials."""
     import optuna.visualization.matplotlib as plots
 
     objective: dict[str, Any] = {}
@@ -171,20 +177,20 @@ def draw(study: optuna.Study, recipe: Recipe, shares: dict[str, float], output: 
     paths = {}
     for name, make in makers.items():
         try:
-            with warnings.catch_warnings(), matplotlib.rc_context():  # Optuna's plots set a style for all
+            with warnings.catch_warnings(), matplotlib.rc_context():  # Optuna sets a global style
                 warnings.simplefilter("ignore")
                 paths[f"plot of {name}"] = save(make(), output / f"{name}.png")
-        except Exception as error:  # a plot must not cost the search's result
+        except Exception as error:  # a failing plot must not cost the search's result
             logging.getLogger(__name__).warning("no plot %s.png: %s", name, error)
             paths.pop(f"plot of {name}", None)
     return paths
 
 
 def save(axes: Any, path: Path) -> Path:
-    """Write the figure that a plot's axes, or array of axes, belong to."""
+    """Write the figure of a plot's axes, or array of axes, to a file."""
     figure = (axes if hasattr(axes, "figure") else axes.flat[0]).figure
     figure.savefig(path, dpi=120, bbox_inches="tight")
-    if hasattr(figure, "number"):  # one of pyplot's, which would keep it
+    if hasattr(figure, "number"):  # a figure of pyplot's, which would keep it in memory
         from matplotlib import pyplot
 
         pyplot.close(figure)
@@ -192,7 +198,7 @@ def save(axes: Any, path: Path) -> Path:
 
 
 def plot_shares(shares: dict[str, float], monitor: str) -> Any:
-    """A bar for each hyperparameter's share of the variance."""
+    """Draw a bar for each hyperparameter's share of the variance."""
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=(6, 0.5 * len(shares) + 1.2), layout="constrained").add_subplot()
@@ -205,7 +211,7 @@ def plot_shares(shares: dict[str, float], monitor: str) -> Any:
 
 
 def plot_modes(study: optuna.Study, recipe: Recipe) -> Any:
-    """For each mode, by how much it is worse than the best one of the same trained model."""
+    """Draw for each mode how much worse it is than the best one of the same trained model."""
     from matplotlib.figure import Figure
 
     sign = 1 if recipe.mode == "min" else -1

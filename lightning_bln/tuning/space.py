@@ -1,4 +1,4 @@
-"""What is searched: distributions of hyperparameters, independent of the engine that draws from them."""
+"""Distributions of hyperparameters, independent of the engine that draws from them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lightning_bln.modes import ALL_MODES, StatisticsMode
 def suggest_mode(trial: Any, name: str = "mode", modes: Sequence[str] = ALL_MODES) -> StatisticsMode:
     """A statistics mode as a hyperparameter of an Optuna trial.
 
-    For an objective of your own that evaluates a model in one mode. :class:`~lightning_bln.tuning.Objective` needs no
-    such hyperparameter: it evaluates every mode of each model it trains.
+    It is meant for an objective that evaluates a model in one mode. :class:`~lightning_bln.tuning.Objective` needs no
+    such hyperparameter, since it evaluates each model in every mode.
 
     Args:
         trial: An Optuna trial.
@@ -47,17 +47,17 @@ def suggest_norm(trial: Any, name: str = "norm", norms: Sequence[str | None] = N
 
 @dataclass(frozen=True)
 class Distribution:
-    """Where a hyperparameter's values come from: a list of choices, or a range.
+    """The distribution of a hyperparameter: a list of choices, or a range.
 
     Args:
         choices: The values to choose from.
-        low: The least value of a range; integers make an integer range.
-        high: The largest.
-        log: Whether values are spread evenly over the logarithm.
+        low: The smallest value of a range, which is one of integers if both ends are.
+        high: The largest value.
+        log: Whether the logarithm is distributed uniformly.
         step: The distance between neighbouring values.
 
     Raises:
-        ValueError: It is neither a list of choices nor a range, or the range is none.
+        ValueError: The arguments make neither a list of choices nor a range, or both.
 
     Example:
         >>> Distribution(low=1e-4, high=1e-2, log=True).is_integer
@@ -84,7 +84,11 @@ class Distribution:
 
     @classmethod
     def parse(cls, name: str, spec: Any) -> Distribution:
-        """The distribution that a YAML file gives for ``name``: a list, or a mapping of the arguments above."""
+        """The distribution of ``name`` as YAML gives it: a list of choices, or a mapping of the arguments above.
+
+        Raises:
+            ValueError: ``spec`` is neither.
+        """
         if isinstance(spec, (list, tuple)):
             return cls(choices=tuple(spec))
         try:
@@ -102,11 +106,11 @@ class Distribution:
 
     @property
     def first(self) -> Any:
-        """One of its values."""
+        """The first choice, or the lower end of the range."""
         return self.low if self.choices is None else self.choices[0]
 
     def suggest(self, trial: Any, name: str) -> Any:
-        """A value from an Optuna trial."""
+        """Draw a value by an Optuna trial."""
         if self.choices is not None:
             return trial.suggest_categorical(name, list(self.choices))
         if self.is_integer:
@@ -115,7 +119,7 @@ class Distribution:
 
 
 def number(value: Any) -> Any:
-    """``value``, read as a number where it is a string such as ``1e-3``, which YAML 1.1 takes for text."""
+    """``value``, converted where it is a string such as ``1e-3``, a number that YAML 1.1 reads as text."""
     if not isinstance(value, str):
         return value
     try:
@@ -125,5 +129,5 @@ def number(value: Any) -> Any:
 
 
 def suggest(trial: Any, space: Mapping[str, Distribution]) -> dict[str, Any]:
-    """A value of every hyperparameter in ``space``, from an Optuna trial."""
+    """Draw a value of every hyperparameter in ``space`` by an Optuna trial."""
     return {name: distribution.suggest(trial, name) for name, distribution in space.items()}

@@ -1,4 +1,4 @@
-"""The search on Optuna: one study, worked off by this process or by several, on one machine or on many."""
+"""Search on Optuna: one study, worked off by one process or several, on one machine or many."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,15 @@ from lightning_bln.tuning.recipe import Recipe
 from lightning_bln.tuning.report import write_report
 
 POLL = 1.0
-"""Seconds between looks at a study in which others still work."""
+"""Seconds between two looks at a study in which other processes run the last trials."""
 
 ERRORS = 3
-"""So many trials in a row that end in an exception end the worker: then it is not the trial's fault."""
+"""Number of exceptions in a row after which a worker gives up if no trial has finished: the fault is not a trial's."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where and how a recipe is searched; see :func:`tune`."""
+    """Settings of a search that its worker processes need; see :func:`tune`."""
 
     storage: str
     name: str
@@ -54,27 +55,26 @@ def tune(
 ) -> optuna.Study:
     """Search until the study has ``trials`` trials, and write a report.
 
-    A study that exists goes on: what was finished is kept, what was running when its process died is run again with
-    the same hyperparameters. Start the same on other machines with the same ``storage`` and ``name``, and they share
-    the work.
+    An existing study goes on: finished trials are kept, and one whose process died is run again with the same
+    hyperparameters. Machines that start the same search with the same ``storage`` and ``name`` share its trials.
 
     Args:
-        recipe: What to search, or its YAML file; None is the demo's.
-        trials: How many trials the study shall have in the end, those of former runs included.
-        jobs: How many processes to use.
+        recipe: The search, or its YAML file; None for the demo's.
+        trials: Number of trials of the study in the end, those of earlier runs included.
+        jobs: Number of processes.
         storage: ``sqlite:///path`` (by default ``study.db`` in ``output``), ``journal:path``, or for many machines
             ``postgresql://user@host/database``.
         name: The study's name.
         output: Folder for the report.
-        heartbeat: Seconds between signs of life in a database; a trial without any for four times that is run again.
-        retries: How often a trial whose process died is run again.
+        heartbeat: Seconds between two heartbeats of a trial in a database; after four without one it is run again.
+        retries: How many times a trial whose process died is run again.
         progress: Whether to show a progress bar.
 
     Returns:
         The study.
 
     Raises:
-        ValueError: The recipe cannot be built; nothing has been stored then.
+        ValueError: The recipe cannot be built; nothing is stored then.
         RuntimeError: Every trial failed, or all workers died.
     """
     if trials < 1 or jobs < 1:
@@ -116,8 +116,8 @@ def tune(
     return study
 
 
-def open_study(recipe: Recipe, plan: Plan, worker: int) -> tuple[Store, optuna.Study]:
-    """The study of a plan, made if need be; each worker's sampler has a seed of its own."""
+def open_study(recipe: Recipe, plan: Plan, worker_number: int) -> tuple[Store, optuna.Study]:
+    """Create or load the study of a plan; each worker's sampler has its own seed."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     store = Store(plan.storage, plan.heartbeat)
@@ -129,7 +129,7 @@ def open_study(recipe: Recipe, plan: Plan, worker: int) -> tuple[Store, optuna.S
         storage=store.storage,
         study_name=plan.name,
         directions=directions,
-        sampler=make_sampler(recipe, recipe.seed + worker),
+        sampler=make_sampler(recipe, recipe.seed + worker_number),
         pruner=make_pruner(recipe),
         load_if_exists=True,
     )
@@ -142,15 +142,17 @@ def open_study(recipe: Recipe, plan: Plan, worker: int) -> tuple[Store, optuna.S
 
 
 def make_sampler(recipe: Recipe, seed: int) -> optuna.samplers.BaseSampler:
+    """The sampler that a recipe names; for two objectives NSGA-II in place of TPE."""
     if recipe.sampler == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     if recipe.latency:
         return optuna.samplers.NSGAIISampler(seed=seed)
-    # constant_liar: trials that others still run count as bad, so that workers do not all draw the same
+    # constant_liar: trials still running count as bad, so that workers do not all draw the same values
     return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
 
 
 def make_pruner(recipe: Recipe) -> optuna.pruners.BasePruner:
+    """The pruner that a recipe names; none for two objectives."""
     if recipe.latency or recipe.pruner == "none":
         return optuna.pruners.NopPruner()
     if recipe.pruner == "median":
@@ -159,8 +161,12 @@ def make_pruner(recipe: Recipe) -> optuna.pruners.BasePruner:
     return optuna.pruners.HyperbandPruner(max_resource=epochs if epochs else "auto")
 
 
-def work(recipe: Recipe, queue: Queue, plan: Plan, update: Any = lambda: None) -> None:
-    """Run trials until the study has all of them."""
+def work(recipe: Recipe, queue: Queue, plan: Plan, update: Callable[[], None]) -> None:
+    """Run trials until all of the study have ended, and call ``update`` after each.
+
+    Raises:
+        RuntimeError: Nothing but exceptions, see :data:`ERRORS`.
+    """
     study, failed = queue.study, 0
     while True:
         trial = queue.claim()
@@ -181,7 +187,7 @@ def work(recipe: Recipe, queue: Queue, plan: Plan, update: Any = lambda: None) -
 
 
 def run(trial: optuna.Trial, recipe: Recipe, queue: Queue, plan: Plan) -> Exception | None:
-    """Run one trial and tell the study what became of it; returns the exception it ended in, if it did."""
+    """Run one trial and store its outcome in the study; returns the exception that ended it, if one did."""
 
     def build(trial: optuna.Trial) -> tuple[Any, Any, Any]:
         values = {name: distribution.suggest(trial, name) for name, distribution in recipe.search.items()}
@@ -190,7 +196,7 @@ def run(trial: optuna.Trial, recipe: Recipe, queue: Queue, plan: Plan) -> Except
     objective = Objective(
         build, recipe.monitor, recipe.mode, latency=recipe.latency, prune=not recipe.latency and recipe.pruner != "none"
     )
-    with queue.store.alive(trial._trial_id):
+    with queue.store.alive(trial):
         try:
             values = objective(trial)
         except optuna.TrialPruned:
@@ -200,15 +206,19 @@ def run(trial: optuna.Trial, recipe: Recipe, queue: Queue, plan: Plan) -> Except
             queue.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
             return error
         except BaseException:
-            queue.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)  # stopped, not failed: it comes again
+            queue.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)  # interrupted: run again
             raise
         else:
             queue.study.tell(trial, values, skip_if_finished=True)
     return None
 
 
-def supervise(recipe: Recipe, plan: Plan, jobs: int, queue: Queue, update: Any) -> None:
-    """Run workers in processes of their own; one that dies is replaced while there is work."""
+def supervise(recipe: Recipe, plan: Plan, jobs: int, queue: Queue, update: Callable[[], None]) -> None:
+    """Run workers in processes of their own, and replace one that dies while trials are left.
+
+    Raises:
+        RuntimeError: All workers died with trials left.
+    """
     context = multiprocessing.get_context("spawn")
     started = 0
     workers: list[Any] = []
@@ -242,7 +252,7 @@ def supervise(recipe: Recipe, plan: Plan, jobs: int, queue: Queue, update: Any) 
 
 
 def worker(recipe: Recipe, plan: Plan, number: int, parent: int) -> None:
-    """What a worker process runs."""
+    """Work off a study in a process of its own, until all trials have ended or the parent process has."""
     import torch
 
     if torch.cuda.is_available():
@@ -263,7 +273,7 @@ def worker(recipe: Recipe, plan: Plan, number: int, parent: int) -> None:
 
 
 def describe_best(study: optuna.Study, recipe: Recipe) -> str:
-    """The best trial in a few words."""
+    """The best trial so far, in a few words for the progress bar."""
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not finished:
         return ""

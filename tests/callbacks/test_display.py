@@ -153,7 +153,7 @@ def test_a_model_from_a_checkpoint_announces_its_mode(tmp_path: Path, monkeypatc
     zoo.trainer(zoo.chooser()).test(Tests(), zoo.val_data(), ckpt_path=path, verbose=False)
     zoo.trainer(zoo.chooser(), max_epochs=2).fit(Tests(), zoo.train_data(), zoo.val_data(), ckpt_path=path)
     assert said[:3] == [
-        "Tests validates, coming in statistics mode pccp.",
+        "Tests starts to validate in statistics mode pccp.",
         "Tests tests in statistics mode pccp.",
         "Tests resumes in statistics mode pccp.",
     ]

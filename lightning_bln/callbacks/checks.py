@@ -1,0 +1,73 @@
+"""Arguments, models and data that the callback cannot serve, refused before anything has changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from lightning_bln.callbacks import _lightning
+from lightning_bln.modes import ALL_MODES, BATCH_INDEPENDENT_MODES, StatisticsMode, mode_layers
+
+
+def check_arguments(
+    *, population: str, guard: str, recompute_batches: int | None, every_n_epochs: int, tolerance: float
+) -> None:
+    """Raise where an argument of the callback is none of those it documents."""
+    rules = {
+        "population": (population, population in ("recompute", "epoch"), "'recompute' or 'epoch'"),
+        "guard": (guard, guard in ("strict", "warn", "off"), "'strict', 'warn' or 'off'"),
+        "recompute_batches": (
+            recompute_batches,
+            recompute_batches is None or recompute_batches >= 1,
+            "positive, or None for all",
+        ),
+        "every_n_epochs": (every_n_epochs, every_n_epochs >= 1, "positive"),
+        "tolerance": (tolerance, tolerance >= 0 and math.isfinite(tolerance), "zero or positive"),
+    }
+    for name, (value, is_allowed, rule) in rules.items():
+        if not is_allowed:
+            raise ValueError(f"{name}={value!r}, but it must be {rule}")
+
+
+def parse_candidates(candidates: str | Iterable[str]) -> tuple[StatisticsMode, ...]:
+    """The modes named by ``candidates``, each once."""
+    named = {"all": ALL_MODES, "batch_independent": BATCH_INDEPENDENT_MODES}
+    if isinstance(candidates, str):
+        if candidates not in named:
+            raise ValueError(
+                f"candidates={candidates!r}, but it must be 'all', 'batch_independent' or modes by name: ['ppcc'], say"
+            )
+        return named[candidates]
+    modes = tuple(dict.fromkeys(StatisticsMode(mode) for mode in candidates))
+    if not modes:
+        raise ValueError("candidates is empty, but there must be a mode to choose; pass 'all', or modes by name")
+    return modes
+
+
+def check_model(trainer: Any, module: Any) -> None:
+    """Raise where a module has no mode to choose, or its ``validation_step`` cannot be called once for each mode."""
+    if not mode_layers(module):
+        raise _lightning.misconfiguration(
+            trainer,
+            f"model={type(module).__name__} has no layer with a statistics mode, so there is nothing to choose; "
+            "put a BatchLayerNorm or a recurrent layer with norm='bln' into it, or take the callback away",
+        )
+    if _lightning.takes_dataloader_iter(module.validation_step):
+        raise _lightning.misconfiguration(
+            trainer,
+            "validation_step(dataloader_iter) draws its own batches, so modes cannot share them; declare it as "
+            "validation_step(batch, batch_idx)",
+        )
+
+
+def check_validation_data(trainer: Any) -> None:
+    """Raise where some ranks have validation batches and others none."""
+    has_none = sum(trainer.num_val_batches) == 0
+    decide = trainer.strategy.reduce_boolean_decision
+    if decide(has_none, all=False) and not decide(has_none, all=True):
+        raise _lightning.misconfiguration(
+            trainer,
+            "a rank has no validation batches while others do, and would choose no mode; give every rank at least "
+            "one batch, of fewer samples each",
+        )
