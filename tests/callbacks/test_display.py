@@ -1,20 +1,16 @@
-"""What a person sees of the choice."""
+"""Progress bars, loggers, the printed table and the files."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 import zoo
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from lightning_bln.callbacks import BLNStatsCallback
 from lightning_bln.callbacks.display import RichLine, SweepBar, TqdmLine
 from lightning_bln.sweep import SweepResult
 
@@ -121,70 +117,3 @@ def test_loggers_with_log_image_get_a_picture_and_may_fail() -> None:
         zoo.fitted(zoo.Simple(), zoo.chooser(plot=True), logger=[Takes(), Fails()])
     assert Takes.images[0][0] == "bln/modes"
     assert Takes.images[0][1][-1] == 3
-
-
-def test_a_reloaded_model_announces_its_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Tests(zoo.Simple):
-        def test_step(self, batch: Any, batch_idx: int) -> None:
-            self(batch[0])
-
-    model, callback = Tests(), zoo.chooser()
-    trainer = zoo.fitted(model, callback)
-    assert callback.result is not None
-    said: list[str] = []
-    monkeypatch.setattr("lightning_bln.callbacks.stats.rank_zero_info", said.append)
-    trainer.test(model, zoo.val_data(), verbose=False)
-    trainer.fit_loop.max_epochs = 2
-    trainer.fit(model, zoo.train_data(), zoo.val_data())
-    assert said[0] == f"Tests tests in statistics mode {callback.result.incumbent}."
-    assert said[1] == f"Tests resumes in statistics mode {callback.result.incumbent}."
-
-
-def test_a_model_from_a_checkpoint_announces_its_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Tests(zoo.Simple):
-        def test_step(self, batch: Any, batch_idx: int) -> None:
-            self(batch[0])
-
-    path = str(tmp_path / "saved.ckpt")
-    zoo.fitted(Tests(), zoo.chooser(candidates=["pccp"])).save_checkpoint(path)
-    said: list[str] = []
-    monkeypatch.setattr("lightning_bln.callbacks.stats.rank_zero_info", said.append)
-    zoo.trainer(zoo.chooser()).validate(Tests(), zoo.val_data(), ckpt_path=path, verbose=False)
-    zoo.trainer(zoo.chooser()).test(Tests(), zoo.val_data(), ckpt_path=path, verbose=False)
-    zoo.trainer(zoo.chooser(), max_epochs=2).fit(Tests(), zoo.train_data(), zoo.val_data(), ckpt_path=path)
-    assert said[:3] == [
-        "Tests starts to validate in statistics mode pccp.",
-        "Tests tests in statistics mode pccp.",
-        "Tests resumes in statistics mode pccp.",
-    ]
-
-
-class Data(zoo.pl.LightningDataModule):
-    def train_dataloader(self) -> Any:
-        return zoo.train_data()
-
-    def val_dataloader(self) -> Any:
-        return zoo.val_data()
-
-
-def test_the_callback_comes_from_yaml(tmp_path: Path) -> None:
-    config = {
-        "trainer": {
-            **zoo.SILENT,
-            "max_epochs": 1,
-            "callbacks": [
-                {
-                    "class_path": "lightning_bln.callbacks.BLNStatsCallback",
-                    "init_args": {"candidates": ["ppcc", "cccc"], "guard": "off", "verbose": False},
-                }
-            ],
-        },
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    cli = LightningCLI(zoo.Simple, Data, args=["fit", "--config", str(path)], save_config_callback=None)
-    (callback,) = (one for one in cli.trainer.callbacks if isinstance(one, BLNStatsCallback))
-    assert callback.candidates == ("ppcc", "cccc")
-    assert callback.result is not None
-    assert json.loads(callback.result.to_json())["chosen"] in ("ppcc", "cccc")
-    assert torch.isfinite(torch.tensor(callback.history[0][3]))

@@ -1,65 +1,16 @@
-"""Lightning's subcommands on the example configuration, and the mode written into a checkpoint."""
+"""Lightning's subcommands and ``sweep`` on the example configuration."""
 
 from __future__ import annotations
-
-import copy
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from lightning_bln import cli
-from lightning_bln.cli.checkpoint import write_mode
 from lightning_bln.demo import DigitRows, RowClassifier
-from lightning_bln.modes import ALL_MODES, set_mode, using_mode
+from lightning_bln.modes import ALL_MODES, using_mode
 
 pytest.importorskip("jsonargparse")
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "digits.yaml"
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
-    """The example, made small."""
-    folder = tmp_path_factory.mktemp("digits")
-    recipe = yaml.safe_load(EXAMPLE.read_text().replace("runs/digits", str(folder)))
-    recipe["model"]["init_args"]["hidden_size"] = 4
-    recipe["trainer"] |= {
-        "max_epochs": 1,
-        "limit_train_batches": 3,
-        "limit_val_batches": 2,
-        "limit_test_batches": 2,
-        "limit_predict_batches": 2,
-        "num_sanity_val_steps": 0,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    recipe["trainer"]["callbacks"][0]["init_args"] |= {"save_dir": None, "verbose": False, "guard": "off"}
-    path = folder / "digits.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
-
-
-@pytest.fixture(scope="module")
-def trained(config) -> Path:
-    cli.main(["fit", "--config", str(config)])
-    return config.parent / "digits.ckpt"
-
-
-@pytest.fixture
-def checkpoint(trained, tmp_path) -> Path:
-    """A copy that a test may change."""
-    path = tmp_path / "copy.ckpt"
-    path.write_bytes(trained.read_bytes())
-    return path
-
-
-def load(path: Path) -> RowClassifier:
-    """The model of a checkpoint; not by load_from_checkpoint, since old versions of LightningCLI nest what it reads."""
-    model = RowClassifier(hidden_size=4)
-    model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
-    return model
 
 
 def assert_equal(a: object, b: object) -> None:
@@ -79,10 +30,11 @@ def assert_equal(a: object, b: object) -> None:
         assert a == b
 
 
-def chosen_by_hand(checkpoint: Path, batches: int) -> str:
+def chosen_by_hand(model: RowClassifier, batches: int) -> str:
     """The mode with the least validation loss, computed without Trainer or callback."""
-    model, data = load(checkpoint).eval(), DigitRows()
+    data = DigitRows()
     data.setup()
+    model.eval()
     losses = {}
     for mode in ALL_MODES:
         total, count = 0.0, 0
@@ -95,7 +47,7 @@ def chosen_by_hand(checkpoint: Path, batches: int) -> str:
     return min(losses, key=losses.__getitem__)
 
 
-def test_fit_trains_and_writes_a_checkpoint_that_says_what_it_is_of(trained) -> None:
+def test_fit_trains_and_writes_a_checkpoint_that_says_what_it_is_of(trained, load) -> None:
     saved = torch.load(trained, weights_only=True)
     assert yaml.safe_load(saved["bln_config"])["model"]["class_path"] == "lightning_bln.demo.RowClassifier"
     assert (trained.parent / "version_0" / "config.yaml").is_file()
@@ -109,7 +61,7 @@ def test_a_checkpoint_is_evaluated(command, config, trained, capsys) -> None:
     assert trained.read_bytes() == before
 
 
-def test_predict_saves_predictions(config, trained, tmp_path) -> None:
+def test_predict_saves_predictions(config, trained, tmp_path, load) -> None:
     cli.main(["predict", "--config", str(config), "--ckpt_path", str(trained), "--output", str(tmp_path / "p.pt")])
     predictions = torch.load(tmp_path / "p.pt")
     model, data = load(trained).eval(), DigitRows()
@@ -119,7 +71,7 @@ def test_predict_saves_predictions(config, trained, tmp_path) -> None:
     assert_equal(predictions, expected)
 
 
-def test_sweep_writes_the_best_mode_into_the_checkpoint_and_nothing_else(checkpoint, capsys) -> None:
+def test_sweep_writes_the_best_mode_into_the_checkpoint_and_nothing_else(checkpoint, capsys, load) -> None:
     worst = torch.load(checkpoint, weights_only=True)
     for key in worst["state_dict"]:
         if key.endswith("_extra_state"):
@@ -128,7 +80,7 @@ def test_sweep_writes_the_best_mode_into_the_checkpoint_and_nothing_else(checkpo
     cli.main(["sweep", "--ckpt", str(checkpoint)])
     swept = torch.load(checkpoint, weights_only=True)
     mode = load(checkpoint).lstm.mode
-    assert mode == chosen_by_hand(checkpoint, batches=2)
+    assert mode == chosen_by_hand(load(checkpoint), batches=2)
     assert f"wrote {mode} to {checkpoint}" in capsys.readouterr().out
     for callback in swept["callbacks"].values():
         if "result" in callback:
@@ -153,39 +105,6 @@ def test_sweep_needs_a_configuration_for_a_foreign_checkpoint(checkpoint, config
     assert_equal(torch.load(other)["optimizer_states"], foreign["optimizer_states"])
 
 
-def test_a_checkpoint_survives_a_write_that_fails(checkpoint, monkeypatch) -> None:
-    model = load(checkpoint)
-    set_mode(model, "cccc")
-    before = checkpoint.read_bytes()
-
-    def run_out_of_space(*args: object) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", run_out_of_space)
-    with pytest.raises(OSError, match="no space"):
-        write_mode(checkpoint, model)
-    assert checkpoint.read_bytes() == before
-    assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
-
-
-def test_a_mode_of_another_model_is_refused(checkpoint) -> None:
-    other = torch.nn.Sequential(copy.deepcopy(RowClassifier(hidden_size=4).lstm))
-    before = checkpoint.read_bytes()
-    with pytest.raises(ValueError, match="not of this Sequential"):
-        write_mode(checkpoint, other)
-    assert checkpoint.read_bytes() == before
-
-
-def test_a_link_to_a_checkpoint_stays_a_link(checkpoint) -> None:
-    link = checkpoint.with_name("last.ckpt")
-    link.symlink_to(checkpoint.name)
-    model = load(checkpoint)
-    set_mode(model, "cpcp")
-    write_mode(link, model)
-    assert link.is_symlink()
-    assert load(checkpoint).lstm.mode == "cpcp"
-
-
 def test_a_checkpoint_without_a_population_is_not_swept(checkpoint, config, capsys) -> None:
     saved = torch.load(checkpoint, weights_only=True)
     fresh = RowClassifier(hidden_size=4).state_dict()
@@ -193,12 +112,3 @@ def test_a_checkpoint_without_a_population_is_not_swept(checkpoint, config, caps
     torch.save(saved, checkpoint)
     with pytest.raises(RuntimeError, match="no frozen population"):
         cli.main(["sweep", "--ckpt", str(checkpoint)])
-
-
-def test_help_lists_the_commands(capsys) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["--help"])
-    assert stopped.value.code == 0
-    printed = capsys.readouterr().out
-    for command in ("demo", *cli.LIGHTNING):
-        assert command in printed

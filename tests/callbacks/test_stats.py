@@ -1,7 +1,8 @@
-"""When the callback chooses and when it keeps its hands off; what it refuses."""
+"""When the callback chooses and when it leaves the mode alone, and what it says of it."""
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from pathlib import Path
@@ -11,7 +12,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 import zoo
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_bln import ALL_MODES, set_mode
@@ -169,16 +172,6 @@ def test_gradients_in_mid_accumulation_are_untouched() -> None:
     assert any(watches.seen)
 
 
-def test_steps_that_draw_their_own_batches_are_refused() -> None:
-    class Iterates(zoo.Simple):
-        def validation_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
-            batch, *_ = next(dataloader_iter)
-            self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]), batch_size=20)
-
-    with pytest.raises(MisconfigurationException, match="validation_step\\(dataloader_iter\\)"):
-        zoo.fitted(Iterates(), zoo.chooser())
-
-
 def test_two_callbacks_are_refused() -> None:
     with pytest.raises(MisconfigurationException, match="callbacks has 2 BLNStatsCallback"):
         zoo.fitted(zoo.Simple(), zoo.chooser(), zoo.chooser("val_acc", "max"))
@@ -188,43 +181,6 @@ def test_two_callbacks_of_one_monitor_are_refused_by_name() -> None:
     # the Trainer is first here, as both would write to one place in a checkpoint
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `BLNStatsCallback`"):
         zoo.trainer(zoo.chooser(), zoo.chooser())
-
-
-def test_a_rank_without_validation_batches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = zoo.trainer(zoo.chooser(), num_sanity_val_steps=0)
-    # as if another rank had answered the other way
-    monkeypatch.setattr(type(trainer.strategy), "reduce_boolean_decision", lambda self, decision, all=True: not all)
-    with pytest.raises(MisconfigurationException, match="a rank has no validation batches"):
-        trainer.fit(zoo.Simple(), zoo.train_data(), zoo.val_data())
-
-
-def test_a_model_without_our_layers_is_refused() -> None:
-    class Plain(zoo.Simple):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = torch.nn.Sequential(torch.nn.Linear(zoo.FEATURES, zoo.CLASSES))
-
-    with pytest.raises(MisconfigurationException, match="model=Plain has no layer"):
-        zoo.fitted(Plain(), zoo.chooser())
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"mode": "up"}, "mode='up'"),
-        ({"candidates": "most"}, "candidates='most'"),
-        ({"candidates": ["xxxx"]}, "xxxx"),
-        ({"candidates": []}, "candidates is empty"),
-        ({"population": "never"}, "population='never'"),
-        ({"recompute_batches": 0}, "recompute_batches=0"),
-        ({"every_n_epochs": 0}, "every_n_epochs=0"),
-        ({"guard": "loose"}, "guard='loose'"),
-        ({"tolerance": -1.0}, "tolerance=-1.0"),
-    ],
-)
-def test_bad_arguments_are_named(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        BLNStatsCallback(**options)
 
 
 def test_the_callback_runs_after_those_that_log_and_before_those_that_save() -> None:
@@ -259,3 +215,70 @@ def test_both_namespaces_take_the_callback() -> None:
     trainer = other.Trainer(**zoo.SILENT, max_epochs=1, callbacks=[callback])
     trainer.fit(module(), zoo.train_data(), zoo.val_data())
     assert len(callback.history) == 1
+
+
+def test_a_reloaded_model_announces_its_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tests(zoo.Simple):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch[0])
+
+    model, callback = Tests(), zoo.chooser()
+    trainer = zoo.fitted(model, callback)
+    assert callback.result is not None
+    said: list[str] = []
+    monkeypatch.setattr("lightning_bln.callbacks.stats.rank_zero_info", said.append)
+    trainer.test(model, zoo.val_data(), verbose=False)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, zoo.train_data(), zoo.val_data())
+    assert said[0] == f"Tests tests in statistics mode {callback.result.incumbent}."
+    assert said[1] == f"Tests resumes in statistics mode {callback.result.incumbent}."
+
+
+def test_a_model_from_a_checkpoint_announces_its_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tests(zoo.Simple):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch[0])
+
+    path = str(tmp_path / "saved.ckpt")
+    zoo.fitted(Tests(), zoo.chooser(candidates=["pccp"])).save_checkpoint(path)
+    said: list[str] = []
+    monkeypatch.setattr("lightning_bln.callbacks.stats.rank_zero_info", said.append)
+    zoo.trainer(zoo.chooser()).validate(Tests(), zoo.val_data(), ckpt_path=path, verbose=False)
+    zoo.trainer(zoo.chooser()).test(Tests(), zoo.val_data(), ckpt_path=path, verbose=False)
+    zoo.trainer(zoo.chooser(), max_epochs=2).fit(Tests(), zoo.train_data(), zoo.val_data(), ckpt_path=path)
+    assert said[:3] == [
+        "Tests starts to validate in statistics mode pccp.",
+        "Tests tests in statistics mode pccp.",
+        "Tests resumes in statistics mode pccp.",
+    ]
+
+
+class Data(zoo.pl.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return zoo.train_data()
+
+    def val_dataloader(self) -> Any:
+        return zoo.val_data()
+
+
+def test_the_callback_comes_from_yaml(tmp_path: Path) -> None:
+    config = {
+        "trainer": {
+            **zoo.SILENT,
+            "max_epochs": 1,
+            "callbacks": [
+                {
+                    "class_path": "lightning_bln.callbacks.BLNStatsCallback",
+                    "init_args": {"candidates": ["ppcc", "cccc"], "guard": "off", "verbose": False},
+                }
+            ],
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    cli = LightningCLI(zoo.Simple, Data, args=["fit", "--config", str(path)], save_config_callback=None)
+    (callback,) = (one for one in cli.trainer.callbacks if isinstance(one, BLNStatsCallback))
+    assert callback.candidates == ("ppcc", "cccc")
+    assert callback.result is not None
+    assert json.loads(callback.result.to_json())["chosen"] in ("ppcc", "cccc")
+    assert torch.isfinite(torch.tensor(callback.history[0][3]))

@@ -6,7 +6,6 @@ import csv
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -15,8 +14,6 @@ ray = pytest.importorskip("ray", reason="Ray is not installed; pip install 'ligh
 pytest.importorskip("ray.tune")
 pytest.importorskip("optuna")
 pytest.importorskip("jsonargparse")
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import tuning_helpers as helpers
 from optuna.trial import TrialState

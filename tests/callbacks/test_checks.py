@@ -1,0 +1,60 @@
+"""Arguments, models and data that the callback refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_bln.callbacks import BLNStatsCallback
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mode": "up"}, "mode='up'"),
+        ({"candidates": "most"}, "candidates='most'"),
+        ({"candidates": ["xxxx"]}, "xxxx"),
+        ({"candidates": []}, "candidates is empty"),
+        ({"population": "never"}, "population='never'"),
+        ({"recompute_batches": 0}, "recompute_batches=0"),
+        ({"every_n_epochs": 0}, "every_n_epochs=0"),
+        ({"guard": "loose"}, "guard='loose'"),
+        ({"tolerance": -1.0}, "tolerance=-1.0"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        BLNStatsCallback(**options)
+
+
+def test_a_model_without_our_layers_is_refused() -> None:
+    class Plain(zoo.Simple):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Linear(zoo.FEATURES, zoo.CLASSES))
+
+    with pytest.raises(MisconfigurationException, match="model=Plain has no layer"):
+        zoo.fitted(Plain(), zoo.chooser())
+
+
+def test_steps_that_draw_their_own_batches_are_refused() -> None:
+    class Iterates(zoo.Simple):
+        def validation_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+            batch, *_ = next(dataloader_iter)
+            self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]), batch_size=20)
+
+    with pytest.raises(MisconfigurationException, match="validation_step\\(dataloader_iter\\)"):
+        zoo.fitted(Iterates(), zoo.chooser())
+
+
+def test_a_rank_without_validation_batches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = zoo.trainer(zoo.chooser(), num_sanity_val_steps=0)
+    # as if another rank had answered the other way
+    monkeypatch.setattr(type(trainer.strategy), "reduce_boolean_decision", lambda self, decision, all=True: not all)
+    with pytest.raises(MisconfigurationException, match="a rank has no validation batches"):
+        trainer.fit(zoo.Simple(), zoo.train_data(), zoo.val_data())

@@ -1,0 +1,29 @@
+"""The helpers of these tests lie beside them; a search that several of them look at."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+# tests are imported by path, so what they share must be findable
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tuning_helpers as helpers
+
+from lightning_bln import cli
+
+
+@pytest.fixture(scope="session")
+def searched(tmp_path_factory):
+    """A finished search of five trials, with the file each training leaves a line in."""
+    import optuna
+
+    folder = tmp_path_factory.mktemp("search")
+    config = folder / "tune.yaml"
+    config.write_text(yaml.safe_dump(helpers.small_search(epochs=2, log=str(folder / "log"))))
+    cli.main(["tune", "--config", str(config), "--trials", "5", "--output", str(folder / "out"), "--no-progress"])
+    study = optuna.load_study(study_name="bln", storage=f"sqlite:///{folder / 'out' / 'study.db'}")
+    return folder, study
