@@ -289,28 +289,14 @@ def has_names(owner: type, names: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 
 def check(namespace: str) -> None:
-    """Raise where a private name is gone.
-
-    Raises:
-        ImportError: The installed lightning or torchmetrics lacks something the callback needs.
-    """
+    """Raise an ImportError where the installed lightning or torchmetrics lacks a private name."""
     user = "lightning_bln.callbacks"
     require(user, namespace, required(namespace), "lightning==2.6.6")
     require(user, "torchmetrics", has_names(Metric, ("_computed", "_update_count")), "torchmetrics==1.9.0")
 
 
 def require(user: str, library: str, names: Iterable[tuple[str, bool]], known: str) -> None:
-    """Raise where a library lacks a private name.
-
-    Args:
-        user: The package that needs the names.
-        library: The library's module; the error gives its version.
-        names: Each name with whether the library has it.
-        known: A requirement for pip that has them all.
-
-    Raises:
-        ImportError: A name is missing, or looking for one failed.
-    """
+    """Raise an ImportError where ``library`` lacks names that ``user`` needs; pip's requirement ``known`` has them."""
     try:
         missing = [name for name, is_there in names if not is_there]
     except (ImportError, AttributeError) as error:

@@ -29,15 +29,7 @@ class NotRegroupable(Exception):
 
 @dataclass
 class Kept:
-    """A copy of a validation batch to be regrouped.
-
-    Args:
-        batch: The batch as the dataloader gave it.
-        dataloader_idx: Its dataloader's index.
-        tensors: The tensors in it, samples first.
-        size: The number of its samples.
-        target: One number a sample, None where there is no such tensor.
-    """
+    """A copy of a validation batch, its tensors, its number of samples, and its target if that is one number a sample."""
 
     batch: Any
     dataloader_idx: int | None
@@ -47,12 +39,7 @@ class Kept:
 
 
 class Guard:
-    """Keeper of the validation batches, up to a bound, which scores a mode on the same samples in other batches.
-
-    Args:
-        tolerance: How far, relatively, a score may move.
-        is_strict: Whether to set the best batch-independent mode where it moves further.
-    """
+    """Keeper of the validation batches, up to a bound, which scores modes on the same samples in other batches."""
 
     def __init__(self, tolerance: float, is_strict: bool) -> None:
         self.tolerance, self.is_strict = tolerance, is_strict
@@ -78,10 +65,7 @@ class Guard:
         self.kept.append(kept)
 
     def judge(self, evaluation: Evaluation, result: SweepResult, candidates: Sequence[StatisticsMode]) -> None:
-        """Score ``result.chosen`` and the best batch-independent mode on regrouped batches, and write into ``result``.
-
-        That is the scores, and where that of ``result.chosen`` moves too far a note and in strict mode another choice.
-        """
+        """Score ``result.chosen`` and the best batch-independent mode on regrouped batches; write into ``result``."""
         chosen = result.chosen
         assert chosen is not None
         independent = [mode for mode in candidates if mode.is_batch_independent and mode in result.scores]
@@ -147,11 +131,7 @@ class Guard:
 
 
 def dissect(batch: Any, dataloader_idx: int | None) -> Kept:
-    """A copy of ``batch`` with its parts.
-
-    Raises:
-        NotRegroupable: It holds more than tensors, or they do not share a first axis.
-    """
+    """A copy of ``batch`` and its parts, or NotRegroupable if they are not all tensors with an axis of samples."""
     own = apply_to_collection(batch, Tensor, torch.clone)
     tensors: list[Tensor] = []
     others: list[Any] = []
@@ -177,11 +157,7 @@ def find_target(batch: Any, size: int) -> Tensor | None:
 
 
 def regroup(kept: list[Kept]) -> list[Any]:
-    """The samples of ``kept`` in other batches of the same sizes; a single batch is split in two.
-
-    Raises:
-        NotRegroupable: The batches do not fit together, or there are too few samples.
-    """
+    """The samples of ``kept`` in other batches of the same sizes; a single batch is split in two."""
     shapes = {tuple((tensor.shape[1:], tensor.dtype) for tensor in one.tensors) for one in kept}
     if len(shapes) > 1:
         raise NotRegroupable("batches differ in more than their number of samples, as padded ones do")

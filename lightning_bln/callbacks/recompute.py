@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -42,10 +42,7 @@ def recompute(
         on_step: Called with 1 after each batch.
     """
     with undisturbed(trainer, module):
-        if dataloader is None:
-            batches = training_batches(trainer)
-        else:
-            batches = ((batch, batch_idx) for batch_idx, batch in enumerate(dataloader))
+        batches = training_batches(trainer) if dataloader is None else zip(dataloader, count())
         wrapped = trainer.strategy.model
         if is_sharded(wrapped) and not is_sharded(module):
             # recompute_population sees the module alone, and only its wrapper says that ranks must run in step
@@ -134,11 +131,7 @@ def training_batches(trainer: Any) -> Iterator[tuple[Any, int]]:
 
 
 def independent(trainer: Any, loader: Any) -> Any:
-    """A loader of the same batches that shares no iterator with ``loader``.
-
-    Raises:
-        MisconfigurationException: The data cannot be read a second time while they are being read.
-    """
+    """A loader of the same batches that shares no iterator with ``loader``, or an error where there cannot be one."""
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
         raise _lightning.misconfiguration(
             trainer,

@@ -126,6 +126,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
 
     @property
     def state_key(self) -> str:
+        # as lightning's own private helper formats it, since checkpoints hold it
         arguments = {"monitor": self.monitor, "mode": self.mode}
         return f"{type(self).__qualname__}{arguments}"
 

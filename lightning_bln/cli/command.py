@@ -21,11 +21,7 @@ LIGHTNING = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the ``bln`` command.
-
-    Args:
-        argv: The arguments, those of the process if left out.
-    """
+    """Run the ``bln`` command with the arguments ``argv``, by default those of the process."""
     args = list(sys.argv[1:] if argv is None else argv)
     if args and args[0] in LIGHTNING:
         if not is_installed("jsonargparse"):

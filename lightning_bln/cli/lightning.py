@@ -46,15 +46,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def own_config(args: list[str], folder: Path) -> list[str]:
-    """``args``, preceded by the configuration in the checkpoint that they name, if it holds one.
-
-    Args:
-        args: The command line.
-        folder: Folder to write the configuration to.
-
-    Raises:
-        SystemExit: There is no configuration, in the checkpoint or in ``args``.
-    """
+    """``args``, preceded by the configuration that the checkpoint they name holds, if any, as a file in ``folder``."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ckpt", type=Path)
     parser.add_argument("-c", "--config")
@@ -138,9 +130,6 @@ class Trainer(L.Trainer):
             args: Arguments of Lightning's ``predict``.
             output: File to save the predictions to with ``torch.save``, a list with an entry for each batch.
             kwargs: Arguments of Lightning's ``predict``.
-
-        Returns:
-            The predictions.
         """
         predictions = super().predict(*args, **kwargs)
         if output is not None and self.is_global_zero:

@@ -11,8 +11,6 @@ from optuna.trial import FrozenTrial
 
 from lightning_bln.callbacks._lightning import has_names, require
 
-_USER = "lightning_bln.tuning"
-
 
 def trial_id(trial: optuna.Trial | FrozenTrial) -> int:
     """The key of a trial in its storage; the public ``number`` counts within the study."""
@@ -25,13 +23,10 @@ def storage_of(study: optuna.Study) -> BaseStorage:
 
 
 class ExtendedReport:
-    """Mixin for Ray's ``TuneReportCheckpointCallback`` that reports more than logged metrics.
-
-    Ray's own public hooks report either logged metrics with a checkpoint, or anything without one.
-    """
+    """Mixin for Ray's ``TuneReportCheckpointCallback``, which has no public way to report more than logged metrics."""
 
     def extra_entries(self) -> Mapping[str, Any]:
-        """What a report holds besides the metrics."""
+        """Entries of a report besides the metrics."""
         return {}
 
     def _get_report_dict(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
@@ -43,16 +38,8 @@ class ExtendedReport:
 
 def check_ray(callback: type) -> None:
     """Raise where Ray's callback has lost the method that :class:`ExtendedReport` extends."""
-    require(_USER, "ray", has_names(callback, ("_get_report_dict",)), "ray==2.60.0")
+    require("lightning_bln.tuning", "ray", has_names(callback, ("_get_report_dict",)), "ray==2.60.0")
 
 
-require(
-    _USER,
-    "optuna",
-    [
-        *has_names(optuna.Trial, ("_trial_id",)),
-        *has_names(FrozenTrial, ("_trial_id",)),
-        *has_names(optuna.Study, ("_storage",)),
-    ],
-    "optuna==5.0.0",
-)
+for _owner, _name in ((optuna.Trial, "_trial_id"), (FrozenTrial, "_trial_id"), (optuna.Study, "_storage")):
+    require("lightning_bln.tuning", "optuna", has_names(_owner, (_name,)), "optuna==5.0.0")

@@ -94,17 +94,17 @@ def record(trial: optuna.Trial, result: SweepResult | None) -> None:
     """Store the mode chosen and every mode's finite score in the trial."""
     if result is None:
         return
-    scores = {str(mode): values[result.monitor] for mode, values in result.scores.items() if result.monitor in values}
-    trial.set_user_attr(SCORES, {mode: value for mode, value in scores.items() if math.isfinite(value)})
+    trial.set_user_attr(SCORES, {mode: value for mode, value in monitored(result).items() if math.isfinite(value)})
     trial.set_user_attr(MODE, str(result.chosen))
 
 
-def best_score(result: SweepResult | None, monitor: str) -> float:
-    """The monitored metric of the mode chosen.
+def monitored(result: SweepResult) -> dict[str, float]:
+    """The monitored metric of every mode that has it."""
+    return {str(mode): values[result.monitor] for mode, values in result.scores.items() if result.monitor in values}
 
-    Raises:
-        ValueError: There was no validation, or the metric is NaN.
-    """
+
+def best_score(result: SweepResult | None, monitor: str) -> float:
+    """The monitored metric of the mode chosen, or an error where there is none or it is NaN."""
     if result is None or result.chosen is None:
         raise ValueError("no validation has run, so there is no mode and no score; validate at least once a training")
     value = result.scores[result.chosen].get(monitor, math.nan)

@@ -64,11 +64,7 @@ class Store:
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
-        """Within the context, no other process is within it for the same study.
-
-        Raises:
-            ValueError: The database has no lock that ends with its holder.
-        """
+        """Within the context, no other process is within it for the same study."""
         if self.file is not None:
             with self._file_lock():
                 yield

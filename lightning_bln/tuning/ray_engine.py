@@ -18,8 +18,8 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
 from lightning_bln.tuning._private import ExtendedReport, check_ray
-from lightning_bln.tuning.objective import MODE, SCORES, stats_callback
-from lightning_bln.tuning.recipe import Recipe
+from lightning_bln.tuning.objective import MODE, SCORES, monitored, stats_callback
+from lightning_bln.tuning.recipe import Recipe, prepare
 from lightning_bln.tuning.report import write_report
 from lightning_bln.tuning.space import Distribution
 
@@ -37,15 +37,12 @@ class Report(ExtendedReport, TuneReportCheckpointCallback):
 
     def __init__(self, monitor: str, statistics: Any) -> None:
         super().__init__(metrics=[monitor], filename=CHECKPOINT, on="validation_end")
-        self.monitor, self.statistics = monitor, statistics
+        self.statistics = statistics
 
     def extra_entries(self) -> dict[str, Any]:
         """The mode chosen and every mode's score, if the callback has chosen."""
         result = self.statistics.result
-        if result is None:
-            return {}
-        scored = {str(mode): values[self.monitor] for mode, values in result.scores.items() if self.monitor in values}
-        return {MODE: str(result.chosen), SCORES: scored}
+        return {} if result is None else {MODE: str(result.chosen), SCORES: monitored(result)}
 
 
 def tune_on_ray(
@@ -82,14 +79,9 @@ def tune_on_ray(
         ValueError: The recipe cannot be built, or asks for two objectives.
         RuntimeError: Every trial failed.
     """
-    if trials < 1 or jobs < 1:
-        raise ValueError(f"trials={trials} and jobs={jobs}, but both must be positive")
-    if not isinstance(recipe, Recipe):
-        recipe = Recipe.load(recipe)
+    recipe, output = prepare(recipe, output, trials, jobs)
     if recipe.latency:
         raise ValueError("latency=true, but Ray's ASHA takes one objective; use --engine optuna, or take it away")
-    output = Path(output).resolve()
-    recipe.build(recipe.first_values(), output)
     started = not ray.is_initialized()
     if started:
         # otherwise Ray sends usage statistics off the machine

@@ -90,11 +90,7 @@ class Recipe:
 
     @classmethod
     def parse(cls, spec: Any) -> Recipe:
-        """The search described by the content of a YAML file.
-
-        Raises:
-            ValueError: An entry is missing, unknown or not allowed.
-        """
+        """The search described by the content of a YAML file."""
         known = [name for name in cls.__dataclass_fields__ if not name.startswith("_")]
         if not isinstance(spec, dict) or not {"fit", "search"} <= set(spec) <= set(known):
             raise ValueError(f"the configuration must have fit and search, and may have {', '.join(known[2:])}")
@@ -157,12 +153,19 @@ class Recipe:
         return {name: distribution.first for name, distribution in self.search.items()}
 
 
-def set_path(config: Any, path: str, value: Any) -> None:
-    """Set the entry at a dotted path, in which numbers are indices into lists.
+def prepare(recipe: Recipe | str | Path | None, output: str | Path, trials: int, jobs: int) -> tuple[Recipe, Path]:
+    """Check what all engines need before anything is stored; returns the recipe loaded and the folder's full path."""
+    if trials < 1 or jobs < 1:
+        raise ValueError(f"trials={trials} and jobs={jobs}, but both must be positive")
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe)
+    output = Path(output).resolve()
+    recipe.build(recipe.first_values(), output)
+    return recipe, output
 
-    Raises:
-        ValueError: There is no such entry.
-    """
+
+def set_path(config: Any, path: str, value: Any) -> None:
+    """Set the entry at a dotted path, in which numbers are indices into lists."""
     *above, last = path.split(".")
     for place, key in enumerate(above):
         try:

@@ -27,15 +27,13 @@ MODE_PARAMETER = "statistics mode"
 
 
 def write_report(study: optuna.Study, recipe: Recipe, output: Path) -> dict[str, Path]:
-    """Write the report of a study to a folder, and print its essence.
-
-    The files are ``best.yaml`` for ``bln fit``, ``trials.csv`` with every trial, ``importance.json`` with the share of
-    the metric's variance that each hyperparameter and the mode explain, and plots.
+    """Write the report of a study to a folder, and print a summary.
 
     Args:
         study: A study with at least one complete trial.
         recipe: The search.
-        output: The folder.
+        output: The folder, for ``best.yaml`` for ``bln fit``, ``trials.csv`` with every trial, ``importance.json`` with
+            the share of the metric's variance that each hyperparameter and the mode explain, and plots.
 
     Returns:
         Each file's path by what it holds.
@@ -141,10 +139,7 @@ def by_rank(
     """Replace a categorical hyperparameter by the ranks of its choices, ordered by mean score, and keep any other.
 
     The share explained stays the same, but fANOVA's time grows exponentially with the number of choices: 16 modes
-    would take an hour.
-
-    Returns:
-        The distribution, and each choice's rank, None for a hyperparameter that is kept.
+    would take an hour. Returns the distribution and each choice's rank, None for a hyperparameter that is kept.
     """
     if not isinstance(distribution, CategoricalDistribution):
         return distribution, None

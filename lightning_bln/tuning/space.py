@@ -84,11 +84,7 @@ class Distribution:
 
     @classmethod
     def parse(cls, name: str, spec: Any) -> Distribution:
-        """The distribution of ``name`` as YAML gives it: a list of choices, or a mapping of the arguments above.
-
-        Raises:
-            ValueError: ``spec`` is neither.
-        """
+        """The distribution of ``name`` as YAML gives it: a list of choices, or a mapping of the arguments above."""
         if isinstance(spec, (list, tuple)):
             return cls(choices=tuple(spec))
         try:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_bln.tuning.objective import MODE, Objective
 from lightning_bln.tuning.queue import ERROR, Queue, Store
-from lightning_bln.tuning.recipe import Recipe
+from lightning_bln.tuning.recipe import Recipe, prepare
 from lightning_bln.tuning.report import write_report
 
 POLL = 1.0
@@ -77,12 +77,7 @@ def tune(
         ValueError: The recipe cannot be built; nothing is stored then.
         RuntimeError: Every trial failed, or all workers died.
     """
-    if trials < 1 or jobs < 1:
-        raise ValueError(f"trials={trials} and jobs={jobs}, but both must be positive")
-    if not isinstance(recipe, Recipe):
-        recipe = Recipe.load(recipe)
-    output = Path(output).resolve()
-    recipe.build(recipe.first_values(), output)
+    recipe, output = prepare(recipe, output, trials, jobs)
     url = storage or f"sqlite:///{output / 'study.db'}"
     plan = Plan(url, name, trials, output, heartbeat, retries)
     store, study = open_study(recipe, plan, 0)
@@ -162,11 +157,7 @@ def make_pruner(recipe: Recipe) -> optuna.pruners.BasePruner:
 
 
 def work(recipe: Recipe, queue: Queue, plan: Plan, update: Callable[[], None]) -> None:
-    """Run trials until all of the study have ended, and call ``update`` after each.
-
-    Raises:
-        RuntimeError: Nothing but exceptions, see :data:`ERRORS`.
-    """
+    """Run trials until all of the study have ended, and call ``update`` after each."""
     study, failed = queue.study, 0
     while True:
         trial = queue.claim()
@@ -214,11 +205,7 @@ def run(trial: optuna.Trial, recipe: Recipe, queue: Queue, plan: Plan) -> Except
 
 
 def supervise(recipe: Recipe, plan: Plan, jobs: int, queue: Queue, update: Callable[[], None]) -> None:
-    """Run workers in processes of their own, and replace one that dies while trials are left.
-
-    Raises:
-        RuntimeError: All workers died with trials left.
-    """
+    """Run workers in processes of their own, and replace one that dies while trials are left."""
     context = multiprocessing.get_context("spawn")
     started = 0
     workers: list[Any] = []

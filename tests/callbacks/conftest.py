@@ -1,4 +1,4 @@
-"""The models of these tests lie beside them, and a Trainer that says nothing."""
+"""Makes ``zoo``, the models of these tests, importable, and silences the Trainer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# tests are imported by path, so what they share must be findable; processes they start inherit nothing of it
+# pytest imports tests by path; processes that they start set their own sys.path
 sys.path.insert(0, str(Path(__file__).parent))
 
 

@@ -1,4 +1,4 @@
-"""A score that hangs on which samples share a batch is found out."""
+"""The guard finds scores that depend on which samples share a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The population is that of the weights being validated, and computing it leaves training as it was."""
+"""The population is that of the weights validated, and computing it leaves training unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The helpers of these tests lie beside them; a search that several of them look at."""
+"""Makes ``tuning_helpers`` importable, and runs a search that several files test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-# tests are imported by path, so what they share must be findable
+# pytest imports tests by path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tuning_helpers as helpers
