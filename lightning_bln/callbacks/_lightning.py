@@ -96,13 +96,8 @@ def mode_results(base: Any) -> type:
 
     def metrics(self: Any, on_step: bool) -> Any:
         in_bar = [row.meta for row in self.values() if row.meta.prog_bar and not self.has_bar]
-        for meta in in_bar:
-            meta.prog_bar = False
-        try:
+        with setting(in_bar, prog_bar=False):
             return base.metrics(self, on_step)
-        finally:
-            for meta in in_bar:
-                meta.prog_bar = True
 
     return type("ModeResults", (base,), {"__setitem__": set_row, "metrics": metrics})
 

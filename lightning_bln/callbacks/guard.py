@@ -29,7 +29,7 @@ class NotRegroupable(Exception):
 
 @dataclass
 class Kept:
-    """A copy of a validation batch, its tensors, its number of samples, and its target if that is one number a sample."""
+    """A copy of a validation batch, its tensors, its number of samples, and its target if one number a sample."""
 
     batch: Any
     dataloader_idx: int | None
