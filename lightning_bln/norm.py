@@ -158,9 +158,9 @@ class Normalization(HasMode):
         """Origin of the statistics at ``positions``, and the population's batch size where there is one to use."""
         if self.training:
             return Source(), None
-        uses: Uses = self.mode.uses_population
-        if self.fan is not None:
-            uses = self.fan.uses_population(self.population.batch_mean.device)
+        # a fanned-out layer may have no mode of its own: in joint evaluation, to read one is an error
+        fan, device = self.fan, self.population.batch_mean.device
+        uses: Uses = self.mode.uses_population if fan is None else fan.uses_population(device)
         if not self.population.is_frozen:
             self._warn_unfrozen(uses)
             return Source(), None
