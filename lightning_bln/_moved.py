@@ -72,4 +72,4 @@ class MovedModules:
 def install() -> None:
     """Let the import system find modules by their earlier paths, where nothing else does."""
     if not any(finder is MovedModules for finder in sys.meta_path):
-        sys.meta_path.append(MovedModules)  # type: ignore[arg-type]
+        sys.meta_path.append(MovedModules)
