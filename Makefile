@@ -70,7 +70,7 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 bench-sweep: $(VENV)/.installed
-	$(BIN)/python benchmarks/bench_sweep.py
+	$(BIN)/python -m benchmarks.bench_sweep $(BENCH)
 
 check: lint types
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_bln._torch import is_autocast_enabled
 from lightning_bln.distributed import is_distributed, joint_batch
-from lightning_bln.equation import Equation, Source, Statistics, Uses, mixing_row, normalize_by, observation
+from lightning_bln.equation import Equation, Source, Statistics, Uses, is_zero, mixing_row, normalize_by, observation
 from lightning_bln.functional import NORMS, check_choice, check_input, mixing_weights, scale_factor
 from lightning_bln.kernels.batch_layer_norm import DenseSettings, dense, dense_in_modes, runs_fused
 from lightning_bln.kernels.library import bits_of
@@ -168,7 +168,8 @@ class Normalization(HasMode):
         return Source(population, uses), batch_size
 
     def _warn_unfrozen(self, uses: Uses) -> None:
-        relevant = {"bln": uses, "batch": uses[:2], "layer": uses[2:]}[self.norm]
+        w_feature, w_batch = mixing_weights(2.0, self.delta, self.norm)
+        relevant = (() if is_zero(w_batch) else uses[:2]) + (() if is_zero(w_feature) else uses[2:])
         if self._has_warned or all(use is False for use in relevant):
             return
         self._has_warned = True

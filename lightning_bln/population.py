@@ -366,7 +366,7 @@ def recompute_population(
 
     Args:
         model: Module with layers that have a population. It runs without dropout and gradients.
-        batches: Training batches as a rule; about 20 suffice (see ``docs/statistics.md``).
+        batches: Training batches as a rule; about 20 suffice.
         predict: Function to call with each batch. By default the model is called with the batch, or with its first
             entry if the batch is a tuple or list.
         limit: Largest number of batches to use.

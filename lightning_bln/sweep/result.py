@@ -47,7 +47,8 @@ class SweepResult:
         chosen: The mode that was set afterwards; None if no mode was.
         regrouped: For each mode also scored on regrouped batches, the monitored value on both.
         note: A sentence about the choice for the person who reads the table.
-        reason: Cause of per-mode evaluation; None if all modes were evaluated jointly.
+        reason: Cause of per-mode evaluation; None if all modes were evaluated jointly. From ``sweep_modes``, which
+            calls ``predict`` once per mode, the cause that no forward was shared.
 
     Raises:
         ValueError: ``mode`` is neither ``"min"`` nor ``"max"``, or no mode has a score named ``monitor``.
