@@ -13,7 +13,14 @@ from lightning_bln._torch import is_autocast_enabled
 from lightning_bln.distributed import is_distributed, joint_batch
 from lightning_bln.equation import Equation, Source, Statistics, Uses, is_zero, mixing_row, normalize_by, observation
 from lightning_bln.functional import NORMS, check_choice, check_input, mixing_weights, scale_factor
-from lightning_bln.kernels.batch_layer_norm import DenseSettings, dense, dense_in_modes, runs_fused
+from lightning_bln.kernels.batch_layer_norm import (
+    DenseConstants,
+    DenseInputs,
+    DenseSettings,
+    dense,
+    dense_in_modes,
+    runs_fused,
+)
 from lightning_bln.kernels.library import bits_of
 from lightning_bln.modes import FanOut, HasMode, StatisticsMode
 from lightning_bln.population import Observed, Population, check_state_dict
@@ -216,16 +223,16 @@ def normalize_fused(
     """
     batch_axis, is_shared = over[0], over[-1] == x.ndim - 2
     flat = x.flatten(batch_axis, -2).unsqueeze(-2) if is_shared else x.flatten(batch_axis + 1, -2)
-    given = source.flat(x.dtype)
     mixing = torch.stack([mixing_row(one, flat.shape[-2]) for one in (equation.w_feature, equation.w_batch)])
+    inputs = DenseInputs(flat, equation.weight, equation.bias)
+    constants = DenseConstants(mixing, source.flat(x.dtype))
     if modes is not None:
         each = [bits_of(mode.uses_population) for mode in modes]
         settings = DenseSettings(0, 0, equation.scale, equation.eps)
-        return dense_in_modes(flat, equation.weight, equation.bias, mixing, given, settings, each).view(x.shape), None
-    differentiable = (x, equation.weight, equation.bias)
-    keeps = observes or (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in differentiable))
+        return dense_in_modes(inputs, constants, settings, each).view(x.shape), None
+    keeps = observes or (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in inputs))
     settings = DenseSettings(int(keeps), bits_of(source.uses), equation.scale, equation.eps)
-    y, seen = dense(flat, equation.weight, equation.bias, mixing, given, settings)
+    y, seen = dense(inputs, constants, settings)
     if observes:
         assert seen is not None
         seen = observation(seen, equation, (1,) if is_shared else tuple(x.shape[1:-1]), x)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_bln._torch import HAS_CUSTOM_OPS, is_autocast_enabled
 from lightning_bln.functional import Statistics
 from lightning_bln.kernels.dispatch import EagerFunction, Operator, present
-from lightning_bln.kernels.library import DTYPES, DenseArgs, call, is_built, pointer, set_given
+from lightning_bln.kernels.library import DTYPES, DenseArgs, call, is_built, pointer, set_norm
 
 
 class DenseInputs(NamedTuple):
@@ -56,31 +56,17 @@ def runs_fused(x: Tensor, weight: Tensor | None) -> bool:
     )
 
 
-def dense(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mixing: Tensor,
-    given: Tensor | None,
-    settings: DenseSettings,
-) -> tuple[Tensor, Statistics | None]:
-    """Normalise ``x``.
-
-    Args:
-        x: See :class:`DenseInputs`.
-        weight: Shape ``(features,)``.
-        bias: Shape ``(features,)``.
-        mixing: See :class:`DenseConstants`.
-        given: See :class:`DenseConstants`.
-        settings: Numbers.
+def dense(inputs: DenseInputs, constants: DenseConstants, settings: DenseSettings) -> tuple[Tensor, Statistics | None]:
+    """Normalise an input.
 
     Returns:
         The output, and if kept the current statistics: ``(positions, features)`` of the batch, ``(positions,)`` of the
         features, averaged over the rows.
     """
+    x = inputs.x
     if torch.empty_like(x).stride() != x.stride():  # rows that overlap or lie apart, as after expand() or a slice
         x = x.contiguous()
-    output, moments = DENSE.run(DenseInputs(x, weight, bias), DenseConstants(mixing, given), settings)
+    output, moments = DENSE.run(DenseInputs(x, inputs.weight, inputs.bias), constants, settings)
     if not settings.keep:
         return output, None
     rows, positions, features = x.shape
@@ -90,23 +76,17 @@ def dense(
 
 
 def dense_in_modes(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mixing: Tensor,
-    given: Tensor | None,
-    settings: DenseSettings,
-    uses: Sequence[int],
+    inputs: DenseInputs, constants: DenseConstants, settings: DenseSettings, uses: Sequence[int]
 ) -> Tensor:
     """:func:`dense` for each group of ``x``, shaped ``(groups, rows, positions, features)``, without gradients.
 
     Groups differ in ``uses``. One array expanded to all groups is not repeated in memory.
     """
+    x = inputs.x
     parts = [x[0].contiguous()] * len(uses) if x.stride(0) == 0 else list(x.contiguous())
     output, moments = x.new_empty(x.shape), x.new_empty(0)
-    constants = DenseConstants(mixing, given)
     for part, one, bits in zip(parts, output, uses, strict=True):
-        args = arguments(DenseInputs(part, weight, bias), constants, settings._replace(uses=bits), moments)
+        args = arguments(inputs._replace(x=part), constants, settings._replace(uses=bits), moments)
         args.output = pointer(one)
         call("dense_forward", args, x.dtype)
     return output
@@ -121,14 +101,9 @@ def arguments(inputs: DenseInputs, constants: DenseConstants, settings: DenseSet
     args.threads = torch.get_num_threads()
     args.row_stride, args.position_stride = x.stride(0), x.stride(1)
     args.x = pointer(x)
-    norm = args.norm
-    norm.enabled, norm.joint, norm.scale, norm.eps = 1, 1, settings.scale, settings.eps
-    norm.w_feature, norm.w_batch = pointer(constants.mixing[0]), pointer(constants.mixing[1])
-    norm.weight, norm.bias = pointer(weight), pointer(bias)
-    set_given(norm, constants.given, settings.uses, positions, features, 1)
-    norm.batch_moments = pointer(moments)
-    if norm.batch_moments:
-        norm.feature_moments = norm.batch_moments + positions * 2 * features * x.element_size()
+    norm, mixing = args.norm, constants.mixing.data_ptr()
+    norm.joint, norm.scale, norm.eps, norm.bias = 1, settings.scale, settings.eps, pointer(bias)
+    set_norm(norm, weight, mixing, constants.given, settings.uses, moments, positions, features, 1)
     return args
 
 
@@ -186,7 +161,6 @@ class Dense(EagerFunction):
 
 DENSE = Operator(
     name="dense",
-    schema="Tensor x, Tensor? weight, Tensor? bias, Tensor mixing, Tensor? given",
     inputs=DenseInputs,
     constants=DenseConstants,
     settings=DenseSettings,

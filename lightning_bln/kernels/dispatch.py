@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -26,8 +26,6 @@ class Operator(Generic[I, C, S]):
     """
 
     name: str
-    schema: str
-    """Of the fields of ``inputs`` and ``constants``."""
     inputs: type[I]
     """Tensors that have a gradient, the layer's input first."""
     constants: type[C]
@@ -59,6 +57,12 @@ class Operator(Generic[I, C, S]):
 
     node: type[EagerFunction]
     """Names the operator in autograd's graph."""
+
+    @property
+    def schema(self) -> str:
+        """Of the fields of ``inputs`` and ``constants``."""
+        fields = get_type_hints(self.inputs) | get_type_hints(self.constants)
+        return ", ".join(f"Tensor{'' if kind is Tensor else '?'} {name}" for name, kind in fields.items())
 
     @cached_property
     def differentiable(self) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,102 +28,77 @@ _INTEGER = ctypes.c_int64
 _NUMBER = ctypes.c_double
 
 
+def fields(kind: type[Any], names: str) -> tuple[tuple[str, type[Any]], ...]:
+    """Fields of one type in a row."""
+    return tuple((name, kind) for name in names.split())
+
+
 class NormArgs(ctypes.Structure):
     """``NormArgs`` of ``csrc/norm.h``."""
 
     _fields_ = (
-        *((name, _INTEGER) for name in ("enabled", "joint", "fixed")),
-        *((name, _NUMBER) for name in ("scale", "eps")),
-        *(
-            (name, _POINTER)
-            for name in (
-                "w_feature", "w_batch", "weight", "bias", "batch_mean", "batch_var", "feature_mean", "feature_var",
-                "batch_moments", "feature_moments", "grad_weight", "grad_bias",
-            )
-        ),
-    )  # fmt: skip
+        *fields(_INTEGER, "enabled joint fixed"),
+        *fields(_NUMBER, "scale eps"),
+        *fields(_POINTER, "w_feature w_batch weight bias batch_mean batch_var feature_mean feature_var"),
+        *fields(_POINTER, "batch_moments feature_moments grad_weight grad_bias"),
+    )
 
 
 class RecurrenceArgs(ctypes.Structure):
     """``RecurrenceArgs`` of ``csrc/recurrence.h``."""
 
     _fields_ = (
-        *(
-            (name, _INTEGER)
-            for name in (
-                "cell", "steps", "batch", "inputs", "units", "threads", "row_teams", "column_teams",
-                "chunk_rows", "keep",
-            )
-        ),
-        *((name, _NUMBER) for name in ("zoneout_h", "zoneout_c")),
-        *(
-            (name, _POINTER)
-            for name in (
-                "batch_sizes", "input", "weight_ih", "weight_hh", "h0", "c0", "hidden_mask", "zoneout_mask_h",
-                "zoneout_mask_c", "output", "hn", "cn", "input_part", "hidden_part", "cells", "grad_output", "grad_hn",
-                "grad_cn", "grad_input", "grad_weight_ih", "grad_weight_hh", "grad_h0", "grad_c0",
-            )
-        ),
-        *((name, NormArgs) for name in ("norm_ih", "norm_hh", "norm_cell")),
-    )  # fmt: skip
+        *fields(_INTEGER, "cell steps batch inputs units threads row_teams column_teams chunk_rows keep"),
+        *fields(_NUMBER, "zoneout_h zoneout_c"),
+        *fields(_POINTER, "batch_sizes input weight_ih weight_hh h0 c0 hidden_mask zoneout_mask_h zoneout_mask_c"),
+        *fields(_POINTER, "output hn cn input_part hidden_part cells"),
+        *fields(_POINTER, "grad_output grad_hn grad_cn grad_input grad_weight_ih grad_weight_hh grad_h0 grad_c0"),
+        *fields(NormArgs, "norm_ih norm_hh norm_cell"),
+    )
 
 
 class DenseArgs(ctypes.Structure):
     """``DenseArgs`` of ``csrc/dense.h``."""
 
     _fields_ = (
-        *(
-            (name, _INTEGER)
-            for name in (
-                "rows", "positions", "features", "threads", "row_stride", "position_stride", "grad_row_stride",
-                "grad_position_stride",
-            )
-        ),
-        *((name, _POINTER) for name in ("x", "output", "grad", "grad_x")),
+        *fields(_INTEGER, "rows positions features threads row_stride position_stride"),
+        *fields(_INTEGER, "grad_row_stride grad_position_stride"),
+        *fields(_POINTER, "x output grad grad_x"),
         ("norm", NormArgs),
-    )  # fmt: skip
+    )
 
 
 class GatherArgs(ctypes.Structure):
     """``GatherArgs`` of ``csrc/gather.h``."""
 
     _fields_ = (
-        *((name, _INTEGER) for name in ("steps", "groups", "width", "samples", "has_batch", "has_feature")),
-        *(
-            (name, _POINTER)
-            for name in (
-                "batch_sizes", "batch_moments", "feature_moments", "old_count", "old_mean", "old_m2", "count", "mean",
-                "m2",
-            )
-        ),
-    )  # fmt: skip
+        *fields(_INTEGER, "steps groups width samples has_batch has_feature"),
+        *fields(_POINTER, "batch_sizes batch_moments feature_moments old_count old_mean old_m2 count mean m2"),
+    )
 
 
 class ProgramArgs(ctypes.Structure):
     """``ProgramArgs`` of ``csrc/program.h``."""
 
     _fields_ = (
-        *((name, _INTEGER) for name in ("steps", "batch", "units", "threads", "reversed", "instructions", "matrices")),
-        *((name, _POINTER) for name in ("batch_sizes", "code", "places", "matrix")),
+        *fields(_INTEGER, "steps batch units threads reversed instructions matrices"),
+        *fields(_POINTER, "batch_sizes code places matrix"),
     )
 
 
 class Instruction(ctypes.Structure):
     """``Instruction`` of ``csrc/program.h``."""
 
-    _fields_ = (
-        *((name, _INTEGER) for name in ("operation", "to", "a", "b", "c")),
-        *((name, _NUMBER) for name in ("s", "u")),
-    )
+    _fields_ = (*fields(_INTEGER, "operation to a b c"), *fields(_NUMBER, "s u"))
 
 
 class ProductArgs(ctypes.Structure):
     """``ProductArgs`` of ``csrc/product.h``."""
 
     _fields_ = (
-        *((name, _INTEGER) for name in ("rows", "columns", "depth", "threads")),
-        ("a", _POINTER), ("a_row", _INTEGER), ("a_column", _INTEGER),
-        ("b", _POINTER), ("b_row", _INTEGER), ("b_column", _INTEGER),
+        *fields(_INTEGER, "rows columns depth threads"),
+        ("a", _POINTER), *fields(_INTEGER, "a_row a_column"),
+        ("b", _POINTER), *fields(_INTEGER, "b_row b_column"),
         ("c", _POINTER), ("c_row", _INTEGER), ("bias", _POINTER),
     )  # fmt: skip
 
@@ -194,18 +170,36 @@ def bits_of(uses: Sequence[bool | Tensor]) -> int:
     return sum(int(use is True) << bit for bit, use in enumerate(uses))
 
 
-def set_given(norm: NormArgs, given: Tensor | None, uses: int, steps: int, width: int, groups: int) -> None:
-    """Point a norm at those statistics of the population that it uses.
+def set_norm(
+    norm: NormArgs,
+    weight: Tensor | None,
+    mixing: int,
+    given: Tensor | None,
+    uses: int,
+    moments: Tensor,
+    steps: int,
+    width: int,
+    groups: int,
+) -> None:
+    """Enable a norm and point it at its arrays, the bias aside.
 
     Args:
         norm: Filled in.
+        weight: Of each feature.
+        mixing: Address of the weights of the feature part and of the batch part, ``(2, steps)`` in float64.
         given: The population's statistics one after the other, flat: batch mean and variance, ``(steps, width)``, then
             feature mean and variance, ``(steps, groups)``.
-        uses: A bit for each, as from :func:`bits_of`.
+        uses: A bit for each of them that is used, as from :func:`bits_of`.
+        moments: Where those of the current input lie, the batch's before the features'; none without elements.
         steps: Number of steps.
         width: Number of features.
         groups: Number of groups of features that are normalised by themselves.
     """
+    norm.enabled, norm.weight = 1, pointer(weight)
+    norm.w_feature, norm.w_batch = mixing, mixing + steps * 8
+    norm.batch_moments = address = pointer(moments)
+    if address:
+        norm.feature_moments = address + steps * 2 * width * moments.element_size()
     if given is None:
         return
     address = given.data_ptr()

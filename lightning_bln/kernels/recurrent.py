@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_bln.kernels.dispatch import EagerFunction, Operator, present
-from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, call, pointer, set_given
+from lightning_bln.kernels.library import CELLS, RecurrenceArgs, call, pointer, set_norm
 
 
 class Inputs(NamedTuple):
@@ -32,6 +32,7 @@ class Inputs(NamedTuple):
     h: Tensor
     c: Tensor | None
     weight_norm_ih: Tensor | None
+    """None without this norm, as the next two."""
     weight_norm_hh: Tensor | None
     weight_norm_cell: Tensor | None
     bias_norm_cell: Tensor | None
@@ -61,21 +62,19 @@ class Settings(NamedTuple):
     keep: int
     """0: no gradient will follow; 1: keep what it needs; 2: keep little and compute the rest again."""
     joint: int
-    on_ih: int
-    on_hh: int
-    on_cell: int
     uses_ih: int
     """A bit for each statistic that the population gives, batch mean lowest."""
     uses_hh: int
     uses_cell: int
     zoneout: float
+    """Share of its value that a unit keeps over a step, as an expectation; zero with a mask."""
     scale_ih: float
     scale_hh: float
     scale_cell: float
     eps: float
 
 
-INTEGERS = 10
+INTEGERS = 7
 """How many of the settings are integers."""
 
 TEAMS = (0, 0)
@@ -109,25 +108,24 @@ def sizes_of(inputs: Inputs, settings: Settings) -> tuple[int, int, int, int, in
 def allocate(inputs: Inputs, constants: Constants, settings: Settings) -> Outputs:
     """Empty outputs."""
     rows, samples, features, units, columns = sizes_of(inputs, settings)
-    gates = columns // units
+    groups = 1 if settings.joint else columns // units
     new = inputs.weight_hh.new_empty
     keep, lstm = settings.keep > 0, CELLS[settings.cell] == "lstm"
     all_kept = settings.keep == 1
 
-    def moments(on: int, width: int, groups: int) -> Tensor:
-        if not (on and keep):
+    def moments(weight: Tensor | None, groups: int) -> Tensor:
+        if weight is None or not keep:
             return new(0)
-        size = settings.steps * 2 * (width + groups * samples)
+        size = settings.steps * 2 * (weight.numel() + groups * samples)
         return new(size) if constants.batch_sizes is None else inputs.weight_hh.new_zeros(size)
 
-    groups = 1 if settings.joint else gates
     return Outputs(
         output=new(rows, units),
         h=new(samples, units),
         c=new(samples, units) if lstm else new(0),
-        moments_ih=moments(settings.on_ih, columns, groups),
-        moments_hh=moments(settings.on_hh, columns, groups),
-        moments_cell=moments(settings.on_cell, units, 1),
+        moments_ih=moments(inputs.weight_norm_ih, groups),
+        moments_hh=moments(inputs.weight_norm_hh, groups),
+        moments_cell=moments(inputs.weight_norm_cell, 1),
         input_part=new(rows, columns) if all_kept and features >= NARROW else new(0),
         hidden_part=new(rows, columns) if all_kept else new(0),
         cells=new(rows, units) if keep and lstm else new(0),
@@ -137,61 +135,37 @@ def allocate(inputs: Inputs, constants: Constants, settings: Settings) -> Output
 def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs: Outputs) -> RecurrenceArgs:
     """The library's structure, complete for the forward pass."""
     _, samples, features, units, columns = sizes_of(inputs, settings)
-    groups = 1 if settings.joint else columns // units
-    zoneout, masks = settings.zoneout, constants.zoneout_mask
+    steps, masks = settings.steps, constants.zoneout_mask
     args = RecurrenceArgs(
-        settings.cell, settings.steps, samples, features, units, torch.get_num_threads(), *TEAMS, 0, settings.keep,
-        zoneout if masks is None else 0.0, zoneout if masks is None else 0.0,
+        settings.cell, steps, samples, features, units, torch.get_num_threads(), *TEAMS, 0, settings.keep,
+        settings.zoneout, settings.zoneout,
         pointer(constants.batch_sizes), pointer(inputs.x), pointer(inputs.weight_ih), pointer(inputs.weight_hh),
         pointer(inputs.h), pointer(inputs.c), pointer(constants.hidden_mask),
         None if masks is None else pointer(masks[0]), None if masks is None else pointer(masks[1]),
         pointer(outputs.output), pointer(outputs.h), pointer(outputs.c), pointer(outputs.input_part),
         pointer(outputs.hidden_part), pointer(outputs.cells),
     )  # fmt: skip
-    set_norm(
-        args.norm_ih, 0, settings.on_ih, settings.uses_ih, settings.scale_ih, inputs.weight_norm_ih, inputs.bias_ih,
-        constants.given_ih, outputs.moments_ih, columns, groups, constants.mixing, settings,
-    )  # fmt: skip
-    set_norm(
-        args.norm_hh, 1, settings.on_hh, settings.uses_hh, settings.scale_hh, inputs.weight_norm_hh, inputs.bias_hh,
-        constants.given_hh, outputs.moments_hh, columns, groups, constants.mixing, settings,
-    )  # fmt: skip
-    set_norm(
-        args.norm_cell, 2, settings.on_cell, settings.uses_cell, settings.scale_cell, inputs.weight_norm_cell,
-        inputs.bias_norm_cell, constants.given_cell, outputs.moments_cell, units, 1, constants.mixing, settings,
-    )  # fmt: skip
+    groups = 1 if settings.joint else columns // units
+    for index, (norm, weight, bias, scale, given, uses, moments, places) in enumerate(
+        zip(
+            (args.norm_ih, args.norm_hh, args.norm_cell),
+            (inputs.weight_norm_ih, inputs.weight_norm_hh, inputs.weight_norm_cell),
+            (inputs.bias_ih, inputs.bias_hh, inputs.bias_norm_cell),
+            (settings.scale_ih, settings.scale_hh, settings.scale_cell),
+            (constants.given_ih, constants.given_hh, constants.given_cell),
+            (settings.uses_ih, settings.uses_hh, settings.uses_cell),
+            (outputs.moments_ih, outputs.moments_hh, outputs.moments_cell),
+            ((columns, groups), (columns, groups), (units, 1)),
+            strict=True,
+        )
+    ):
+        norm.bias = pointer(bias)
+        if weight is not None:
+            assert constants.mixing is not None
+            norm.joint, norm.scale, norm.eps = settings.joint, scale, settings.eps
+            mixing = constants.mixing.data_ptr() + index * 2 * steps * 8
+            set_norm(norm, weight, mixing, given, uses, moments, steps, *places)
     return args
-
-
-def set_norm(
-    norm: NormArgs,
-    index: int,
-    enabled: int,
-    uses: int,
-    scale: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    given: Tensor | None,
-    moments: Tensor,
-    width: int,
-    groups: int,
-    mixing: Tensor | None,
-    settings: Settings,
-) -> None:
-    """Fill in the library's structure of one of the three norms."""
-    norm.bias = pointer(bias)
-    if not enabled:
-        return
-    assert mixing is not None
-    w_feature = mixing.data_ptr() + index * 2 * settings.steps * 8
-    norm.enabled, norm.joint, norm.scale, norm.eps = enabled, settings.joint, scale, settings.eps
-    norm.w_feature, norm.w_batch, norm.weight = w_feature, w_feature + settings.steps * 8, pointer(weight)
-    if given is not None:
-        set_given(norm, given, uses, settings.steps, width, groups)
-    address = pointer(moments)
-    if address:
-        norm.batch_moments = address
-        norm.feature_moments = address + settings.steps * 2 * width * moments.element_size()
 
 
 def forward(inputs: Inputs, constants: Constants, settings: Settings) -> Outputs:
@@ -253,12 +227,6 @@ class Recurrence(EagerFunction):
 
 RECURRENCE = Operator(
     name="recurrence",
-    schema=(
-        "Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor h, Tensor? c, "
-        "Tensor? weight_norm_ih, Tensor? weight_norm_hh, Tensor? weight_norm_cell, Tensor? bias_norm_cell, "
-        "Tensor? batch_sizes, Tensor? hidden_mask, Tensor? zoneout_mask, Tensor? mixing, Tensor? given_ih, "
-        "Tensor? given_hh, Tensor? given_cell"
-    ),
     inputs=Inputs,
     constants=Constants,
     settings=Settings,

@@ -51,8 +51,8 @@ def run_direction(
         weights.weight_hh,
         weights.bias_hh,
         weights.weight_hr,
-        tuple(norm.sequence(steps, running) for norm in weights.norm_hh),
-        None if weights.norm_cell is None else weights.norm_cell.sequence(steps, running),
+        tuple(norm.sequence(running) for norm in weights.norm_hh),
+        None if weights.norm_cell is None else weights.norm_cell.sequence(running),
     )
     noise = Noise(
         regularization.mask(state[0], regularization.recurrent_dropout), regularization.zoneout, regularization.training
@@ -75,7 +75,7 @@ def project_input(
         return product(x, weights.weight_ih, weights.bias_ih).unflatten(-1, (number, -1))
     gates = product(x, weights.weight_ih, None).unflatten(-1, (number, -1))
     is_data = None if sizes is None else is_running(sizes, gates)
-    gates, observed = weights.norm_ih.sequence(len(running), running)(gates, slice(None), is_data)
+    gates, observed = weights.norm_ih.sequence(running)(gates, slice(None), is_data)
     if observed is not None:
         weights.norm_ih.gather_steps(observed, running)
     return gates if weights.bias_ih is None else gates + weights.bias_ih.view(number, -1)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_bln.equation import Equation, Source, Statistics, normalize_by
 from lightning_bln.norm import Normalization
-from lightning_bln.population import Population
 
 START_SCALES = {"bln": 0.3, "layer": 1.0, "batch": 0.1}
 
@@ -104,26 +103,25 @@ class GateNorm(Normalization):
         dtype: torch.dtype | None = None,
     ) -> None:
         groups = gates if gate_statistics == "separate" else 1
-        features = gates * hidden_size // groups
-        if scale is None:
-            scale = START_SCALES.get(norm, 1.0)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
-            features, norm=norm, eps=eps, delta=delta, affine=False, scale=scale, population=population, **factory
+            gates * hidden_size // groups,
+            norm=norm,
+            eps=eps,
+            delta=delta,
+            affine=False,
+            scale=START_SCALES.get(norm, 1.0) if scale is None else scale,
+            population=population,
+            momentum=momentum,
+            **factory,
         )
         self.groups, self.gates = groups, gates
         self._register_affine(gates * hidden_size, True, bias, factory)
-        self.population = Population(
-            features,
-            estimator=population,
-            momentum=momentum,
-            merge_positions=time_statistics == "shared",
-            **factory,
-        )
+        self.population.merge_positions = time_statistics == "shared"
 
-    def sequence(self, steps: int, sizes: Sequence[int]) -> SequenceNorm:
-        """The norm for ``steps`` steps, ``sizes[t]`` sequences running at step ``t``."""
-        source, frozen_size = self._source((steps, self.groups))
+    def sequence(self, sizes: Sequence[int]) -> SequenceNorm:
+        """The norm for the steps of a sequence, ``sizes[t]`` sequences running at step ``t``."""
+        source, frozen_size = self._source((len(sizes), self.groups))
         batch_size: float | Tensor = sizes[0]
         if frozen_size is not None:
             batch_size = frozen_size[:, 0]
@@ -142,7 +140,7 @@ class GateNorm(Normalization):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise one step on its own, shaped ``(B, gates, hidden_size)``."""
         sizes = (x.shape[-3],)
-        y, observed = self.sequence(1, sizes)(x[None], slice(None))
+        y, observed = self.sequence(sizes)(x[None], slice(None))
         if observed is not None:
             self.gather_steps(observed, sizes)
         return y[0]

@@ -80,7 +80,7 @@ def test_operators_keep_torchs_rules() -> None:
     weights = (layer.norm_ih_l0.weight, layer.norm_hh_l0.weight, layer.norm_cell_l0.weight, layer.norm_cell_l0.bias)
     mixing = torch.tensor([0.2, 0.8], dtype=torch.float64).view(1, 2, 1).repeat(3, 1, 2)
     constants = (None, None, None, mixing, None, None, None)
-    settings = recurrent.Settings(0, 2, 1, 0, 1, 1, 1, 0, 0, 0, 0.0, 1.0, 1.0, 1.0, 1e-3)
+    settings = recurrent.Settings(0, 2, 1, 0, 0, 0, 0, 0.0, 1.0, 1.0, 1.0, 1e-3)
     integers, numbers = list(settings[: recurrent.INTEGERS]), list(settings[recurrent.INTEGERS :])
     torch.library.opcheck(operators.recurrence, (*tensors, *weights, *constants, integers, numbers))
 
