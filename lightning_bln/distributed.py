@@ -15,19 +15,14 @@ from lightning_bln.equation import feature_statistics, widen
 
 
 class JointBatch(NamedTuple):
-    """Statistics over the parts of all ranks: at this rank's positions to normalise by, at all positions to gather.
+    """Statistics over the parts of all ranks at all positions.
 
-    ``positions`` are those of this rank's input; ``P`` is the longest first position axis of any rank.
+    ``P`` is the longest first position axis of any rank; with shared positions there is one.
     """
 
     mean: Tensor
-    """``(1, *positions, d)``, all positions of size 1 where they are shared; gradients flow to every rank's input."""
+    """``(P, ..., d)``; gradients flow to every rank's input, through this and ``var``."""
     var: Tensor
-    batch_size: Tensor | float
-    """Samples at each of this rank's positions, ``(*positions, 1)``; a number where positions are shared."""
-    batch_mean: Tensor
-    """``(P, ..., d)``; no gradient flows through this and the following fields."""
-    batch_var: Tensor
     feature_mean: Tensor
     """Mean over the samples of all ranks, ``(P, ...)``."""
     feature_var: Tensor
@@ -35,6 +30,8 @@ class JointBatch(NamedTuple):
     """Numbers that each batch statistic is taken over, ``(P, ...)``."""
     sizes: Tensor
     """Samples, ``(P, ...)``."""
+    batch_size: Tensor | float
+    """Samples at each of this rank's positions, ``(*positions, 1)``; a number where positions are shared."""
 
 
 class _AllReduce(torch.autograd.Function):
@@ -97,17 +94,8 @@ def over_positions(x: Tensor, features: Tensor, shapes: list[list[int]], weight:
     mean = all_reduce_sum(x.sum(over) * weight) / seen
     var = all_reduce_sum((x - mean).square().sum(over) * weight) / seen
     feature_mean, feature_var = (all_reduce_sum(features.sum(over) * weight) / seen)[None].unbind(-1)
-    return JointBatch(
-        mean=mean.expand([1] * (x.ndim - 1) + [-1]),
-        var=var.expand([1] * (x.ndim - 1) + [-1]),
-        batch_size=samples,
-        batch_mean=mean.detach()[None],
-        batch_var=var.detach()[None],
-        feature_mean=feature_mean,
-        feature_var=feature_var,
-        seen=torch.full((1,), seen, device=x.device),
-        sizes=torch.full((1,), samples, device=x.device),
-    )
+    counts = torch.tensor([[seen], [samples]], device=x.device)
+    return JointBatch(mean[None], var[None], feature_mean, feature_var, counts[0], counts[1], batch_size=samples)
 
 
 def at_each_position(x: Tensor, features: Tensor, shapes: list[list[int]], weight: float) -> JointBatch:
@@ -125,17 +113,7 @@ def at_each_position(x: Tensor, features: Tensor, shapes: list[list[int]], weigh
     mean = total(x.sum(0)) / count
     var = total((x - mean[:length]).square().sum(0)) / count
     feature_mean, feature_var = (total(features.sum(0)) / count).unbind(-1)
-    return JointBatch(
-        mean=mean[:length][None],
-        var=var[:length][None],
-        batch_size=sizes[:length][..., None].to(x.dtype),
-        batch_mean=mean.detach(),
-        batch_var=var.detach(),
-        feature_mean=feature_mean,
-        feature_var=feature_var,
-        seen=sizes,
-        sizes=sizes,
-    )
+    return JointBatch(mean, var, feature_mean, feature_var, seen=sizes, sizes=sizes, batch_size=count[:length])
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -131,8 +131,9 @@ class Normalization(HasMode):
         """Normalise in training by the batch that all ranks hold together; each rank gathers the same."""
         joint = joint_batch(x, is_shared, self.takes_part)
         equation = self._equation(joint.batch_size)
-        y, _ = normalize_by(x, equation, Source(Statistics(joint.mean, joint.var), (True, True, False, False)), ())
-        observed = Statistics(joint.batch_mean, joint.batch_var, joint.feature_mean, joint.feature_var)
+        own = Statistics(joint.mean[: x.shape[1]], joint.var[: x.shape[1]])
+        y, _ = normalize_by(x, equation, Source(own, (True, True, False, False)), ())
+        observed = Statistics(joint.mean, joint.var, joint.feature_mean, joint.feature_var)
         with torch.no_grad():
             observed = observation(observed, equation, tuple(joint.seen.shape), x)
         self.gather(observed, joint.sizes, joint.seen)
