@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import sigmoid, tanh
 
@@ -21,7 +21,7 @@ class LSTM(Cell):
         Hochreiter and Schmidhuber, "Long Short-Term Memory", 1997; Gers et al., "Learning to Forget", 2000.
     """
 
-    gates = ("input", "forget", "cell", "output")
+    gates: ClassVar[tuple[str, ...]] = ("input", "forget", "cell", "output")
     states = ("h", "c")
     has_norm_cell = True
     has_projection = True

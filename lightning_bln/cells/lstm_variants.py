@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor, addcmul, lerp, sigmoid, tanh
 from torch.nn import functional as F
 
-from lightning_bln.cells.cell import Cell, Extra
+from lightning_bln.cells.cell import Extra
 from lightning_bln.cells.gates import Gates
+from lightning_bln.cells.lstm import LSTM
 
 
-class OriginalLSTM(Cell):
+class OriginalLSTM(LSTM):
     r"""Original LSTM, without a forget gate.
 
     .. math::
@@ -23,9 +24,6 @@ class OriginalLSTM(Cell):
     """
 
     gates = ("input", "cell", "output")
-    states = ("h", "c")
-    has_norm_cell = True
-    has_projection = True
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         a = x + project(state.h)
@@ -33,7 +31,7 @@ class OriginalLSTM(Cell):
         return self.State(h=sigmoid(a.output) * tanh(self.norm_cell(c)), c=c)
 
 
-class CoupledLSTM(Cell):
+class CoupledLSTM(LSTM):
     r"""LSTM with coupled input and forget gates (CIFG).
 
     .. math::
@@ -45,9 +43,6 @@ class CoupledLSTM(Cell):
     """
 
     gates = ("forget", "cell", "output")
-    states = ("h", "c")
-    has_norm_cell = True
-    has_projection = True
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         a = x + project(state.h)
@@ -55,7 +50,7 @@ class CoupledLSTM(Cell):
         return self.State(h=sigmoid(a.output) * tanh(self.norm_cell(c)), c=c)
 
 
-class PeepholeLSTM(Cell):
+class PeepholeLSTM(LSTM):
     r"""LSTM with peepholes: the gates see the cell state.
 
     .. math::
@@ -68,14 +63,10 @@ class PeepholeLSTM(Cell):
         Gers et al., "Learning Precise Timing with LSTM Recurrent Networks", 2002.
     """
 
-    gates = ("input", "forget", "cell", "output")
-    states = ("h", "c")
     parameters = {"peephole_input": Extra(), "peephole_forget": Extra(), "peephole_output": Extra()}
     peephole_input: Tensor
     peephole_forget: Tensor
     peephole_output: Tensor
-    has_norm_cell = True
-    has_projection = True
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         a = x + project(state.h)
@@ -83,10 +74,14 @@ class PeepholeLSTM(Cell):
         f = sigmoid(addcmul(a.forget, self.peephole_forget, state.c))
         c = addcmul(f * state.c, i, tanh(a.cell))
         o = sigmoid(addcmul(a.output, self.peephole_output, c))
-        return self.State(h=o * tanh(self.norm_cell(c)), c=c)
+        return self.State(h=o * self.out(tanh(self.norm_cell(c)), x), c=c)
+
+    def out(self, squashed: Tensor, x: Gates) -> Tensor:
+        r"""The output before its gate, from :math:`\tanh(c_t)`."""
+        return squashed
 
 
-class ResLSTM(Cell):
+class ResLSTM(PeepholeLSTM):
     r"""Residual LSTM, with a shortcut from its input to its output.
 
     .. math::
@@ -102,32 +97,17 @@ class ResLSTM(Cell):
     """
 
     gates = ("input", "forget", "cell", "output", "residual")
-    states = ("h", "c")
-    products = (("input", "forget", "cell", "output"),)
+    products = PeepholeLSTM.products
     unbiased = ("residual",)
-    parameters = {
-        "peephole_input": Extra(),
-        "peephole_forget": Extra(),
-        "peephole_output": Extra(),
-        "weight_projection": Extra(("hidden_size", "hidden_size")),
-    }
-    peephole_input: Tensor
-    peephole_forget: Tensor
-    peephole_output: Tensor
+    parameters = {**PeepholeLSTM.parameters, "weight_projection": Extra(("hidden_size", "hidden_size"))}
     weight_projection: Tensor
-    has_norm_cell = True
+    has_projection = False
 
-    def step(self, x: Gates, state: Any, project: Any) -> Any:
-        a = x + project(state.h)
-        i = sigmoid(addcmul(a.input, self.peephole_input, state.c))
-        f = sigmoid(addcmul(a.forget, self.peephole_forget, state.c))
-        c = addcmul(f * state.c, i, tanh(a.cell))
-        o = sigmoid(addcmul(a.output, self.peephole_output, c))
-        projected = F.linear(tanh(self.norm_cell(c)), self.weight_projection)
-        return self.State(h=o * (projected + x.residual), c=c)
+    def out(self, squashed: Tensor, x: Gates) -> Tensor:
+        return F.linear(squashed, self.weight_projection) + x.residual
 
 
-class WMCLSTM(Cell):
+class WMCLSTM(LSTM):
     r"""LSTM with working memory connections from the cell state to its gates.
 
     .. math::
@@ -140,10 +120,8 @@ class WMCLSTM(Cell):
         Landi et al., "Working Memory Connections for LSTM", 2021, arXiv 2109.00020.
     """
 
-    gates = ("input", "forget", "cell", "output")
-    states = ("h", "c")
-    products = (("input", "forget", "cell", "output"), ("memory_input", "memory_forget"), ("memory_output",))
-    has_norm_cell = True
+    products = (LSTM.gates, ("memory_input", "memory_forget"), ("memory_output",))
+    has_projection = False
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         a, m = x + project(state.h), project.memory_input(state.c)
