@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_bln._torch import is_autocast_enabled
 from lightning_bln.equation import Equation, Source, Statistics, normalize_by
 
 NORMS = ("bln", "layer", "batch")
@@ -147,6 +148,14 @@ def check_input(x: Tensor, *, batch_dim: int, channel_dim: int) -> tuple[int, in
     if x.numel() == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, an empty batch; pass at least one sample")
     return axes[0], axes[1]
+
+
+def check_dtype(x: Tensor, parameter: Tensor | None) -> None:
+    """Raise unless a layer with this parameter, if any, takes the dtype of ``x``."""
+    if parameter is not None and x.dtype != parameter.dtype and not is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"x has dtype {x.dtype}, but the layer's parameters have {parameter.dtype}; convert one with .to()"
+        )
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_bln._torch import is_autocast_enabled
 from lightning_bln.distributed import is_distributed, joint_batch
 from lightning_bln.equation import Equation, Source, Statistics, Uses, is_zero, mixing_row, normalize_by, observation
-from lightning_bln.functional import NORMS, check_choice, check_input, mixing_weights, scale_factor
+from lightning_bln.functional import NORMS, check_choice, check_dtype, check_input, mixing_weights, scale_factor
 from lightning_bln.kernels.batch_layer_norm import (
     DenseConstants,
     DenseInputs,
@@ -100,7 +99,7 @@ class Normalization(HasMode):
                 f"num_features={self.num_features}, but the input's feature axis (dim {self.channel_dim}) has "
                 f"{x.shape[channel_dim]}; change one of them, or channel_dim"
             )
-        self._check_dtype(x)
+        check_dtype(x, self.weight)
         fan = None if self.training else self.fan
         canonical = x.movedim((batch_dim, channel_dim), (0, -1))
         if fan is None:
@@ -186,12 +185,6 @@ class Normalization(HasMode):
             "used; call recompute_population(model, batches) before eval(), or set momentum",
             stacklevel=2,
         )
-
-    def _check_dtype(self, x: Tensor) -> None:
-        if self.weight is not None and x.dtype != self.weight.dtype and not is_autocast_enabled(x.device.type):
-            raise TypeError(
-                f"x has dtype {x.dtype}, but the layer's parameters have {self.weight.dtype}; convert one with .to()"
-            )
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         check_state_dict(self, state_dict, prefix)

@@ -130,16 +130,15 @@ class Recurrent(HasCells):
             norm_input=norm_input,
             norm_hidden=norm_hidden,
             norm_cell=norm_cell,
-            norm_options={
-                "scale": scale,
-                "time_statistics": time_statistics,
-                "gate_statistics": gate_statistics,
-                "eps": eps,
-                "delta": delta,
-                "population": population,
-                "momentum": momentum,
-            },
-            factory={"device": device, "dtype": dtype},
+            scale=scale,
+            time_statistics=time_statistics,
+            gate_statistics=gate_statistics,
+            eps=eps,
+            delta=delta,
+            population=population,
+            momentum=momentum,
+            device=device,
+            dtype=dtype,
         )
         check_choice("backend", backend, BACKENDS)
         if backend == "compile" and not CAN_COMPILE_STEPS:

@@ -68,16 +68,15 @@ class RecurrentCell(HasCells):
             norm_input=norm_input,
             norm_hidden=norm_hidden,
             norm_cell=norm_cell,
-            norm_options={
-                "scale": scale,
-                "time_statistics": "shared",
-                "gate_statistics": gate_statistics,
-                "eps": eps,
-                "delta": delta,
-                "population": population,
-                "momentum": momentum,
-            },
-            factory={"device": device, "dtype": dtype},
+            scale=scale,
+            time_statistics="shared",
+            gate_statistics=gate_statistics,
+            eps=eps,
+            delta=delta,
+            population=population,
+            momentum=momentum,
+            device=device,
+            dtype=dtype,
         )
         self._register("", input_size)
         self.reset_parameters()

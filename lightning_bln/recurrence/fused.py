@@ -83,7 +83,7 @@ def run_fused(
     output, h, c, *seen = RECURRENCE.run(contiguous(inputs), constants, settings)
     for module, norm, moments in zip(modules, norms, seen, strict=True):
         if module is not None and norm is not None and norm.observes:
-            gather(module, norm, moments, steps, samples, sizes)
+            gather(module, norm, moments, running)
     if rows is not None:
         output = output.new_zeros(steps * samples, units).index_copy(0, rows, output)
     return output.view(steps, samples, -1), (h, c)[: len(state)]

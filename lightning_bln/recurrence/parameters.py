@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_bln._torch import is_autocast_enabled
 from lightning_bln.cells.cell import Cell
-from lightning_bln.functional import NORMS, check_choice
+from lightning_bln.functional import NORMS, check_choice, check_dtype
 from lightning_bln.modes import StatisticsMode
 from lightning_bln.population import check_state_dict
 from lightning_bln.recurrence.gate_norm import GateNorm
@@ -46,8 +45,8 @@ class HasCells(nn.Module):
         norm_input: Whether the products with the input are normalised.
         norm_hidden: Whether the products with the hidden state are normalised.
         norm_cell: Whether the cell state is normalised where it enters the output.
-        norm_options: Options of every :class:`~lightning_bln.recurrence.gate_norm.GateNorm`.
-        factory: ``device`` and ``dtype``.
+        **norm_options: Options of every :class:`~lightning_bln.recurrence.gate_norm.GateNorm`, ``device`` and ``dtype``
+            among them.
     """
 
     def __init__(
@@ -62,8 +61,7 @@ class HasCells(nn.Module):
         norm_input: bool,
         norm_hidden: bool,
         norm_cell: bool,
-        norm_options: dict[str, Any],
-        factory: dict[str, Any],
+        **norm_options: Any,
     ) -> None:
         super().__init__()
         check_choice("norm", norm, (None, *NORMS))
@@ -74,14 +72,12 @@ class HasCells(nn.Module):
             raise ValueError(f"proj_size={proj_size}, but {type(cell).__name__} has no projection; leave it out")
         if not 0 <= proj_size < hidden_size:
             raise ValueError(f"proj_size={proj_size}, but it must be smaller than hidden_size={hidden_size}; lower it")
-        for name in ("gate_statistics", "time_statistics"):
-            check_choice(
-                name, norm_options.get(name, "separate"), ("separate", "joint" if "gate" in name else "shared")
-            )
+        check_choice("gate_statistics", norm_options["gate_statistics"], ("separate", "joint"))
+        check_choice("time_statistics", norm_options["time_statistics"], ("separate", "shared"))
         self.cell, self.input_size, self.hidden_size = cell, input_size, hidden_size
         self.bias, self.proj_size, self.norm = bias, proj_size, norm
         self._normalizes = {"input": norm_input, "hidden": norm_hidden, "cell": norm_cell and cell.has_norm_cell}
-        self._norm_options, self._factory = norm_options, factory
+        self._norm_options = norm_options
 
     @property
     def mode(self) -> StatisticsMode | None:
@@ -112,7 +108,7 @@ class HasCells(nn.Module):
     def _register(self, suffix: str, input_size: int) -> None:
         """Register one cell's parameters and norms under names that end in ``suffix``."""
         rows, hidden_rows = len(self.cell.gates), sum(map(len, self.cell.products))
-        size, factory = self.hidden_size, self._factory
+        size, options = self.hidden_size, {"norm": self.norm, **self._norm_options}
         shapes: dict[str, tuple[int, ...]] = {
             "weight_ih": (rows * size, input_size),
             "weight_hh": (hidden_rows * size, self.output_size),
@@ -127,10 +123,10 @@ class HasCells(nn.Module):
         for name, extra in self.cell.parameters.items():
             shapes[name] = tuple(known[part] if isinstance(part, str) else part for part in extra.shape)
         for name, shape in shapes.items():
-            self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape, **factory)))
+            empty = torch.empty(shape, device=options["device"], dtype=options["dtype"])
+            self.register_parameter(name + suffix, nn.Parameter(empty))
         if self.norm is None:
             return
-        options: dict[str, Any] = {"norm": self.norm, **self._norm_options, **factory}
         if self._normalizes["input"]:
             self.add_module(f"norm_ih{suffix}", GateNorm(size, rows, **options))
         if self._normalizes["hidden"]:
@@ -193,9 +189,7 @@ class HasCells(nn.Module):
             )
         if x.numel() == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}, an empty batch or a sequence of no steps; pass some data")
-        dtype = next(self.parameters()).dtype
-        if x.dtype != dtype and not is_autocast_enabled(x.device.type):
-            raise TypeError(f"x has dtype {x.dtype}, but the layer's parameters have {dtype}; convert one with .to()")
+        check_dtype(x, next(self.parameters()))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         check_state_dict(self, state_dict, prefix)

@@ -87,17 +87,16 @@ def unroll(
     steps, samples = sequences.x.shape[0], state[0].shape[-2]
     biases = split_bias(cell, weights)
     norms_hh = [Recorder(norm, bias) for norm, bias in zip(weights.norm_hh, biases, strict=True)]
-    norm_cell = None if weights.norm_cell is None else Recorder(weights.norm_cell)
-    cell.norm_cell = identity if norm_cell is None else norm_cell.of_state
+    norm_cell = Recorder(weights.norm_cell)
+    cell.norm_cell = norm_cell.of_state
     shape = (steps, samples) if deferred else None
     project = Projection(cell, weights.weight_hh, weights.bias_hh, norms_hh, noise.hidden_mask, shape)
-    recorders = [*norms_hh, *([] if norm_cell is None else [norm_cell])]
     zoned = cell.states if cell.zoned is None else cell.zoned
     outputs = []
     for t, gates in enumerate(Steps(x, steps, sequences.sizes)):
         running = samples if sequences.sizes is None else sequences.sizes[t]
         before = state if running == samples else cell.State(*(value[..., :running, :] for value in state))
-        for recorder in recorders:
+        for recorder in (*norms_hh, norm_cell):
             recorder.t = t
         after = cell.step(gates, before, project.at(t, running))
         if weights.weight_hr is not None:
@@ -117,7 +116,7 @@ def unroll(
         torch.stack(outputs),
         tuple(state),
         tuple(stack(norm.seen) for norm in norms_hh if norm.seen),
-        None if norm_cell is None else stack(norm_cell.seen),
+        stack(norm_cell.seen),
     )
 
 
@@ -131,23 +130,26 @@ def split_bias(cell: Cell, weights: HiddenWeights) -> list[Tensor | None]:
 
 
 class Recorder:
-    """A norm at step ``t`` with a bias after it; observed statistics are appended to ``seen``."""
+    """A norm, if any, at step ``t`` with a bias after it; observed statistics are appended to ``seen``."""
 
-    def __init__(self, norm: SequenceNorm, bias: Tensor | None = None) -> None:
-        self.norm = norm if bias is None else norm._replace(equation=norm.equation._replace(bias=bias))
+    def __init__(self, norm: SequenceNorm | None, bias: Tensor | None = None) -> None:
+        if norm is not None and bias is not None:
+            norm = norm._replace(equation=norm.equation._replace(bias=bias))
+        self.norm = norm
         self.t: int | slice = 0
         self.mask: Tensor | None = None
         self.seen: list[Statistics] = []
 
     def __call__(self, x: Tensor) -> Tensor:
+        assert self.norm is not None
         y, statistics = self.norm(x, self.t, self.mask)
         if statistics is not None:
             self.seen.append(statistics)
         return y
 
     def of_state(self, c: Tensor) -> Tensor:
-        """The norm of a cell state ``(..., B, H)``."""
-        return self(c.unsqueeze(-2)).squeeze(-2)
+        """The norm of a cell state ``(..., B, H)``; without one the state as it is."""
+        return c if self.norm is None else self(c.unsqueeze(-2)).squeeze(-2)
 
 
 def identity(c: Tensor) -> Tensor:

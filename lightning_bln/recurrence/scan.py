@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightning_bln.cells.cell import LinearCell
 from lightning_bln.cells.gates import Gates
-from lightning_bln.recurrence.reference import HiddenWeights, Recorder, Result, Sequences, identity
+from lightning_bln.recurrence.reference import HiddenWeights, Recorder, Result, Sequences
+from lightning_bln.recurrence.sequences import is_running
 
 
 def linear_scan(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
@@ -78,19 +79,16 @@ def scan_recurrence(cell: LinearCell, sequences: Sequences, weights: HiddenWeigh
     a, b = cell.coefficients(x)
     running = None
     if sequences.sizes is not None:
-        sizes = torch.tensor(sequences.sizes, device=a.device)
-        running = torch.arange(first[0].shape[-2], device=a.device)[:, None] < sizes[:, None, None]
+        running = is_running(sequences.sizes, sequences.x)
         a, b = a.where(running, 1.0), b.where(running, 0.0)
     s = linear_scan(a, b, getattr(first, cell.linear))
-    norm_cell = None if weights.norm_cell is None else Recorder(weights.norm_cell)
-    if norm_cell is not None:
-        norm_cell.t, norm_cell.mask = slice(None), running
-    cell.norm_cell = identity if norm_cell is None else norm_cell.of_state
+    norm_cell = Recorder(weights.norm_cell)
+    norm_cell.t, norm_cell.mask = slice(None), running
+    cell.norm_cell = norm_cell.of_state
     states = cell.readout(x, s)
     outputs, last = states[0], [value[-1] for value in states]
     if running is not None:
         outputs = outputs.where(running, 0.0)
         ends = running.sum(0) - 1
         last = [value.gather(0, ends.expand(1, *value.shape[1:]))[0] for value in states]
-    seen = None if norm_cell is None or not norm_cell.seen else norm_cell.seen[0]
-    return Result(outputs, tuple(last), (), seen)
+    return Result(outputs, tuple(last), (), norm_cell.seen[0] if norm_cell.seen else None)

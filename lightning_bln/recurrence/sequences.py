@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -101,7 +102,7 @@ def lengths_of(batch_sizes: Tensor) -> Tensor:
     return (batch_sizes[:, None] > torch.arange(int(batch_sizes[0]))).sum(0)
 
 
-def is_running(sizes: list[int], x: Tensor) -> Tensor:
+def is_running(sizes: Sequence[int], x: Tensor) -> Tensor:
     """Whether each sequence is running at each step: ``(T, B, 1)``."""
     running = torch.tensor(sizes, device=x.device)[:, None, None]
     return torch.arange(x.shape[-3], device=x.device)[:, None] < running

@@ -15,24 +15,19 @@ from lightning_bln.population import Population
 from lightning_bln.recurrence.gate_norm import GateNorm, SequenceNorm
 
 
-def gather(
-    module: GateNorm, norm: SequenceNorm, moments: Tensor, steps: int, samples: int, sizes: Sequence[int] | None
-) -> None:
+def gather(module: GateNorm, norm: SequenceNorm, moments: Tensor, running: Sequence[int]) -> None:
     """Let a norm's population take in the moments that the operator wrote of a training sequence.
 
     Args:
         module: The norm.
         norm: The same for the steps of this sequence.
         moments: Batch means and variances ``(T, 2, G', H')``, then those of the features ``(T, 2, G', B)``, flat.
-        steps: Number of steps.
-        samples: Number of sequences.
-        sizes: How many of them run at each step; ``None`` if all run to the end.
+        running: Running sequences at each step, longest first.
     """
-    if can_merge(module.population, moments, (steps, norm.groups)):
-        merge_fused(module.population, norm, moments, steps, samples, sizes)
+    if can_merge(module.population, moments, (len(running), norm.groups)):
+        merge_fused(module.population, norm, moments, running)
     else:
-        running = [samples] * steps if sizes is None else sizes
-        module.gather_steps(observed(moments, norm, steps, samples, sizes), running)
+        module.gather_steps(observed(moments, norm, running), running)
 
 
 def can_merge(population: Population, moments: Tensor, positions: tuple[int, ...]) -> bool:
@@ -48,14 +43,12 @@ def can_merge(population: Population, moments: Tensor, positions: tuple[int, ...
     )
 
 
-def merge_fused(
-    population: Population, norm: SequenceNorm, moments: Tensor, steps: int, samples: int, sizes: Sequence[int] | None
-) -> None:
+def merge_fused(population: Population, norm: SequenceNorm, moments: Tensor, running: Sequence[int]) -> None:
     """Merge into new buffers, since a snapshot may hold those before."""
-    equation, width = norm.equation, population.num_features
+    equation, width, steps, samples = norm.equation, population.num_features, len(running), running[0]
     count = torch.empty(steps, norm.groups, dtype=torch.long)
     mean, m2 = (moments.new_empty(steps, norm.groups, width + 3) for _ in range(2))
-    batch_sizes = None if sizes is None else torch.tensor(sizes)
+    batch_sizes = None if running[-1] == samples else torch.tensor(running)
     old = population.count.contiguous(), population.mean.contiguous(), population.m2.contiguous()
     args = GatherArgs(
         steps, norm.groups, width, samples, int(not is_zero(equation.w_batch)), int(not is_zero(equation.w_feature)),
@@ -70,13 +63,14 @@ def merge_fused(
     population.assign(Moments(count, mean, m2))
 
 
-def observed(moments: Tensor, norm: SequenceNorm, steps: int, samples: int, sizes: Sequence[int] | None) -> Statistics:
+def observed(moments: Tensor, norm: SequenceNorm, running: Sequence[int]) -> Statistics:
     """The moments as :func:`~lightning_bln.equation.observation` gives them, time first."""
+    steps, samples = len(running), running[0]
     split = moments.numel() - steps * 2 * norm.groups * samples
     batch = moments[:split].view(steps, 2, norm.groups, -1)
     feature = moments[split:].view(steps, 2, norm.groups, samples)
     mean = feature.mean(-1)
-    if sizes is not None:
-        mean = feature.sum(-1) / torch.tensor(sizes, dtype=feature.dtype)[:, None, None]
+    if running[-1] != samples:
+        mean = feature.sum(-1) / torch.tensor(running, dtype=feature.dtype)[:, None, None]
     found = Statistics(*batch.unbind(1), *mean.unbind(1))
     return observation(found, norm.equation, (steps, norm.groups), batch)

@@ -26,6 +26,8 @@ class Shape(NamedTuple):
     steps: int
     samples: int
     units: int
+    running: Sequence[int] | None
+    """Running sequences at each step; ``None`` if all run to the end."""
 
 
 def input_buffers(recorded: RecordedCell, tensors: Tensors) -> Buffers:
@@ -42,11 +44,11 @@ def input_buffers(recorded: RecordedCell, tensors: Tensors) -> Buffers:
     return buffers
 
 
-def result_buffers(recorded: RecordedCell, tensors: Tensors, shape: Shape, keep: bool, ragged: bool) -> Buffers:
-    """Buffers that the step writes: all steps of what is kept for the gradient, else one; zero where ``ragged``."""
-    (steps, samples, units), program = shape, recorded.program
+def result_buffers(recorded: RecordedCell, tensors: Tensors, shape: Shape, keep: bool) -> Buffers:
+    """Buffers that the step writes: all steps of what is kept for the gradient, else one; zero where sequences end."""
+    (steps, samples, units, running), program = shape, recorded.program
     start = tensors.state[0]
-    new = start.new_zeros if ragged else start.new_empty
+    new = start.new_empty if running is None else start.new_zeros
     buffers: Buffers = {}
     for name, value in zip(recorded.cell.states, tensors.state, strict=True):
         buffers["state", name] = new(steps + 1, samples, units)
@@ -61,10 +63,10 @@ def result_buffers(recorded: RecordedCell, tensors: Tensors, shape: Shape, keep:
 
 
 def gradient_buffers(
-    recorded: RecordedCell, start: Tensor, shape: Shape, gradients: Sequence[Tensor | None], ragged: bool
+    recorded: RecordedCell, start: Tensor, shape: Shape, gradients: Sequence[Tensor | None]
 ) -> Buffers:
     """Gradients of outputs and last states, which the backward instructions read, and room for those they write."""
-    steps, samples, units = shape
+    steps, samples, units, running = shape
     output, *last = gradients
     buffers: Buffers = {}
     buffers["output", None] = start.new_zeros(units) if output is None else dense_features(output)
@@ -72,7 +74,7 @@ def gradient_buffers(
         value = start.new_empty(samples, units)
         buffers["carry", name] = value.zero_() if gradient is None else value.copy_(gradient)
     for buffer, width, is_complete in recorded.program.gradients:
-        make = start.new_empty if is_complete and not ragged else start.new_zeros
+        make = start.new_empty if is_complete and running is None else start.new_zeros
         buffers[buffer] = make(steps, samples, width * units)
     return buffers
 
@@ -93,18 +95,17 @@ def matrices(recorded: RecordedCell, tensors: Tensors) -> dict[Any, Tensor]:
 
 def rows_of_all_steps(place: Place, width: int, buffers: Buffers, shape: Shape) -> Tensor:
     """Values at a place, of all steps and sequences, ``(T * B, width * H)``."""
-    steps, samples, units = shape
+    steps, samples, units, _ = shape
     value = buffers[place.buffer][place.shift :][:steps]
     if value.ndim == 2:
         value = value.expand(steps, samples, -1)
     return value[..., place.offset * units : (place.offset + width) * units].reshape(steps * samples, -1)
 
 
-def execute(
-    code: Code, buffers: Buffers, weights: dict[Any, Tensor], shape: Shape, batch_sizes: Tensor | None, *, reverse: bool
-) -> None:
-    """Run instructions over all steps in one call, with ``batch_sizes`` running sequences at each."""
-    steps, samples, units = shape
+def execute(code: Code, buffers: Buffers, weights: dict[Any, Tensor], shape: Shape, *, reverse: bool) -> None:
+    """Run instructions over all steps in one call."""
+    steps, samples, units, running = shape
+    batch_sizes = None if running is None else torch.tensor(running)
     like = next(iter(buffers.values()))
     registers = like.new_empty(code.registers, samples, units)
     zero = like.new_zeros(units)

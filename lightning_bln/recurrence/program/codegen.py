@@ -115,15 +115,15 @@ def generate_program(step: Step, layout: Mapping[str, Place], widths: Mapping[An
     kept = dict.fromkeys(operand for user in users for operand in user.inputs if operand in known and operand.inputs)
     tapes = [value for value in kept if value not in where]
     where |= {value: Place(("tape", index)) for index, value in enumerate(tapes)}
-    lowered = lower_adjoint(adjoint, list(step.before), products, layout, where, known, widths)
+    backward, learned, gradients = lower_adjoint(adjoint, list(step.before), products, layout, where, known, widths)
     return Program(
         forward=lower(ordered(ends), dict(where)),
-        backward=lowered.code,
-        products=lowered.products,
+        backward=backward,
+        products=learned,
         tapes=len(tapes),
         kept_products=frozenset(where[value].buffer[1] for value in kept if value.op == "part"),
-        reads=frozenset(place.buffer for place in (*lowered.code.places, *(one.input for one in lowered.products))),
-        gradients=lowered.buffers,
+        reads=frozenset(place.buffer for place in (*backward.places, *(one.input for one in learned))),
+        gradients=gradients,
         states=frozenset(adjoint.state),
         constants=frozenset(adjoint.constants),
     )
@@ -150,14 +150,6 @@ def assign(value: Value, place: Place, where: dict[Value, Place]) -> Value:
     return value
 
 
-class Lowered(NamedTuple):
-    """The gradient's part of a :class:`Program`."""
-
-    code: Code
-    products: tuple[Product, ...]
-    buffers: tuple[GradientBuffer, ...]
-
-
 def lower_adjoint(
     adjoint: Adjoint,
     states: Sequence[str],
@@ -166,8 +158,8 @@ def lower_adjoint(
     where: Mapping[Value, Place],
     known: frozenset[Value],
     widths: Mapping[Any, int],
-) -> Lowered:
-    """Instructions for the gradient of a step whose ``known`` values have their places in ``where``."""
+) -> tuple[Code, tuple[Product, ...], tuple[GradientBuffer, ...]]:
+    """Code, products and buffers of the gradient of a step whose ``known`` values have their places in ``where``."""
     values = ordered(adjoint.roots(), known)
     where = {**where, **places_of_leaves(values, layout)}
     gates = {name: Place(("gate_gradient", place.buffer[1]), place.offset) for name, place in layout.items()}
@@ -192,7 +184,7 @@ def lower_adjoint(
             if value.op == "product" and value.key is product:
                 value.key, value.inputs = Transposed(product.key, place), tuple(parts.values())
     order = with_carries(adjoint, states, results, where, known)
-    return Lowered(lower(order, where), tuple(found), tuple(buffers))
+    return lower(order, where), tuple(found), tuple(buffers)
 
 
 def with_carries(

@@ -26,6 +26,7 @@ from lightning_bln.recurrence.program.buffers import (
 )
 from lightning_bln.recurrence.program.recording import RecordedCell, Signature, Tensors, options_of, record
 from lightning_bln.recurrence.reference import HiddenWeights, Noise, Result, Sequences, identity, unroll
+from lightning_bln.recurrence.sequences import lengths_of
 
 
 def recorded_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result | None:
@@ -90,36 +91,33 @@ class RecordedRecurrence(torch.autograd.Function):
         """Outputs and last states, from the running sequences of each step and :class:`Tensors`."""
         tensors, program = recorded.tensors(flat), recorded.program
         keep = any(ctx.needs_input_grad)
-        shape = Shape(tensors.x[0].shape[0], *tensors.state[0].shape)
-        batch_sizes = None if running is None else torch.tensor(running)
-        buffers = input_buffers(recorded, tensors)
-        buffers |= result_buffers(recorded, tensors, shape, keep, running is not None)
-        execute(program.forward, buffers, matrices(recorded, tensors), shape, batch_sizes, reverse=False)
+        samples, units = tensors.state[0].shape
+        shape = Shape(tensors.x[0].shape[0], samples, units, running)
+        buffers = input_buffers(recorded, tensors) | result_buffers(recorded, tensors, shape, keep)
+        execute(program.forward, buffers, matrices(recorded, tensors), shape, reverse=False)
         states = [buffers["state", name] for name in recorded.cell.states]
         if keep:
             kept = {name: value for name, value in buffers.items() if name in program.reads}
-            ctx.recorded, ctx.running, ctx.shape, ctx.names = recorded, running, shape, tuple(kept)
+            ctx.recorded, ctx.shape, ctx.names = recorded, shape, tuple(kept)
             ctx.save_for_backward(*flat, *kept.values())
             ctx.set_materialize_grads(False)
-        if batch_sizes is None:
+        if running is None:
             return states[0][1:], *(value[-1].clone() for value in states)
-        lengths = (batch_sizes[:, None] > torch.arange(shape.samples)).sum(0)
-        return states[0][1:], *(value[lengths, torch.arange(shape.samples)] for value in states)
+        lengths = lengths_of(torch.tensor(running))
+        return states[0][1:], *(value[lengths, torch.arange(samples)] for value in states)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of all tensors."""
-        saved, recorded, running = ctx.saved_tensors, ctx.recorded, ctx.running
+        saved, recorded, shape = ctx.saved_tensors, ctx.recorded, ctx.shape
         flat = saved[: len(saved) - len(ctx.names)]
         if torch.is_grad_enabled():
-            return None, None, *gradients_on_torch(recorded, flat, running, gradients)
+            return None, None, *gradients_on_torch(recorded, flat, shape.running, gradients)
         buffers: Buffers = dict(zip(ctx.names, saved[len(flat) :], strict=True))
         tensors = recorded.tensors(flat)
-        buffers |= gradient_buffers(recorded, tensors.state[0], ctx.shape, gradients, running is not None)
-        batch_sizes = None if running is None else torch.tensor(running)
-        weights = matrices(recorded, tensors)
-        execute(recorded.program.backward, buffers, weights, ctx.shape, batch_sizes, reverse=True)
-        return None, None, *collected_gradients(recorded, tensors, buffers, ctx.shape)
+        buffers |= gradient_buffers(recorded, tensors.state[0], shape, gradients)
+        execute(recorded.program.backward, buffers, matrices(recorded, tensors), shape, reverse=True)
+        return None, None, *collected_gradients(recorded, tensors, buffers, shape)
 
 
 def collected_gradients(
