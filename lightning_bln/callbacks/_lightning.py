@@ -6,13 +6,11 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
 from torchmetrics import Metric
 
 from lightning_bln._scoped import setting
@@ -52,9 +50,9 @@ def misconfiguration(trainer: Any, message: str) -> Exception:
     return exceptions.MisconfigurationException(message)
 
 
-def lightning_base(module: nn.Module) -> type[nn.Module]:
-    """The ``LightningModule`` class that ``module`` derives from."""
-    return next(base for base in type(module).__mro__ if base.__name__ == "LightningModule")
+def bases(value: Any) -> dict[str, type]:
+    """The class of an object and its bases by name: which of the Trainer's packages they come from does not matter."""
+    return {base.__name__: base for base in type(value).__mro__}
 
 
 def evaluation_loop(trainer: Any) -> Any:
@@ -67,9 +65,32 @@ def results(loop: Any) -> Any:
     return loop._results
 
 
-def swap_results(loop: Any, collection: Any) -> Any:
-    """Make ``self.log`` fill ``collection`` and return the previous one."""
-    before, loop._results = loop._results, collection
+CONNECTOR_METRICS = {"callback": "_callback_metrics", "log": "_logged_metrics", "pbar": "_progress_bar_metrics"}
+"""The dictionaries behind ``callback_metrics``, ``logged_metrics`` and ``progress_bar_metrics`` of a Trainer, by the
+names that a result collection gives them."""
+
+
+def publish(loop: Any, metrics: dict[str, dict[str, Any]], lost: Iterable[str] = ()) -> None:
+    """Have the Trainer show the metrics of a result collection, and those named ``lost`` no longer."""
+    for kind, name in CONNECTOR_METRICS.items():
+        shown = getattr(loop.trainer._logger_connector, name)
+        for one in lost:
+            shown.pop(one, None)
+        shown.update(metrics[kind])
+
+
+def log_state(loop: Any) -> dict[str, Any]:
+    """What ``self.log`` goes on from: the metrics shown, and the hook last logged from, which tells when to reset."""
+    return {
+        name: getattr(loop.trainer._logger_connector, name) for name in (*CONNECTOR_METRICS.values(), "_current_fx")
+    }
+
+
+def swap_log(loop: Any, collection: Any, state: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Make ``self.log`` fill ``collection`` and go on from ``state``; returns the previous ones."""
+    before = loop._results, log_state(loop)
+    loop._results = collection
+    vars(loop.trainer._logger_connector).update(state)
     return before
 
 
@@ -127,37 +148,28 @@ def is_sequential(loop: Any) -> bool:
     return loop._is_sequential
 
 
-def current_hook(module: Any) -> str | None:
-    """The hook that ``self.log`` takes itself to be called from; it decides how a value is reduced."""
-    return module._current_fx_name
+def call_hook(module: Any, name: str, *args: Any, owner: Any = None) -> Any:
+    """Call a hook that ``self.log`` then takes itself to be called from, which decides how a value is reduced.
 
-
-def set_current_hook(module: Any, name: str | None) -> None:
-    """Set :func:`current_hook`."""
-    # past nn.Module.__setattr__, which searches parameters, modules and buffers: this runs several times a step
-    module.__dict__["_current_fx_name"] = name
-
-
-def current_fx(connector: Any) -> str | None:
-    """The hook last logged from: when it changes, the connector resets values."""
-    return connector._current_fx
-
-
-def set_current_fx(connector: Any, name: str | None) -> None:
-    """See :func:`current_fx`."""
-    connector._current_fx = name
-
-
-def silent_logger(trainer: Any) -> Any:
-    """A logger of the trainer's namespace that takes every call and does nothing.
-
-    Lightning's own ``DummyLogger`` refuses an attribute or index of an attribute: ``experiment.config.update(...)``.
+    ``owner`` is the module by default, or a strategy that calls the module's.
     """
-    return silent_logger_class(namespace_of(trainer))()
+    # past nn.Module.__setattr__, which searches parameters, modules and buffers: this runs several times a step
+    fields = vars(module)
+    before, fields["_current_fx_name"] = fields["_current_fx_name"], name
+    try:
+        return getattr(module if owner is None else owner, name)(*args)
+    finally:
+        fields["_current_fx_name"] = before
+
+
+def silent_loggers(trainer: Any) -> list[Any]:
+    """As many loggers as the Trainer has, which take every call and do nothing."""
+    return [silent_logger_class(namespace_of(trainer))() for _ in trainer.loggers]
 
 
 @cache
 def silent_logger_class(namespace: str) -> type:
+    """Lightning's ``DummyLogger``, which alone refuses an attribute of an attribute: ``experiment.config.update``."""
     base = importlib.import_module(f"{namespace}.loggers.logger").DummyLogger
     own = {"experiment": property(lambda self: Ignored()), "__getattr__": lambda self, name: getattr(Ignored(), name)}
     return type("SilentLogger", (base,), own)
@@ -180,33 +192,19 @@ class Ignored:
     def __setitem__(self, index: Any, value: Any) -> None: ...
 
 
-def in_hook(module: Any, name: str) -> AbstractContextManager[None]:
-    """Within the context, ``name`` is :func:`current_hook`."""
-    return setting([module], _current_fx_name=name)
-
-
 def log_as_named(trainer: Any, module: Any, values: dict[str, float]) -> None:
     """Log many numbers in a callback's hook at the end of an epoch, at a tenth of the cost of ``self.log``.
 
     Names may hold a dataloader's index, which ``self.log`` refuses before lightning 2.5.3. The hook must call
     ``self.log`` first, which resets the collection for a new epoch.
     """
-    collection, hook = results(evaluation_loop(trainer)), current_hook(module)
+    collection, hook = trainer._evaluation_loop._results, module._current_fx_name
     for name, value in values.items():
         number, key = torch.tensor(value, device=module.device), f"{hook}.{name}"
         if key in collection:
             collection.update_metrics(key, number, 1)
         else:
             collection.log(hook, name, number, add_dataloader_idx=False)
-
-
-CONNECTOR_METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
-"""The dictionaries behind ``callback_metrics``, ``logged_metrics`` and ``progress_bar_metrics`` of a Trainer."""
-
-
-def connector(trainer: Any) -> Any:
-    """The owner of those dictionaries and of ``_current_fx``, the hook last logged from, which tells when to reset."""
-    return trainer._logger_connector
 
 
 def train_loader(trainer: Any) -> Any:
@@ -260,7 +258,7 @@ def required(namespace: str) -> Iterator[tuple[str, bool]]:
         part("loops.evaluation_loop")._EvaluationLoop: ("_results", "_logged_outputs", "_is_sequential"),
         part("loops.fit_loop")._FitLoop: ("_combined_loader",),
         part("utilities.combined_loader").CombinedLoader: ("_mode",),
-        part(f"{connectors}.logger_connector")._LoggerConnector: (*CONNECTOR_METRICS, "_current_fx"),
+        part(f"{connectors}.logger_connector")._LoggerConnector: (*CONNECTOR_METRICS.values(), "_current_fx"),
         part(f"{connectors}.result")._ResultCollection: ("dataloader_idx", "metrics", "update_metrics", "log"),
         part(f"{connectors}.result")._ResultMetric: ("is_tensor", "meta", *ROW_VALUES),
     }

@@ -29,14 +29,9 @@ def label_bar(trainer: Any, text: str) -> None:
     progress, task = getattr(bar, "progress", None), getattr(bar, "val_progress_bar_id", None)
     if progress is not None and task is not None:
         progress.update(task, description=text)
-    elif "TQDMProgressBar" in classes(bar):
+    elif "TQDMProgressBar" in _lightning.bases(bar):
         with suppress(TypeError):  # no validation bar has been made yet
             bar.val_progress_bar.set_description(text)
-
-
-def classes(bar: Any) -> dict[str, type]:
-    """The class of a bar and its bases by name: which of the Trainer's packages they come from does not matter."""
-    return {base.__name__: base for base in type(bar).__mro__}
 
 
 class SweepBar:
@@ -57,7 +52,7 @@ class SweepBar:
         if bar is None or not bar.is_enabled:
             return
         total = total if total is not None and math.isfinite(total) else None
-        found = classes(bar)
+        found = _lightning.bases(bar)
         if "TQDMProgressBar" in found:
             self.line = TqdmLine(bar, found["TQDMProgressBar"], text, total)
         elif "RichProgressBar" in found and bar.progress is not None:

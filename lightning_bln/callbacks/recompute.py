@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from itertools import count, islice
 from typing import Any
 
@@ -90,31 +90,22 @@ def run_step(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
 @contextmanager
 def undisturbed(trainer: Any, module: Any) -> Iterator[None]:
     """After the context, all that a training step touches besides gradients is as before: RNG, state, logs, stage."""
-    user = UserState(module)
-    state, random, stage, loggers = user.take(), RandomState(module.device), trainer.state.stage, trainer.loggers
+    user, wrapped = UserState(module), trainer.strategy.model
+    state, random = user.take(), RandomState(module.device)
     with (
         torch.inference_mode(False),
-        unsynchronised(trainer.strategy.model),
+        # DDP's forward would broadcast buffers, and ranks may have different numbers of batches
+        setting([wrapped] if isinstance(wrapped, DistributedDataParallel) else [], require_forward_param_sync=False),
         setting([module], log=mute, log_dict=mute),
-        _lightning.in_hook(module, "training_step"),
+        setting([trainer], loggers=_lightning.silent_loggers(trainer)),
+        setting([trainer.state], stage=type(trainer.state.stage).TRAINING),
     ):
         try:
             user.put(UserState.copy(state))
-            if loggers:
-                trainer.loggers = [_lightning.silent_logger(trainer) for _ in loggers]
-            trainer.training = True
             yield
         finally:
             user.put(state)
-            if loggers:
-                trainer.loggers = loggers
-            trainer.state.stage = stage
             random.restore()
-
-
-def unsynchronised(model: Any) -> AbstractContextManager[None]:
-    """Within the context, DDP's forward broadcasts no buffers: ranks may have different numbers of batches."""
-    return setting([model] if isinstance(model, DistributedDataParallel) else [], require_forward_param_sync=False)
 
 
 def mute(*args: Any, **kwargs: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from lightning_bln.sweep.per_mode_tensor import undoable
 from lightning_bln.sweep.pytree import is_identical, trees_match
 
 
+@dataclass(eq=False)
 class Run:
     """Values gathered so far in this validation, by one mode or by several in joint evaluation.
 
@@ -28,17 +31,13 @@ class Run:
             :class:`~lightning_bln.sweep.per_mode_tensor.PerMode`.
         results: The collection that ``self.log`` fills.
         state: The module's user state.
-        metrics: The Trainer's dictionaries of metrics.
+        log: The state of the Trainer's log, see :func:`~lightning_bln.callbacks._lightning.log_state`.
     """
 
-    def __init__(
-        self, modes: tuple[StatisticsMode, ...], results: Any, state: Snapshot, metrics: list[dict[str, Any]]
-    ) -> None:
-        self.modes = modes
-        self.results = results
-        self.state = state
-        self.metrics = metrics
-        self.hook: str | None = None
+    modes: tuple[StatisticsMode, ...]
+    results: Any
+    state: Snapshot
+    log: dict[str, Any]
 
     @property
     def mode(self) -> StatisticsMode:
@@ -46,21 +45,28 @@ class Run:
         (mode,) = self.modes
         return mode
 
-    def part(self, results: Any, place: int) -> Run:
-        """The run of the mode at ``place``, in objects of its own and with the empty collection ``results``."""
+    def copy(self, loop: Any, modes: tuple[StatisticsMode, ...], place: int | None = None) -> Run:
+        """A run of ``modes`` with these values, or their parts at ``place``, in objects of its own."""
+        results = _lightning.new_results(loop, has_bar=len(modes) == 1)
         for key, row in self.results.items():
             results[key] = copied_row(row, place)
         results.dataloader_idx = self.results.dataloader_idx
-        metrics = [{name: of_part(value, place) for name, value in values.items()} for values in self.metrics]
-        run = Run((self.modes[place],), results, UserState.copy(self.state, place), metrics)
-        run.hook = self.hook
-        return run
+        log = self.copied_log() if place is None else UserState.copy([self.log], place)[0]
+        return Run(modes, results, UserState.copy(self.state, place), log)
+
+    def part(self, loop: Any, mode: StatisticsMode) -> Run:
+        """The run of one of the modes alone."""
+        return self.copy(loop, (mode,), self.modes.index(mode))
+
+    def copied_log(self) -> dict[str, Any]:
+        """A copy of the log's state; values are replaced and not written into."""
+        return {name: copy(value) for name, value in self.log.items()}
 
     @contextmanager
     def undoable(self) -> Iterator[None]:
         """Within the context, an error leaves the run as it was."""
         rows = {key: (row, dict(row.__dict__)) for key, row in self.results.items()}
-        state, metrics, hook = UserState.copy(self.state), [dict(values) for values in self.metrics], self.hook
+        state, log = UserState.copy(self.state), self.copied_log()
         try:
             with undoable():
                 yield
@@ -70,7 +76,7 @@ class Run:
                 row.__dict__.clear()
                 row.__dict__.update(values)
                 self.results[key] = row
-            self.state, self.metrics, self.hook = state, metrics, hook
+            self.state, self.log = state, log
             raise
 
     def is_same_as(self, other: Run) -> bool:
@@ -81,7 +87,7 @@ class Run:
         """All values, without the way they are reduced."""
         rows = {key: [row.__dict__.get(name) for name in _lightning.ROW_VALUES] for key, row in self.results.items()}
         # the order of attributes depends on when a run's state was put back
-        return [dict(sorted(values.items())) for values in (rows, *self.state, *self.metrics)]
+        return [dict(sorted(values.items())) for values in (rows, *self.state, self.log)]
 
 
 class Copies:

@@ -17,10 +17,9 @@ from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.averaging import exclude_populations, saving_average, write_statistics
 from lightning_bln.callbacks.checks import check_arguments, check_model, check_validation_data, parse_candidates
 from lightning_bln.callbacks.display import SweepBar, label_bar, log_choice, log_scores, print_table, save
-from lightning_bln.callbacks.evaluation import Evaluation
+from lightning_bln.callbacks.evaluation import Evaluation, shared_forward
 from lightning_bln.callbacks.guard import Guard
 from lightning_bln.callbacks.recompute import check_recompute, fingerprint, recompute
-from lightning_bln.distributed import is_sharded
 from lightning_bln.modes import StatisticsMode, mode_layers
 from lightning_bln.population import Population, freeze_population, populations, reset_population
 from lightning_bln.sweep.result import Direction, SweepResult, check_direction
@@ -140,7 +139,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         # after callbacks that log or average weights, before those that save; in a new list, since the Trainer is
         # iterating over this one
         others = [callback for callback in trainer.callbacks if callback is not self]
-        last = next((place for place, one in enumerate(others) if saves_checkpoints(one)), len(others))
+        last = next((place for place, one in enumerate(others) if "Checkpoint" in _lightning.bases(one)), len(others))
         trainer.callbacks = [*others[:last], self, *others[last:]]
         names = [
             f"{name}.{buffer}".lstrip(".")
@@ -204,21 +203,18 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             return
         if self._evaluation is None:
             # made here, since only now have the module's own hooks for the start of the epoch run
-            # with sharded weights, ranks that share different forwards would call different collectives
-            if self._shared is None and self.shares_forwards and not is_sharded(trainer.strategy.model):
-                self._shared = SharedForward(pl_module)
+            self._shared = self._shared or shared_forward(trainer, pl_module, self.shares_forwards)
             self._evaluation = Evaluation(trainer, pl_module, self.candidates, self._shared)
             self._bar = self._bar or SweepBar(trainer)
             self._evaluation.on_step = self._bar.advance
-            batches = sum(_lightning.evaluation_loop(trainer).max_batches)
+            batches = sum(self._evaluation.loop.max_batches)
             self._bar.start(f"{len(self.candidates)} modes", batches * len(self._evaluation.others))
             self._guard = Guard(self.tolerance, self.guard == "strict") if self._is_guarded else None
-        index = _lightning.results(_lightning.evaluation_loop(trainer)).dataloader_idx
         if batch_idx == 0:
             label_bar(trainer, f"Validation in {len(self.candidates)} modes")
         if self._guard is not None:
-            self._guard.keep(batch, index)
-        self._evaluation.step(batch, batch_idx, index)
+            self._guard.keep(batch, self._evaluation.base_results.dataloader_idx)
+        self._evaluation.step(batch, batch_idx)
 
     def on_validation_batch_end(self, *_: Any) -> None:
         self._close_shared()
@@ -376,8 +372,3 @@ def revive(cls: Any, state: dict[str, Any]) -> Any:
     instance = object.__new__(of_both(cls, later) if later else cls)
     instance.__dict__.update(state)
     return instance
-
-
-def saves_checkpoints(callback: Any) -> bool:
-    """Whether a callback is one of those that the Trainer runs last, of either namespace."""
-    return any(base.__name__ == "Checkpoint" for base in type(callback).__mro__)

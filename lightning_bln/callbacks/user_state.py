@@ -42,7 +42,7 @@ class UserState:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        root_internals = internals_of(_lightning.lightning_base(module))  # type: ignore[arg-type]
+        root_internals = internals_of(_lightning.bases(module)["LightningModule"])  # type: ignore[arg-type]
         every = list(module.modules())
         metrics = unique(found for found in [*every, *reachable(every)] if is_metric(found))
         metrics = unique(part for metric in metrics for part in metric.modules() if is_metric(part))
