@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from copy import copy
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
+from torch.utils.data import DataLoader
 
 from lightning_bln._scoped import setting
 
@@ -68,6 +70,16 @@ EXTRA_STATE = "_extra_state"
 def without_buffers(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Within the context ``modules`` have no buffers; no public name takes them all away and gives them back."""
     return setting(modules, _buffers={})
+
+
+def unstarted(loader: DataLoader) -> DataLoader:
+    """A loader of the same batches that shares no persistent workers with ``loader``, and has none itself.
+
+    A loader's attributes cannot be set, and of the iterator that has the workers there is no public name.
+    """
+    other = copy(loader)
+    vars(other).update(persistent_workers=False, _iterator=None)
+    return other
 
 
 def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:

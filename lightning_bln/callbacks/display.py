@@ -40,23 +40,20 @@ class SweepBar:
     INTERVAL = 0.1
     """Seconds between two redraws: a mode may take less time than a redraw."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.done, self.next_redraw = 0, 0.0
+    def __init__(self) -> None:
         self.line: TqdmLine | RichLine | None = None
 
-    def start(self, text: str, total: float | None) -> None:
-        """Begin anew with a description and a number of steps, None or infinite where it is unknown."""
+    def start(self, trainer: Any, text: str, total: float) -> None:
+        """Begin anew with a description and a number of steps, infinite where it is unknown."""
         self.close()
-        bar = self.trainer.progress_bar_callback
+        bar = trainer.progress_bar_callback
         if bar is None or not bar.is_enabled:
             return
-        total = total if total is not None and math.isfinite(total) else None
-        found = _lightning.bases(bar)
+        known, found = total if math.isfinite(total) else None, _lightning.bases(bar)
         if "TQDMProgressBar" in found:
-            self.line = TqdmLine(bar, found["TQDMProgressBar"], text, total)
+            self.line = TqdmLine(bar, found["TQDMProgressBar"], text, known)
         elif "RichProgressBar" in found and bar.progress is not None:
-            self.line = RichLine(bar, text, total)
+            self.line = RichLine(bar, text, known)
         self.done, self.next_redraw = 0, 0.0
 
     def advance(self, steps: int = 1) -> None:

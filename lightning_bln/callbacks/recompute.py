@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from lightning_bln._scoped import setting
-from lightning_bln._torch import tree_map
+from lightning_bln._torch import tree_map, unstarted
 from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.run import RandomState, nothing
 from lightning_bln.callbacks.user_state import UserState
@@ -137,21 +137,7 @@ def independent(trainer: Any, loader: Any) -> Any:
                 f"population='recompute', but {type(loader).__name__}(persistent_workers=True) cannot be read a second "
                 "time while it trains; set persistent_workers=False, or pass stats_dataloader=",
             )
-        batching: dict[str, Any] = {"batch_sampler": loader.batch_sampler}
-        if loader.batch_sampler is None or isinstance(loader.dataset, torch.utils.data.IterableDataset):
-            batching = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
-        return DataLoader(
-            loader.dataset,
-            **batching,
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=loader.generator,
-            prefetch_factor=loader.prefetch_factor,
-        )
+        return unstarted(loader)
     if isinstance(loader, Iterator):
         raise _lightning.misconfiguration(
             trainer,

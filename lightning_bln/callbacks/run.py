@@ -14,12 +14,11 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_bln import _torch
 from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.user_state import Snapshot, UserState, own
 from lightning_bln.modes import StatisticsMode
 from lightning_bln.sweep.per_mode_tensor import undoable
-from lightning_bln.sweep.pytree import is_identical, trees_match
+from lightning_bln.sweep.pytree import is_identical, trees_match, versions
 
 
 @dataclass(eq=False)
@@ -101,18 +100,12 @@ class Copies:
         self.shared = apply_to_collection(self.original, Tensor, torch.clone)
         self.tensors: list[Tensor] = []
         apply_to_collection(self.shared, Tensor, self.tensors.append)
-        self.versions = self.current_versions()
-
-    def current_versions(self) -> list[int] | None:
-        # inference tensors do not count writes, so every run gets its own
-        if any(tensor.is_inference() for tensor in self.tensors):
-            return None
-        return [_torch.writes(tensor) for tensor in self.tensors]
+        self.versions = versions(self.tensors)
 
     def next(self) -> Any:
-        if self.versions is None or self.versions != self.current_versions():
+        if self.versions is None or self.versions != versions(self.tensors):
             self.renew()
-        return apply_to_collection(self.shared, Tensor, unchanged)
+        return apply_to_collection(self.shared, Tensor, lambda tensor: tensor)
 
 
 class RandomState:
@@ -147,10 +140,6 @@ class RandomState:
 
 def nothing(steps: int) -> None:
     """Stand-in for a progress bar."""
-
-
-def unchanged(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def copied_row(row: Any, part: int | None = None) -> Any:

@@ -121,7 +121,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self._is_explained = False
         self._during_sanity_check = ExitStack()
         self._during_fit = ExitStack()
-        self._bar: SweepBar | None = None
+        self._bar = SweepBar()
 
     @property
     def state_key(self) -> str:
@@ -205,11 +205,11 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             # made here, since only now have the module's own hooks for the start of the epoch run
             self._shared = self._shared or shared_forward(trainer, pl_module, self.shares_forwards)
             self._evaluation = Evaluation(trainer, pl_module, self.candidates, self._shared)
-            self._bar = self._bar or SweepBar(trainer)
             self._evaluation.on_step = self._bar.advance
             batches = sum(self._evaluation.loop.max_batches)
-            self._bar.start(f"{len(self.candidates)} modes", batches * len(self._evaluation.others))
-            self._guard = Guard(self.tolerance, self.guard == "strict") if self._is_guarded else None
+            self._bar.start(trainer, f"{len(self.candidates)} modes", batches * len(self._evaluation.others))
+            if self.guard != "off" and not all(one.is_batch_independent for one in self.candidates):
+                self._guard = Guard(self.tolerance, self.guard == "strict")
         if batch_idx == 0:
             label_bar(trainer, f"Validation in {len(self.candidates)} modes")
         if self._guard is not None:
@@ -224,7 +224,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self._evaluation = self._guard = None
         if evaluation is None:
             return
-        self._close_bar()
+        self._bar.close()
         scores = self._agree(evaluation, evaluation.finish())
         result = SweepResult(scores, self.monitor, self.mode, evaluation.incumbent, reason=evaluation.reason)
         if result.reason is not None and not self._is_explained:
@@ -235,11 +235,10 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         except ValueError:  # all scores are NaN and the layers' modes differ: keep them
             return
         if guard is not None and not result.chosen.is_batch_independent:
-            if self._bar is not None:
-                self._bar.start("Regrouped batches", None)
+            self._bar.start(trainer, "Regrouped batches", math.inf)
             guard.judge(evaluation, result, self.candidates)
         result.chosen = StatisticsMode(trainer.strategy.broadcast(str(result.chosen)))
-        self._close_bar()
+        self._bar.close()
         evaluation.install(result.chosen)
         self.result = result
         score = result.scores.get(result.chosen, {}).get(self.monitor, math.nan)
@@ -271,13 +270,13 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._close_shared()
-        self._shared = self._bar = None
+        self._shared = None
         self._is_explained = False
         self._during_fit.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._evaluation = self._guard = None
-        self._close_bar()
+        self._bar.close()
         self._close_shared()
         self._during_sanity_check.close()
         self._during_fit.close()
@@ -300,14 +299,6 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         if self._shared is not None:
             self._shared.close()
 
-    @property
-    def _is_guarded(self) -> bool:
-        return self.guard != "off" and not all(one.is_batch_independent for one in self.candidates)
-
-    def _close_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
     def _announce(self, module: Any, doing: str) -> None:
         modes = sorted({str(layer.mode) for layer in mode_layers(module)})
         if modes:
@@ -326,9 +317,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             freeze_population(module)
         elif has_moved and (self.population == "recompute" or self._frozen_weights is not None):
             # weights that changed without a step are an average's, for which no epoch has gathered statistics
-            self._bar = self._bar or SweepBar(trainer)
             batches = trainer.num_training_batches if self.stats_dataloader is None else math.inf
-            self._bar.start("Population", min(batches, self.recompute_batches or math.inf))
+            self._bar.start(trainer, "Population", min(batches, self.recompute_batches or math.inf))
             recompute(
                 trainer,
                 module,
@@ -336,7 +326,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
                 dataloader=self.stats_dataloader,
                 on_step=self._bar.advance,
             )
-            self._close_bar()
+            self._bar.close()
         self._frozen_weights, self._frozen_step = weights, step
 
     def _agree(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
+from copy import copy
 from functools import cache
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -25,7 +26,7 @@ METRIC_INTERNALS = MODULE_INTERNALS | _lightning.METRIC_INTERNALS
 TRAINER_OWNED = _lightning.HPARAMS | {"forward", "log", "log_dict"}
 UNSEARCHED = _lightning.HPARAMS | _lightning.BACK_REFERENCES
 SEQUENCES = (list, tuple, set, frozenset)
-DICTIONARIES = (dict, OrderedDict, Counter)
+DICTIONARIES = (dict, OrderedDict, defaultdict, Counter)
 MUTABLE = (Tensor, np.ndarray, list, set, dict, deque)
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, *MUTABLE, tuple, frozenset)
 UNCHANGING = frozenset({int, float, bool, str, type(None), FunctionType, MethodType, BuiltinFunctionType})
@@ -126,12 +127,10 @@ def rebuild(value: Any, memo: dict[int, tuple[Any, Any]], part: int | None) -> A
         copied = kind(rebuild(one, memo, part) for one in value)
     elif kind is deque:
         copied = deque((rebuild(one, memo, part) for one in value), value.maxlen)
-    elif kind is defaultdict:
-        copied = defaultdict(value.default_factory, {key: rebuild(one, memo, part) for key, one in value.items()})
     elif kind in DICTIONARIES:
-        copied = kind((key, rebuild(one, memo, part)) for key, one in value.items())
-        if kind is Counter:
-            copied = Counter(dict(value))
+        copied = copy(value)
+        for key, one in value.items():
+            copied[key] = rebuild(one, memo, part)
     memo[id(value)] = (copied, value)
     return copied
 

@@ -9,12 +9,10 @@ from itertools import count
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_bln import _torch
-from lightning_bln._torch import tree_flatten
 from lightning_bln.modes import FanOut, HasMode, mode_layers
-from lightning_bln.sweep.pytree import is_same_input, trees_match
+from lightning_bln.sweep.pytree import is_same_input, trees_match, versions
 
 
 class Call(NamedTuple):
@@ -70,8 +68,9 @@ class Prefix:
         # inference tensors do not count writes, so the cached output must be none
         with torch.inference_mode(False), torch.no_grad():
             output = plain(*args, **kwargs)
-        if not any(tensor.is_inference() for tensor in tensors(output)):
-            self.calls[place] = Call(module, (args, kwargs), output, versions(output))
+        written = versions(output)
+        if written is not None:
+            self.calls[place] = Call(module, (args, kwargs), output, written)
         return output
 
 
@@ -98,12 +97,3 @@ def replacing_forward(module: nn.Module, forward: Callable) -> Iterator[Callable
         del module.__dict__["forward"]
         if own is not None:
             module.__dict__["forward"] = own
-
-
-def tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
-
-
-def versions(output: Any) -> list[int]:
-    """The number of writes into each tensor."""
-    return [_torch.writes(tensor) for tensor in tensors(output)]

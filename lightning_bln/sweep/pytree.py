@@ -9,7 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_bln import _torch
 from lightning_bln._torch import tree_flatten
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in a nested value."""
+    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
+
+
+def versions(value: Any) -> list[int] | None:
+    """The number of writes into each tensor; None where one is an inference tensor, which does not count them."""
+    found = tensors(value)
+    return None if any(tensor.is_inference() for tensor in found) else [_torch.writes(tensor) for tensor in found]
 
 
 def trees_match(a: Any, b: Any, same_leaf: Callable[[Any, Any], bool]) -> bool:

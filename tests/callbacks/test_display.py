@@ -66,8 +66,8 @@ def test_the_sweep_has_a_line_of_its_own(bar: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_without_bars_there_is_no_line() -> None:
-    bar = SweepBar(zoo.trainer())
-    bar.start("nothing", 3)
+    bar = SweepBar()
+    bar.start(zoo.trainer(), "nothing", 3)
     bar.advance()
     assert bar.line is None
 
