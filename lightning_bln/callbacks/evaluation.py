@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_bln._scoped import setting
 from lightning_bln.callbacks import _lightning
-from lightning_bln.callbacks.run import Copies, RandomState, Run, nothing
+from lightning_bln.callbacks.run import Copies, RandomState, Run
 from lightning_bln.callbacks.user_state import UserState
 from lightning_bln.distributed import is_sharded
 from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers
@@ -38,15 +38,22 @@ class Evaluation:
         module: The module it validates.
         modes: The modes to evaluate.
         shared: The :func:`shared_forward` of all evaluations of a fit.
+        on_step: Called after each step with the number of modes that it has run.
 
     Attributes:
         reason: Why modes were evaluated one after the other; None where all were evaluated jointly.
     """
 
-    def __init__(self, trainer: Any, module: Any, modes: Iterable[StatisticsMode], shared: SharedForward) -> None:
-        self.trainer, self.module, self.shared = trainer, module, shared
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        modes: Iterable[StatisticsMode],
+        shared: SharedForward,
+        on_step: Callable[[int], None],
+    ) -> None:
+        self.trainer, self.module, self.shared, self.on_step = trainer, module, shared, on_step
         self.is_first = True
-        self.on_step: Callable[[int], None] = nothing
         self.loop = _lightning.evaluation_loop(trainer)
         self.layers = mode_layers(module)
         modes_set = {layer.mode for layer in self.layers}
@@ -235,12 +242,12 @@ class Evaluation:
 
     def is_foreign(self, key: str, value: Any) -> bool:
         """Whether a callback logged ``value``, so that no run of the module has it."""
-        if value.meta.fx.partition(".")[0] == "validation_step":
+        hook = value.meta.fx.partition(".")[0]
+        if hook == "validation_step":
             return False
         others = [run for run in self.runs.values() if run.mode != self.incumbent]
         others += [self.joint] if self.joint is not None else []
-        is_early = value.meta.fx.partition(".")[0] != EPOCH_END
-        return not (is_early and (not others or any(key in run.results for run in others)))
+        return hook == EPOCH_END or (bool(others) and not any(key in run.results for run in others))
 
     def epoch_scores(self, run: Run) -> dict[StatisticsMode, dict[str, float]]:
         """The values each mode of ``run`` would log at the end of the epoch; the run itself does not change."""
@@ -271,9 +278,7 @@ class Evaluation:
     def per_dataloader(self, results: Any) -> list[Any]:
         """The metrics of each dataloader, in order; one entry if dataloaders share them."""
         count = self.loop.num_dataloaders
-        indices: list[int | None] = [None]
-        if count > 1 and _lightning.is_sequential(self.loop):
-            indices = list(range(count))
+        indices = range(count) if count > 1 and _lightning.is_sequential(self.loop) else [None]
         found = []
         for index in indices:
             results.dataloader_idx = index

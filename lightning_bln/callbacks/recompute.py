@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_bln._scoped import setting
 from lightning_bln._torch import tree_map, unstarted
 from lightning_bln.callbacks import _lightning
-from lightning_bln.callbacks.run import RandomState, nothing
+from lightning_bln.callbacks.run import RandomState
 from lightning_bln.callbacks.user_state import UserState
 from lightning_bln.distributed import in_step, is_sharded
 from lightning_bln.population import recompute_population, reset_population
@@ -30,7 +30,7 @@ def recompute(
     *,
     limit: int | None,
     dataloader: Iterable[Any] | None = None,
-    on_step: Callable[[int], None] = nothing,
+    on_step: Callable[[int], None],
 ) -> None:
     """Compute the population of ``module`` at its present weights, over the Trainer's training data.
 

@@ -128,18 +128,13 @@ class RandomState:
 
     def has_moved(self) -> bool:
         """Whether anything was drawn since."""
-        numpy: Any = np.random.get_state()  # noqa: NPY002
+        now = RandomState(self.device)
         return not (
-            torch.equal(self.torch[0], torch.get_rng_state())
-            and all(torch.equal(state, torch.cuda.get_rng_state(self.device)) for state in self.torch[1:])
-            and np.array_equal(self.numpy[1], numpy[1])
-            and self.numpy[2:] == numpy[2:]
-            and self.python == random.getstate()
+            all(map(torch.equal, self.torch, now.torch))
+            and np.array_equal(self.numpy[1], now.numpy[1])
+            and self.numpy[2:] == now.numpy[2:]
+            and self.python == now.python
         )
-
-
-def nothing(steps: int) -> None:
-    """Stand-in for a progress bar."""
 
 
 def copied_row(row: Any, part: int | None = None) -> Any:

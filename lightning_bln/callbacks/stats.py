@@ -204,8 +204,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         if self._evaluation is None:
             # made here, since only now have the module's own hooks for the start of the epoch run
             self._shared = self._shared or shared_forward(trainer, pl_module, self.shares_forwards)
-            self._evaluation = Evaluation(trainer, pl_module, self.candidates, self._shared)
-            self._evaluation.on_step = self._bar.advance
+            self._evaluation = Evaluation(trainer, pl_module, self.candidates, self._shared, self._bar.advance)
             batches = sum(self._evaluation.loop.max_batches)
             self._bar.start(trainer, f"{len(self.candidates)} modes", batches * len(self._evaluation.others))
             if self.guard != "off" and not all(one.is_batch_independent for one in self.candidates):

@@ -45,7 +45,8 @@ class UserState:
     def __init__(self, module: nn.Module) -> None:
         root_internals = internals_of(_lightning.bases(module)["LightningModule"])  # type: ignore[arg-type]
         every = list(module.modules())
-        metrics = unique(found for found in [*every, *reachable(every)] if is_metric(found))
+        held = (value for one in every for value in plain_values(one))  # in containers where modules() does not look
+        metrics = unique(found for found in [*every, *held] if is_metric(found))
         metrics = unique(part for metric in metrics for part in metric.modules() if is_metric(part))
         ours = {id(part) for one in every if isinstance(one, (HasMode, Population)) for part in one.modules()}
         ours |= {id(part) for metric in metrics for part in metric.modules()}
@@ -58,10 +59,8 @@ class UserState:
         for metric in metrics:
             self.owners.append((metric.__dict__, METRIC_INTERNALS if isinstance(metric, Metric) else MODULE_INTERNALS))
         for holder in [module, *children]:
-            for value in unique(plain_values(holder)):
-                if is_helper(value):
-                    self.owners.append((value.__dict__, frozenset()))
-        for holder in [module, *children]:
+            helpers = unique(value for value in plain_values(holder) if is_helper(value))
+            self.owners += [(helper.__dict__, frozenset()) for helper in helpers]
             buffers = own_buffers(holder)
             if buffers and all(one is None or one.numel() <= LARGEST_BUFFER for one in buffers.values()):
                 self.owners.append((buffers, frozenset()))
@@ -163,14 +162,6 @@ def flattened(value: Any, depth: int) -> Iterator[Any]:
     elif depth and isinstance(value, (list, tuple, set, deque)) and len(value) <= 64:
         for one in value:
             yield from flattened(one, depth - 1)
-
-
-def reachable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """Modules in plain containers, where ``nn.Module.modules()`` does not look."""
-    for child in modules:
-        for value in plain_values(child):
-            if isinstance(value, nn.Module):
-                yield value
 
 
 def unique(values: Iterable[Any]) -> list[Any]:

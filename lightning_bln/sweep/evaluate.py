@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_bln.modes import ALL_MODES, StatisticsMode, require_mode_layers, set_mode
+from lightning_bln.modes import ALL_MODES, StatisticsMode, require_mode_layers, using_mode
 from lightning_bln.sweep.result import Direction, SweepResult, check_direction
 from lightning_bln.sweep.shared_forward import SharedForward
 
@@ -70,7 +70,7 @@ def sweep_modes(
         raise ValueError(f"monitor={monitor!r}, but metrics has {sorted(metrics)}; take one of these")
     check_direction(mode)
     shared = SharedForward(model)
-    before, training = [layer.mode for layer in layers], {module: module.training for module in model.modules()}
+    before, training = {layer.mode for layer in layers}, {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
@@ -79,18 +79,16 @@ def sweep_modes(
 
                 def step(run: ScoredMode, batch: Any = batch, random: Tensor = random) -> None:
                     torch.set_rng_state(random)
-                    set_mode(model, run.mode)
-                    run.add(predict(batch))
+                    with using_mode(model, run.mode):
+                        run.add(predict(batch))
 
                 shared.step_per_mode(runs, step)
     finally:
-        for layer, own in zip(layers, before, strict=True):
-            layer.mode = own
         for module, was in training.items():
             module.training = was
     if not runs[0].samples:
         raise ValueError("batches is empty, so there is nothing to score; pass at least one")
-    incumbent = before[0] if len(set(before)) == 1 else None
+    incumbent = before.pop() if len(before) == 1 else None
     scores = {run.mode: run.scores() for run in runs}
     return SweepResult(scores, monitor, mode, incumbent, reason=shared.failure)
 

@@ -74,8 +74,11 @@ class SweepResult:
 
     def __post_init__(self) -> None:
         check_direction(self.mode)
-        self.scores = {StatisticsMode(key): dict(values) for key, values in self.scores.items()}
-        self.regrouped = {StatisticsMode(key): Regrouped(*pair) for key, pair in self.regrouped.items()}
+        self.scores = {
+            StatisticsMode(key): {name: float(value) for name, value in values.items()}
+            for key, values in self.scores.items()
+        }
+        self.regrouped = {StatisticsMode(key): Regrouped(*map(float, pair)) for key, pair in self.regrouped.items()}
         self.incumbent = None if self.incumbent is None else StatisticsMode(self.incumbent)
         self.chosen = None if self.chosen is None else StatisticsMode(self.chosen)
         self._column(self.monitor)
@@ -106,28 +109,30 @@ class SweepResult:
         direction = check_direction(self.mode if mode is None else mode)
         column = self._column(self.monitor if monitor is None else monitor)
         eligible = list(column) if among is None else [StatisticsMode(one) for one in among if one in column]
-        finite = [one for one in eligible if not math.isnan(column[one])]
-        if not finite:
+        if all(math.isnan(column[one]) for one in eligible):
             if self.incumbent is not None:
                 return self.incumbent
             raise ValueError(
                 f"monitor={monitor or self.monitor!r} is NaN or missing in every mode to choose from, and there is no "
                 "incumbent to keep; monitor another metric"
             )
-        sign = 1.0 if direction == "min" else -1.0
-        return min(finite, key=lambda one: (sign * column[one], not one.is_batch_independent, one != self.incumbent))
+        return self._ranked(eligible, column, direction)[0]
 
     def ranking(self) -> list[StatisticsMode]:
         """All modes by their monitored score, the best first and NaN last."""
-        column = self._column(self.monitor)
-        sign = 1.0 if self.mode == "min" else -1.0
+        return self._ranked(self.scores, self._column(self.monitor), self.mode)
+
+    def _ranked(
+        self, modes: Iterable[StatisticsMode], column: Mapping[StatisticsMode, float], direction: Direction
+    ) -> list[StatisticsMode]:
+        sign = 1.0 if direction == "min" else -1.0
 
         def key(one: StatisticsMode) -> tuple[bool, float, bool, bool]:
             value = column.get(one, math.nan)
-            lost = math.isnan(value)
-            return lost, 0.0 if lost else sign * value, not one.is_batch_independent, one != self.incumbent
+            is_lost = math.isnan(value)
+            return is_lost, 0.0 if is_lost else sign * value, not one.is_batch_independent, one != self.incumbent
 
-        return sorted(self.scores, key=key)
+        return sorted(modes, key=key)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The result as JSON, also written to ``path`` if given; :meth:`from_json` reads both."""
@@ -160,14 +165,7 @@ class SweepResult:
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> SweepResult:
         """The inverse of :meth:`to_dict`."""
-        scores = {
-            StatisticsMode(one): {name: float(value) for name, value in values.items()}
-            for one, values in state["scores"].items()
-        }
-        regrouped = {
-            StatisticsMode(one): Regrouped(*map(float, pair)) for one, pair in state.get("regrouped", {}).items()
-        }
-        return cls(**{**state, "scores": scores, "regrouped": regrouped})
+        return cls(**state)
 
     def plot(self, monitor: str | None = None) -> Figure:
         """A 4 x 4 heat map of one metric: batch statistics down, feature statistics across.
@@ -202,21 +200,18 @@ class SweepResult:
         from rich.table import Table
 
         header, rows = self._cells()
+        marked = self.best() if self.chosen is None else self.chosen
         caption = "\n".join(self._footer()) or None
         table = Table(title=f"Statistics modes by {self.monitor} ({self.mode})", caption=caption)
         for position, name in enumerate(header):
             table.add_column(name, justify="left" if position in (0, len(header) - 1) else "right")
         for one, cells in zip(self.ranking(), rows, strict=True):
-            table.add_row(*cells, style="bold green" if one == self._marked else None)
+            table.add_row(*cells, style="bold green" if one == marked else None)
         return table
 
     def _footer(self) -> list[str]:
         reason = f"Modes were evaluated one after the other: {self.reason}." if self.reason else None
         return [sentence for sentence in (self.note, reason) if sentence]
-
-    @property
-    def _marked(self) -> StatisticsMode:
-        return self.best() if self.chosen is None else self.chosen
 
     def _column(self, metric: str) -> dict[StatisticsMode, float]:
         column = {one: values[metric] for one, values in self.scores.items() if metric in values}

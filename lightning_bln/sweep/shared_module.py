@@ -16,7 +16,7 @@ from lightning_bln.modes import FanOut, assign_modes, fan_out, mode_layers
 from lightning_bln.sweep.forward_state import ForwardState, SharedOutput
 from lightning_bln.sweep.per_mode_tensor import NotTogether, PerMode, holds, join_trees, reason_of
 from lightning_bln.sweep.prefix_cache import Prefix, replacing_forward
-from lightning_bln.sweep.pytree import find_axes, is_close, is_same_input, repeated, trees_match
+from lightning_bln.sweep.pytree import find_axes, is_close, is_same_input, repeated, tensors, trees_match
 
 BYTES = 2**28
 """Upper bound of the largest activation, fanned out for all modes of a chunk."""
@@ -153,7 +153,7 @@ class SharedModule:
     def joint_output(self, call: int, args: tuple, kwargs: dict) -> Any:
         """The output with a :class:`PerMode` for each tensor that differs between modes."""
         state, modes = self.state, self.state.joint_modes
-        if any(holds(leaf) for leaf in tree_flatten((args, kwargs))[0]):
+        if holds(tree_flatten((args, kwargs))[0]):
             raise NotTogether(self.refusal(INPUT_DIFFERS))
         recorded = state.outputs.get((self, call), [])
         if len(recorded) == len(modes):
@@ -222,22 +222,18 @@ class SharedModule:
 
     def run_plain(self, args: tuple, kwargs: dict) -> Any:
         """The unshared forward."""
-        self.state.is_inside = True
-        try:
+        with setting([self.state], is_inside=True):
             return self.plain(*args, **kwargs)
-        finally:
-            self.state.is_inside = False
 
     def fan(self, call: int, args: tuple, kwargs: dict) -> Any:
         """The output for all modes of the chunk; None after an error, which :attr:`error` then tells."""
         state, modes = self.state, self.state.modes
-        state.is_inside = True
         try:
             with fan_out(self.module, modes) as fan, self.prefix(call, fan):
                 if self.fans_early:
                     fan.is_fanned = True
                     args, kwargs = tree_map(lambda one: repeated(one, len(modes)), (args, kwargs))
-                return self.plain(*args, **kwargs)
+                return self.run_plain(args, kwargs)
         except Exception as error:
             # fall back to unshared forwards; user errors resurface there
             self.error = reason_of(error)
@@ -246,8 +242,6 @@ class SharedModule:
             elif not state.is_learning:
                 self.give_up(f"it raised {self.error}")
             return None
-        finally:
-            state.is_inside = False
 
     def prefix(self, call: int, fan: FanOut) -> AbstractContextManager[None]:
         """Within the context, a chunk's forward reuses what the batch's other chunks computed before the modes."""
@@ -269,20 +263,17 @@ class SharedModule:
         for module in self.module.modules():
             values = [value for name, value in module.__dict__.items() if name not in MODULE_INTERNALS]
             for value in [*values, *module.buffers(recurse=False)]:
+                is_counted = isinstance(value, Tensor) and not value.is_inference()
                 size = len(value) if isinstance(value, (list, dict, set)) else 0
-                found.append((id(value), _torch.writes(value) if is_versioned(value) else size))
+                found.append((id(value), _torch.writes(value) if is_counted else size))
         return found
 
 
 def modes_at_once(largest: int, output: Any) -> int:
     """The number of modes in a chunk, for a model whose largest activation has ``largest`` bytes."""
     most = BYTES // max(1, largest)
-    is_on_cpu = all(leaf.device.type == "cpu" for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
+    is_on_cpu = all(tensor.device.type == "cpu" for tensor in tensors(output))
     return min(most, max(FEWEST, CPU_BYTES // max(1, largest))) if is_on_cpu else most
-
-
-def is_versioned(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_inference()
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -300,8 +291,8 @@ def measured(module: nn.Module) -> Iterator[list[int]]:
     def note(part: nn.Module, _: Any, output: Any) -> None:
         nonlocal has_begun
         has_begun = has_begun or bool(mode_layers(part))
-        sizes = [leaf.nbytes for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
-        largest[0] = max(largest[0], *sizes, 0) if has_begun else 0
+        if has_begun:
+            largest[0] = max(largest[0], *(tensor.nbytes for tensor in tensors(output)), 0)
 
     hooks = [part.register_forward_hook(note) for part in module.modules() if part is not module]
     try:
