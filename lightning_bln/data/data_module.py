@@ -6,20 +6,23 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_bln.data.files import DataError
 
 
 class DataModule(LightningDataModule):
-    """Loaders over ``self.parts``, which ``setup`` fills with data sets for ``train``, ``validation`` and ``test``."""
+    """Loaders over ``self.parts``, which ``setup`` fills with data sets for ``train``, ``validation`` and ``test``.
 
-    def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
+    A data set is anything that a ``DataLoader`` takes, lists included.
+    """
+
+    def __init__(self, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}, but a batch holds at least 1 sample")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.parts: dict[str, Dataset[Any]] = {}
+        self.parts: dict[str, Any] = {}
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train")

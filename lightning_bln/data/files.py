@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import shutil
 import tarfile
 import urllib.error
 import urllib.request
@@ -72,6 +73,11 @@ def locate(
     )
 
 
+def damaged(path: PathLike, reason: object) -> DataError:
+    """The error of a file that is there, but not whole or not of its format."""
+    return DataError(f"{path}: truncated or corrupt ({reason}); fetch it again")
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Within the context, errors that a damaged file causes become a one-line DataError that names the file."""
@@ -82,8 +88,7 @@ def reading(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DataError(f"{error.filename or path}: no such file") from error
     except (EOFError, OSError, tarfile.TarError, zlib.error, UnicodeError, ValueError, KeyError, IndexError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: truncated or corrupt ({reason}); fetch it again") from error
+        raise damaged(path, " ".join(str(error).split()) or type(error).__name__) from error
 
 
 def read_bytes(path: Path) -> bytes:
@@ -118,8 +123,7 @@ def download(remote: Remote, target: Path, timeout: float = 60.0) -> Path:
     with replacing(target) as partial:
         try:
             with urllib.request.urlopen(remote.url, timeout=timeout) as source:
-                while block := source.read(1 << 20):
-                    partial.write(block)
+                shutil.copyfileobj(source, partial)
         except (urllib.error.URLError, OSError, ValueError) as error:
             raise DataError(f"{remote.url}: cannot be fetched ({error}); fetch it by hand to {target}") from error
         partial.flush()
@@ -130,8 +134,5 @@ def download(remote: Remote, target: Path, timeout: float = 60.0) -> Path:
 
 def _matches(path: Path, checksum: str) -> bool:
     algorithm, _, expected = checksum.partition(":")
-    digest = hashlib.new(algorithm)
     with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest() == expected
+        return hashlib.file_digest(stream, algorithm).hexdigest() == expected

@@ -15,6 +15,7 @@ from lightning_bln.data.files import (
     DataError,
     PathLike,
     Remote,
+    damaged,
     data_dir,
     download,
     locate,
@@ -25,18 +26,13 @@ from lightning_bln.data.files import (
 CIFAR10 = Remote("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "md5:c32a1d4ab5d03f1284b67883e8d87530")
 _MNIST_MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 MNIST = {
-    "train-images-idx3-ubyte": Remote(
-        f"{_MNIST_MIRROR}train-images-idx3-ubyte.gz", "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873"
-    ),
-    "train-labels-idx1-ubyte": Remote(
-        f"{_MNIST_MIRROR}train-labels-idx1-ubyte.gz", "md5:d53e105ee54ea40749a09fcbcd1e9432"
-    ),
-    "t10k-images-idx3-ubyte": Remote(
-        f"{_MNIST_MIRROR}t10k-images-idx3-ubyte.gz", "md5:9fb629c4189551a2d022fa330f9573f3"
-    ),
-    "t10k-labels-idx1-ubyte": Remote(
-        f"{_MNIST_MIRROR}t10k-labels-idx1-ubyte.gz", "md5:ec29112dd5afa0611ce80d1b7f02629c"
-    ),
+    name: Remote(f"{_MNIST_MIRROR}{name}.gz", checksum)
+    for name, checksum in (
+        ("train-images-idx3-ubyte", "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+        ("train-labels-idx1-ubyte", "md5:d53e105ee54ea40749a09fcbcd1e9432"),
+        ("t10k-images-idx3-ubyte", "md5:9fb629c4189551a2d022fa330f9573f3"),
+        ("t10k-labels-idx1-ubyte", "md5:ec29112dd5afa0611ce80d1b7f02629c"),
+    )
 }
 _RECORD = 1 + 3 * 32 * 32
 
@@ -113,14 +109,11 @@ def read_idx(path: PathLike) -> Tensor:
     path = Path(path)
     raw = read_bytes(path)
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
-        raise DataError(f"{path}: truncated or corrupt (not an idx file of unsigned bytes); fetch it again")
+        raise damaged(path, "not an idx file of unsigned bytes")
     shape = tuple(int(size) for size in np.frombuffer(raw, ">u4", raw[3], 4))
     start = 4 + 4 * raw[3]
     if len(raw) - start != int(np.prod(shape)):
-        raise DataError(
-            f"{path}: truncated or corrupt (header says {int(np.prod(shape))} bytes, {len(raw) - start} follow); "
-            "fetch it again"
-        )
+        raise damaged(path, f"header says {int(np.prod(shape))} bytes, {len(raw) - start} follow")
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=start).reshape(shape).copy())
 
 
@@ -128,14 +121,11 @@ def _binary_batch(path: Path) -> Images:
     with reading(path):
         raw = np.fromfile(path, np.uint8)
     if len(raw) == 0 or len(raw) % _RECORD:
-        raise DataError(
-            f"{path}: truncated or corrupt ({len(raw)} bytes are no multiple of {_RECORD}, the size of a record); "
-            "fetch it again"
-        )
+        raise damaged(path, f"{len(raw)} bytes are no multiple of {_RECORD}, the size of a record")
     records = torch.from_numpy(raw).view(-1, _RECORD)
     labels = records[:, 0].long()
     if int(labels.max()) > 9:
-        raise DataError(f"{path}: truncated or corrupt (label {int(labels.max())}, classes are 0 to 9); fetch it again")
+        raise damaged(path, f"label {int(labels.max())}, classes are 0 to 9")
     return Images(records[:, 1:].reshape(-1, 3, 32, 32), labels)
 
 
@@ -159,9 +149,9 @@ def _python_batch(path: Path) -> Images:
             with path.open("rb") as stream:
                 batch = _ArraysOnly(stream, encoding="bytes").load()
         except (pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise DataError(f"{path}: truncated or corrupt ({error}); fetch it again") from error
+            raise damaged(path, error) from error
         pixels = torch.from_numpy(np.array(batch[b"data"], np.uint8)).view(-1, 3, 32, 32)
         labels = torch.tensor(batch[b"labels"], dtype=torch.long)
     if len(pixels) != len(labels):
-        raise DataError(f"{path}: truncated or corrupt ({len(pixels)} images, {len(labels)} labels); fetch it again")
+        raise damaged(path, f"{len(pixels)} images, {len(labels)} labels")
     return Images(pixels, labels)
