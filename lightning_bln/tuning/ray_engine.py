@@ -20,7 +20,7 @@ from ray.tune.search.optuna import OptunaSearch
 from lightning_bln.tuning._private import ExtendedReport, check_ray
 from lightning_bln.tuning.objective import MODE, SCORES, monitored, stats_callback
 from lightning_bln.tuning.recipe import Recipe, prepare
-from lightning_bln.tuning.report import write_report
+from lightning_bln.tuning.report import complete_trials, write_report
 from lightning_bln.tuning.space import Distribution
 
 check_ray(TuneReportCheckpointCallback)
@@ -94,10 +94,9 @@ def tune_on_ray(
         if started:
             ray.shutdown()
     study = as_study(results, recipe)
-    if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        raise RuntimeError(
-            f"no trial has finished; the first error was: {results.errors[0] if results.errors else None}"
-        )
+    if not complete_trials(study):
+        error = results.errors[0] if results.errors else None
+        raise RuntimeError(f"no trial has finished; the first error was: {error}")
     write_report(study, recipe, output)
     return study
 
@@ -113,9 +112,8 @@ def make_tuner(
     trainable = tune.with_resources(tune.with_parameters(run_trial, recipe=recipe), per_trial)
     if tune.Tuner.can_restore(str(output / name)):
         return tune.Tuner.restore(str(output / name), trainable, resume_unfinished=True, restart_errored=True)
-    epochs = recipe.fit.get("trainer", {}).get("max_epochs") or 100
     direction: dict[str, Any] = {"metric": recipe.monitor, "mode": recipe.mode}
-    asha = ASHAScheduler(max_t=epochs, grace_period=1, reduction_factor=3, **direction)
+    asha = ASHAScheduler(max_t=recipe.max_epochs or 100, grace_period=1, reduction_factor=3, **direction)
     space = {path.replace(".", DOT): as_domain(one) for path, one in recipe.search.items()}
     search: Any
     if recipe.sampler == "tpe":
@@ -160,17 +158,15 @@ def run_trial(config: dict[str, Any], recipe: Recipe) -> None:
 
 def as_domain(distribution: Distribution) -> Any:
     """A distribution as Ray's."""
-    low, high, step = distribution.low, distribution.high, distribution.step
+    low: Any = distribution.low
+    high: Any = distribution.high
+    step = distribution.step
     if distribution.choices is not None:
         return tune.choice(list(distribution.choices))
     if distribution.is_integer:
-        assert isinstance(low, int)
-        assert isinstance(high, int)
         if distribution.log:
             return tune.lograndint(low, high + 1)
         return tune.randint(low, high + 1) if step is None else tune.qrandint(low, high, int(step))
-    assert low is not None
-    assert high is not None
     if distribution.log:
         return tune.loguniform(low, high)
     return tune.uniform(low, high) if step is None else tune.quniform(low, high, step)
@@ -188,7 +184,6 @@ def as_study(results: Any, recipe: Recipe) -> optuna.Study:
     """Ray's results as a study in memory; a trial that ASHA stopped counts as pruned."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="minimize" if recipe.mode == "min" else "maximize")
-    epochs = recipe.fit.get("trainer", {}).get("max_epochs") or 0
     distributions = {path: as_optuna(one) for path, one in recipe.search.items()}
     for result in results:
         metrics = result.metrics or {}
@@ -198,7 +193,7 @@ def as_study(results: Any, recipe: Recipe) -> optuna.Study:
         state = TrialState.COMPLETE
         if result.error is not None or not reports:
             state = TrialState.FAIL
-        elif recipe.pruner != "none" and len(reports) < epochs:
+        elif recipe.pruner != "none" and len(reports) < (recipe.max_epochs or 0):
             state = TrialState.PRUNED
         study.add_trial(
             create_trial(

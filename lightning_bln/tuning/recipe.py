@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from lightning_bln.tuning.space import Distribution
 
 PRUNERS = ("median", "hyperband", "none")
 SAMPLERS = ("tpe", "random")
+
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+"""Arguments of a trial's Trainer, unless the configuration has others."""
 
 DEMO: dict[str, Any] = {
     "fit": {
@@ -66,10 +69,6 @@ class Recipe:
     pruner: str = "median"
     sampler: str = "tpe"
     seed: int = 0
-    _quiet: Mapping[str, Any] = field(
-        default_factory=lambda: {"enable_progress_bar": False, "enable_model_summary": False, "logger": False},
-        repr=False,
-    )
 
     def __post_init__(self) -> None:
         check_choice("pruner", self.pruner, PRUNERS)
@@ -91,15 +90,14 @@ class Recipe:
     @classmethod
     def parse(cls, spec: Any) -> Recipe:
         """The search described by the content of a YAML file."""
-        known = [name for name in cls.__dataclass_fields__ if not name.startswith("_")]
+        known = [field.name for field in fields(cls)]
         if not isinstance(spec, dict) or not {"fit", "search"} <= set(spec) <= set(known):
             raise ValueError(f"the configuration must have fit and search, and may have {', '.join(known[2:])}")
         fit = {key: value for key, value in copy.deepcopy(spec["fit"]).items() if key in RECIPE}
         fit.setdefault("seed_everything", 0)
         search = {name: Distribution.parse(name, one) for name, one in spec["search"].items()}
         recipe = cls(**{**spec, "fit": fit, "search": search})
-        for name, distribution in search.items():
-            set_path(copy.deepcopy(fit), name, distribution.first)
+        recipe.configuration(recipe.first_values())  # raises where a path leads nowhere
         callbacks = fit.setdefault("trainer", {}).setdefault("callbacks", []) or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if not any(str(one.get("class_path")).endswith("BLNStatsCallback") for one in callbacks):
@@ -107,6 +105,16 @@ class Recipe:
             callbacks.append({"class_path": "lightning_bln.callbacks.BLNStatsCallback", "init_args": arguments})
         fit["trainer"]["callbacks"] = callbacks
         return recipe
+
+    @property
+    def max_epochs(self) -> int | None:
+        """The Trainer's number of epochs, if the configuration has one."""
+        return self.fit.get("trainer", {}).get("max_epochs")
+
+    @property
+    def sign(self) -> int:
+        """Factor that makes the smallest metric the best one."""
+        return 1 if self.mode == "min" else -1
 
     def configuration(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of ``fit`` with ``values`` at their paths."""
@@ -130,7 +138,7 @@ class Recipe:
         for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
             logging.getLogger(name).setLevel(logging.WARNING)
         config = self.configuration(values)
-        trainer = {**self._quiet, "default_root_dir": str(folder), **config["trainer"]}
+        trainer = {**QUIET, "default_root_dir": str(folder), **config["trainer"]}
         callbacks = trainer["callbacks"]
         for one in [*callbacks, trainer["logger"]]:
             arguments = one.get("init_args", {}) if isinstance(one, dict) else {}
@@ -141,7 +149,7 @@ class Recipe:
                 callback["init_args"] = {"verbose": False, **callback.get("init_args", {})}
         if not any("Checkpoint" in str(callback["class_path"]) for callback in callbacks):
             trainer.setdefault("enable_checkpointing", False)
-        config["trainer"] = {**trainer, "callbacks": callbacks}
+        config["trainer"] = trainer
         try:
             cli = CLI(args=config, run=False, parser_kwargs={"exit_on_error": False})
         except Exception as error:

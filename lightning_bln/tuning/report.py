@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 import optuna
 import yaml
+from matplotlib.figure import Figure
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -61,10 +62,14 @@ def write_report(study: optuna.Study, recipe: Recipe, output: Path) -> dict[str,
     return paths
 
 
+def complete_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that ended with a value."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
 def best_trial(study: optuna.Study, recipe: Recipe) -> FrozenTrial:
     """The complete trial with the best metric."""
-    sign = 1 if recipe.mode == "min" else -1
-    return min(study.get_trials(states=(TrialState.COMPLETE,)), key=lambda one: sign * one.values[0])
+    return min(complete_trials(study), key=lambda one: recipe.sign * one.values[0])
 
 
 def best_configuration(best: FrozenTrial, recipe: Recipe) -> str:
@@ -109,7 +114,7 @@ def explained_variance(study: optuna.Study, seed: int = 0) -> dict[str, float]:
     Source:
         Hutter, Hoos and Leyton-Brown, "An efficient approach for assessing hyperparameter importance", ICML 2014.
     """
-    finished = [one for one in study.get_trials(states=(TrialState.COMPLETE,)) if SCORES in one.user_attrs]
+    finished = [one for one in complete_trials(study) if SCORES in one.user_attrs]
     points = [
         ({**trial.params, MODE_PARAMETER: mode}, score)
         for trial in finished
@@ -154,10 +159,9 @@ def draw(study: optuna.Study, recipe: Recipe, shares: dict[str, float], output: 
     """Draw the study's plots into files, without those that Optuna cannot draw from so few trials."""
     import optuna.visualization.matplotlib as plots
 
-    objective: dict[str, Any] = {}
+    named: dict[str, Any] = {"target_name": recipe.monitor}
     if recipe.latency:
-        objective = {"target": lambda trial: trial.values[0], "target_name": recipe.monitor}
-    named = {"target_name": recipe.monitor} | objective
+        named["target"] = lambda trial: trial.values[0]
     makers: dict[str, Callable[[], Any]] = {
         "history": lambda: plots.plot_optimization_history(study, **named),
         "slice": lambda: plots.plot_slice(study, **named),
@@ -177,7 +181,6 @@ def draw(study: optuna.Study, recipe: Recipe, shares: dict[str, float], output: 
                 paths[f"plot of {name}"] = save(make(), output / f"{name}.png")
         except Exception as error:  # a failing plot must not cost the search's result
             logging.getLogger(__name__).warning("no plot %s.png: %s", name, error)
-            paths.pop(f"plot of {name}", None)
     return paths
 
 
@@ -194,8 +197,6 @@ def save(axes: Any, path: Path) -> Path:
 
 def plot_shares(shares: dict[str, float], monitor: str) -> Any:
     """Draw a bar for each hyperparameter's share of the variance."""
-    from matplotlib.figure import Figure
-
     axes = Figure(figsize=(6, 0.5 * len(shares) + 1.2), layout="constrained").add_subplot()
     names = list(shares)[::-1]
     bars = axes.barh(names, [100 * shares[name] for name in names])
@@ -207,17 +208,10 @@ def plot_shares(shares: dict[str, float], monitor: str) -> Any:
 
 def plot_modes(study: optuna.Study, recipe: Recipe) -> Any:
     """Draw for each mode how much worse it is than the best one of the same trained model."""
-    from matplotlib.figure import Figure
-
-    sign = 1 if recipe.mode == "min" else -1
-    swept = [
-        trial.user_attrs[SCORES]
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if trial.user_attrs.get(SCORES)
-    ]
-    best = [min(sign * value for value in scores.values()) for scores in swept]
+    swept = [trial.user_attrs[SCORES] for trial in complete_trials(study) if trial.user_attrs.get(SCORES)]
+    best = [min(recipe.sign * value for value in scores.values()) for scores in swept]
     losses = [
-        [sign * scores[mode] - top for scores, top in zip(swept, best, strict=True) if mode in scores]
+        [recipe.sign * scores[mode] - top for scores, top in zip(swept, best, strict=True) if mode in scores]
         for mode in ALL_MODES
     ]
     axes = Figure(figsize=(8, 4), layout="constrained").add_subplot()

@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lightning_bln.tuning.objective import MODE, Objective
 from lightning_bln.tuning.queue import ERROR, Queue, Store
 from lightning_bln.tuning.recipe import Recipe, prepare
-from lightning_bln.tuning.report import write_report
+from lightning_bln.tuning.report import best_trial, complete_trials, write_report
+from lightning_bln.tuning.space import suggest
 
 POLL = 1.0
 """Seconds between two looks at a study in which other processes run the last trials."""
@@ -78,10 +80,9 @@ def tune(
         RuntimeError: Every trial failed, or all workers died.
     """
     recipe, output = prepare(recipe, output, trials, jobs)
-    url = storage or f"sqlite:///{output / 'study.db'}"
-    plan = Plan(url, name, trials, output, heartbeat, retries)
-    store, study = open_study(recipe, plan, 0)
-    queue = Queue(store, study, trials, retries)
+    plan = Plan(storage or f"sqlite:///{output / 'study.db'}", name, trials, output, heartbeat, retries)
+    queue = open_queue(recipe, plan, 0)
+    study = queue.study
     bar = Progress(
         TextColumn("trials"),
         BarColumn(),
@@ -90,36 +91,32 @@ def tune(
         TextColumn("{task.fields[best]}"),
         disable=not progress,
     )
-    try:
-        with bar:
-            task = bar.add_task("trials", total=trials, best="")
+    with closing(queue), bar:
+        task = bar.add_task("trials", total=trials, best="")
 
-            def update() -> None:
-                bar.update(task, completed=len(queue.finished()), best=describe_best(study, recipe))
+        def update() -> None:
+            bar.update(task, completed=len(queue.finished()), best=describe_best(study, recipe))
 
-            if jobs == 1:
-                work(recipe, queue, plan, update)
-            else:
-                supervise(recipe, plan, jobs, queue, update)
-            update()
-    finally:
-        queue.close()
-    if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        if jobs == 1:
+            work(recipe, queue, plan, update)
+        else:
+            supervise(recipe, plan, jobs, queue, update)
+        update()
+    if not complete_trials(study):
         errors = [one.user_attrs[ERROR] for one in study.get_trials(deepcopy=False) if ERROR in one.user_attrs]
         raise RuntimeError(f"no trial has finished; the last error was:\n{errors[-1] if errors else 'none'}")
     write_report(study, recipe, output)
     return study
 
 
-def open_study(recipe: Recipe, plan: Plan, worker_number: int) -> tuple[Store, optuna.Study]:
-    """Create or load the study of a plan; each worker's sampler has its own seed."""
+def open_queue(recipe: Recipe, plan: Plan, worker_number: int) -> Queue:
+    """Create or load the study of a plan as a worker's queue; each worker's sampler has its own seed."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     store = Store(plan.storage, plan.heartbeat)
-    directions: list[Any] = [
-        "minimize" if recipe.mode == "min" else "maximize",
-        *(["minimize"] if recipe.latency else []),
-    ]
+    directions: list[Any] = ["minimize" if recipe.mode == "min" else "maximize"]
+    if recipe.latency:
+        directions.append("minimize")
     study = optuna.create_study(
         storage=store.storage,
         study_name=plan.name,
@@ -128,12 +125,13 @@ def open_study(recipe: Recipe, plan: Plan, worker_number: int) -> tuple[Store, o
         pruner=make_pruner(recipe),
         load_if_exists=True,
     )
-    if [one.name.lower() for one in study.directions] != directions:
+    found = [one.name.lower() for one in study.directions]
+    if found != directions:
         raise ValueError(
-            f"name={plan.name!r} is a study in {plan.storage} whose directions are "
-            f"{[one.name.lower() for one in study.directions]}, not {directions}; take another name"
+            f"name={plan.name!r} is a study in {plan.storage} whose directions are {found}, not {directions}; "
+            "take another name"
         )
-    return store, study
+    return Queue(store, study, plan.trials, plan.retries)
 
 
 def make_sampler(recipe: Recipe, seed: int) -> optuna.samplers.BaseSampler:
@@ -152,8 +150,7 @@ def make_pruner(recipe: Recipe) -> optuna.pruners.BasePruner:
         return optuna.pruners.NopPruner()
     if recipe.pruner == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=5)
-    epochs = recipe.fit.get("trainer", {}).get("max_epochs")
-    return optuna.pruners.HyperbandPruner(max_resource=epochs if epochs else "auto")
+    return optuna.pruners.HyperbandPruner(max_resource=recipe.max_epochs or "auto")
 
 
 def work(recipe: Recipe, queue: Queue, plan: Plan, update: Callable[[], None]) -> None:
@@ -181,26 +178,20 @@ def run(trial: optuna.Trial, recipe: Recipe, queue: Queue, plan: Plan) -> Except
     """Run one trial and store its outcome in the study; returns the exception that ended it, if one did."""
 
     def build(trial: optuna.Trial) -> tuple[Any, Any, Any]:
-        values = {name: distribution.suggest(trial, name) for name, distribution in recipe.search.items()}
-        return recipe.build(values, plan.output / "trials" / f"{trial.number:04d}")
+        return recipe.build(suggest(trial, recipe.search), plan.output / "trials" / f"{trial.number:04d}")
 
-    objective = Objective(
-        build, recipe.monitor, recipe.mode, latency=recipe.latency, prune=not recipe.latency and recipe.pruner != "none"
-    )
+    objective = Objective(build, recipe.monitor, recipe.mode, latency=recipe.latency, prune=recipe.pruner != "none")
+    outcome: dict[str, Any] = {"state": TrialState.FAIL}  # also of one that is interrupted, which is run again
     with queue.store.alive(trial):
         try:
-            values = objective(trial)
+            outcome = {"values": objective(trial)}
         except optuna.TrialPruned:
-            queue.study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+            outcome = {"state": TrialState.PRUNED}
         except Exception as error:
             trial.set_user_attr(ERROR, "".join(traceback.format_exception(error))[-1500:])
-            queue.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
             return error
-        except BaseException:
-            queue.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)  # interrupted: run again
-            raise
-        else:
-            queue.study.tell(trial, values, skip_if_finished=True)
+        finally:
+            queue.study.tell(trial, skip_if_finished=True, **outcome)
     return None
 
 
@@ -246,24 +237,18 @@ def worker(recipe: Recipe, plan: Plan, number: int, parent: int) -> None:
         torch.cuda.set_device(number % torch.cuda.device_count())
     else:
         torch.set_num_threads(1)
-    store, study = open_study(recipe, plan, number)
-    queue = Queue(store, study, plan.trials, plan.retries)
 
     def stop_with_parent() -> None:
         if os.getppid() != parent:
             raise SystemExit("the process that started this worker is gone")
 
-    try:
+    with closing(open_queue(recipe, plan, number)) as queue:
         work(recipe, queue, plan, stop_with_parent)
-    finally:
-        queue.close()
 
 
 def describe_best(study: optuna.Study, recipe: Recipe) -> str:
     """The best trial so far, in a few words for the progress bar."""
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if not finished:
+    if not complete_trials(study):
         return ""
-    sign = 1 if recipe.mode == "min" else -1
-    best = min(finished, key=lambda one: sign * one.values[0])
+    best = best_trial(study, recipe)
     return f"best {recipe.monitor} {best.values[0]:.4f} in {best.user_attrs.get(MODE)}"
