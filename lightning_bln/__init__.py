@@ -15,7 +15,7 @@ from lightning_bln.recurrent import BLNGRU, BLNLSTM, BLNRNN, Recurrent
 from lightning_bln.sweep import SweepResult, sweep_modes
 
 if TYPE_CHECKING:
-    from lightning_bln.callbacks import BLNStatsCallback
+    from lightning_bln.callbacks import BLNStatsCallback as BLNStatsCallback
 
 __version__ = "0.1.0"
 
@@ -25,7 +25,6 @@ __all__ = [
     "BLNGRU",
     "BLNLSTM",
     "BLNRNN",
-    "BLNStatsCallback",
     "BatchLayerNorm",
     "ConvBLN1d",
     "ConvBLN2d",
@@ -53,7 +52,7 @@ _moved.install()
 
 
 def __getattr__(name: str) -> Any:
-    """The callback, imported on first use: it needs lightning, which takes seconds to load."""
+    """The callback, which needs lightning and is not in ``__all__``, and modules by their earlier paths."""
     if name == "BLNStatsCallback":
         return import_module("lightning_bln.callbacks").BLNStatsCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _moved.attribute(__name__, name)

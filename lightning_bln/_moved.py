@@ -48,6 +48,7 @@ MOVED = {
 
 
 SPECS: dict[str, ModuleSpec | None] = {}
+"""Each module's own spec, in place of which the import system puts that of the path asked for."""
 
 
 class MovedModules:
@@ -61,15 +62,27 @@ class MovedModules:
     @staticmethod
     def create_module(spec: ModuleSpec) -> ModuleType:
         module = import_module(f"{__package__}.{MOVED[spec.name.partition('.')[2]]}")
-        SPECS[module.__name__] = module.__spec__
+        SPECS.setdefault(module.__name__, module.__spec__)
         return module
 
     @staticmethod
     def exec_module(module: ModuleType) -> None:
-        module.__spec__ = SPECS.pop(module.__name__)  # the import system has put the earlier path's in its place
+        module.__spec__ = SPECS[module.__name__]
 
 
 def install() -> None:
     """Let the import system find modules by their earlier paths, where nothing else does."""
     if not any(finder is MovedModules for finder in sys.meta_path):
         sys.meta_path.append(MovedModules)
+
+
+def attribute(package: str, name: str) -> ModuleType:
+    """A module that was an attribute of a package under its earlier path.
+
+    Raises:
+        AttributeError: There was none of that name.
+    """
+    path = f"{package}.{name}"
+    if path.removeprefix(f"{__package__}.") not in MOVED:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    return import_module(path)

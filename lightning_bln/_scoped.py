@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 
 @contextmanager
 def setting(owners: Iterable[Any], **values: Any) -> Iterator[None]:
-    """Within the context every owner has these attributes; afterwards each has its own again, or none.
+    """Within the context every owner has these plain attributes; afterwards each has its own again, or none.
 
     Example:
         >>> from types import SimpleNamespace
@@ -20,19 +20,23 @@ def setting(owners: Iterable[Any], **values: Any) -> Iterator[None]:
         >>> one, other
         (namespace(size=1), namespace(size=2))
     """
-    owners = list(owners)
-    before = [(owner, name, getattr(owner, name)) for owner in owners for name in values if is_own(owner, name)]
-    try:
+    with ExitStack() as stack:
         for owner in owners:
             for name, value in values.items():
+                stack.callback(restore, owner, name, getattr(owner, name) if is_own(owner, name) else ABSENT)
                 setattr(owner, name, value)
         yield
-    finally:
-        for owner in owners:
-            for name in values:
-                vars(owner).pop(name, None)
-        for owner, name, value in before:
-            setattr(owner, name, value)
+
+
+ABSENT = object()
+
+
+def restore(owner: Any, name: str, value: Any) -> None:
+    """Give an attribute its value back, or take it away."""
+    if value is ABSENT:
+        vars(owner).pop(name, None)
+    else:
+        setattr(owner, name, value)
 
 
 def is_own(owner: Any, name: str) -> bool:

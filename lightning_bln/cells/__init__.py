@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+from lightning_bln import _moved
 from lightning_bln.cells.cell import Cell, Extra, LinearCell
 from lightning_bln.cells.gates import Gates
 from lightning_bln.cells.gru import GRU
@@ -32,4 +33,4 @@ MODULES = ("BLNGRUCell", "BLNLSTMCell", "BLNRNNCell", "RecurrentCell")
 def __getattr__(name: str) -> Any:
     if name in MODULES:
         return getattr(import_module("lightning_bln.recurrence.cell_modules"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _moved.attribute(__name__, name)

@@ -7,6 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import lightning
 import pytest
@@ -143,3 +144,25 @@ def test_a_configuration_builds_model_and_data(release: Path, name: int, monkeyp
     found = [type(callback) for callback in built.trainer.callbacks]
     for callback in recipe["trainer"].get("callbacks", ()):
         assert lightning_bln.BLNStatsCallback in found, callback["class_path"]
+
+
+@pytest.mark.parametrize("name", ["gate_norm", "kernels.reference", "cells.single", "per_mode"])
+def test_moved_modules_are_attributes_of_their_packages(name: str) -> None:
+    value: Any = lightning_bln
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert value is import_module(f"lightning_bln.{MOVED[name]}")
+    assert value.__spec__.name == value.__name__
+
+
+@pytest.mark.parametrize(
+    "name", ["BACKENDS", "HiddenWeights", "Noise", "Result", "Sequences", "available", "recurrence", "run"]
+)
+def test_the_kernels_package_has_its_earlier_names(name: str) -> None:
+    assert getattr(lightning_bln.kernels, name) is not None
+
+
+def test_an_unknown_attribute_is_an_attribute_error() -> None:
+    for package in (lightning_bln, lightning_bln.kernels, lightning_bln.cells):
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            package.nothing  # noqa: B018

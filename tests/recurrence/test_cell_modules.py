@@ -88,3 +88,8 @@ def test_bad_cells_and_states_are_named() -> None:
         BLNGRUCell(3, 4)(torch.randn(2, 4))
     with pytest.raises(ValueError, match="hx has shapes"):
         BLNGRUCell(3, 4)(torch.randn(2, 3), torch.randn(2, 5))
+
+
+def test_a_first_state_of_another_dtype_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"hx: c has dtype torch\.float64, but the input has torch\.float32"):
+        BLNLSTMCell(4, 4)(torch.randn(3, 4), (torch.zeros(3, 4), torch.zeros(3, 4).double()))
