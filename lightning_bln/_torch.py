@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ def without_buffers(modules: Iterable[nn.Module]) -> AbstractContextManager[None
     return setting(modules, _buffers={})
 
 
-def unstarted(loader: DataLoader) -> DataLoader:
+def unstarted(loader: DataLoader[Any]) -> DataLoader[Any]:
     """A loader of the same batches that shares no persistent workers with ``loader``, and has none itself.
 
     A loader's attributes cannot be set, and of the iterator that has the workers there is no public name.

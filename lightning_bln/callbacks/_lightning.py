@@ -37,11 +37,8 @@ def callback_bases() -> tuple[type, ...]:
 
 def namespace_of(trainer: Any) -> str:
     """The namespace of the Trainer's class."""
-    for base in type(trainer).__mro__:
-        for name in NAMESPACES:
-            if base.__module__.startswith(name + "."):
-                return name
-    return namespaces()[0]
+    found = (name for base in type(trainer).__mro__ for name in NAMESPACES if base.__module__.startswith(f"{name}."))
+    return next(found, namespaces()[0])
 
 
 def misconfiguration(trainer: Any, message: str) -> Exception:
@@ -80,7 +77,7 @@ def publish(loop: Any, metrics: dict[str, dict[str, Any]], lost: Iterable[str] =
 
 
 def log_state(loop: Any) -> dict[str, Any]:
-    """What ``self.log`` goes on from: the metrics shown, and the hook last logged from, which tells when to reset."""
+    """Metrics shown, and the hook last logged from, which tells when to reset: what ``self.log`` goes on from."""
     return {
         name: getattr(loop.trainer._logger_connector, name) for name in (*CONNECTOR_METRICS.values(), "_current_fx")
     }
@@ -143,9 +140,9 @@ def logged_outputs(loop: Any) -> list[dict[str, Any]]:
     return loop._logged_outputs
 
 
-def is_sequential(loop: Any) -> bool:
-    """Whether dataloaders run one after the other, each with its own metrics."""
-    return loop._is_sequential
+def dataloader_indices(loop: Any) -> Iterable[int | None]:
+    """The index of each dataloader with metrics of its own, as those have that run one after the other, else None."""
+    return range(loop.num_dataloaders) if loop.num_dataloaders > 1 and loop._is_sequential else [None]
 
 
 def call_hook(module: Any, name: str, *args: Any, owner: Any = None) -> Any:

@@ -73,7 +73,7 @@ class Evaluation:
         self.reason = shared.reason if len(self.others) > 1 else None
         self.joint: Run | None = None
         self.runs: dict[StatisticsMode, Run] = {}
-        if shared.is_joint and self.may_be_joint:
+        if shared.is_verified and self.may_be_joint:
             self.joint = self.start.copy(self.loop, self.others)
         else:
             self.runs = {mode: self.start.copy(self.loop, (mode,)) for mode in self.others}
@@ -150,17 +150,15 @@ class Evaluation:
         except Exception as error:
             # fall back to per-mode steps; user errors resurface there
             self.shared.close()
-            self.shared.refuse(reason_of(error))
             state.restore()
             self.part(joint, error)
+            self.shared.reason = self.reason
             return False
         self.on_step(len(joint.modes))
         return True
 
     def verify_joint(self, step: Callable[[Run], None], state: RandomState) -> None:
         """After the per-mode steps on the verification batch, evaluate jointly from now on if that gives the same."""
-        if self.shared.is_joint is not None:
-            return
         joint = self.start.copy(self.loop, tuple(self.runs))
         try:
             if self.shared.failure is not None:
@@ -170,11 +168,10 @@ class Evaluation:
                 raise NotTogether("a step draws random numbers")
             if not all(joint.part(self.loop, mode).is_same_as(run) for mode, run in self.runs.items()):
                 raise NotTogether("a joint step leaves other values than one step for each mode")
-            self.shared.is_joint, self.joint, self.runs = True, joint, {}
+            self.shared.is_verified, self.joint, self.runs = True, joint, {}
         except Exception as error:
             # errors of the user's have been raised by the per-mode steps
-            self.reason = reason_of(error)
-            self.shared.refuse(self.reason)
+            self.reason = self.shared.reason = reason_of(error)
         state.restore()
 
     def part(self, joint: Run, error: Exception) -> None:
@@ -184,7 +181,7 @@ class Evaluation:
         self.runs = {mode: joint.part(self.loop, mode) for mode in joint.modes}
 
     def each_run(self, act: Callable[[Run], Any]) -> list[Any]:
-        """What ``act`` returns for every run; where the joint run does not allow it, the modes part."""
+        """Results of ``act`` on every run; where the joint run does not allow it, the modes part."""
         if self.joint is not None:
             try:
                 return [act(self.joint)]
@@ -277,10 +274,8 @@ class Evaluation:
 
     def per_dataloader(self, results: Any) -> list[Any]:
         """The metrics of each dataloader, in order; one entry if dataloaders share them."""
-        count = self.loop.num_dataloaders
-        indices = range(count) if count > 1 and _lightning.is_sequential(self.loop) else [None]
         found = []
-        for index in indices:
+        for index in _lightning.dataloader_indices(self.loop):
             results.dataloader_idx = index
             found.append(results.metrics(on_step=False))
         results.dataloader_idx = None
@@ -314,8 +309,8 @@ def shared_forward(trainer: Any, module: Any, shares: bool) -> SharedForward:
     if are_sharded or not shares:
         # ranks that share different forwards would call different collectives of sharded weights
         shared.modules.clear()
-        shared.refuse("weights are sharded" if are_sharded else "shares_forwards is False")
+        shared.reason = "weights are sharded" if are_sharded else "shares_forwards is False"
     elif trainer.world_size > 1:
         # they could stop joint evaluation at different batches, and then call different collectives
-        shared.refuse("there are several ranks")
+        shared.reason = "there are several ranks"
     return shared

@@ -86,9 +86,7 @@ class Guard:
         loaded = [(kept.batch, kept.dataloader_idx) for kept in self.kept if kept.dataloader_idx in indices]
         regrouped = [(batch, index) for batch, index in regrouped if index in indices]
         pairs = {}
-        for mode in (chosen, fallback):
-            if mode is None:
-                continue
+        for mode in filter(None, (chosen, fallback)):
             # where all batches were kept, the validation just done has scored them as loaded
             before = result.scores[mode][result.monitor]
             if not is_complete:

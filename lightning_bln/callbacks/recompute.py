@@ -123,27 +123,27 @@ def training_batches(trainer: Any) -> Iterator[tuple[Any, int]]:
 
 def independent(trainer: Any, loader: Any) -> Any:
     """A loader of the same batches that shares no iterator with ``loader``, or an error where there cannot be one."""
+    name, problem = type(loader).__name__, None
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
-        raise _lightning.misconfiguration(
-            trainer,
-            f"population='recompute', but {type(loader).__name__} keeps its place in the data, which a second reading "
-            "would move; pass stats_dataloader=, or set population='epoch'",
+        problem = (
+            f"{name} keeps its place in the data, which a second reading would move; pass stats_dataloader=, or set "
+            "population='epoch'"
         )
-    if isinstance(loader, DataLoader) and loader.persistent_workers and loader.num_workers:
+    elif isinstance(loader, DataLoader) and loader.persistent_workers and loader.num_workers:
         # persistent workers serve one iterator: a second one would take the batches that the first still waits for
-        if type(loader) is not DataLoader:
-            raise _lightning.misconfiguration(
-                trainer,
-                f"population='recompute', but {type(loader).__name__}(persistent_workers=True) cannot be read a second "
-                "time while it trains; set persistent_workers=False, or pass stats_dataloader=",
-            )
-        return unstarted(loader)
-    if isinstance(loader, Iterator):
-        raise _lightning.misconfiguration(
-            trainer,
-            f"population='recompute', but the training data is a {type(loader).__name__}, which can be read only once; "
-            "pass stats_dataloader=, or set population='epoch'",
+        if type(loader) is DataLoader:
+            return unstarted(loader)
+        problem = (
+            f"{name}(persistent_workers=True) cannot be read a second time while it trains; set "
+            "persistent_workers=False, or pass stats_dataloader="
         )
+    elif isinstance(loader, Iterator):
+        problem = (
+            f"the training data is a {name}, which can be read only once; pass stats_dataloader=, or set "
+            "population='epoch'"
+        )
+    if problem is not None:
+        raise _lightning.misconfiguration(trainer, f"population='recompute', but {problem}")
     return loader
 
 

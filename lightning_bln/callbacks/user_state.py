@@ -43,7 +43,7 @@ class UserState:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        root_internals = internals_of(_lightning.bases(module)["LightningModule"])  # type: ignore[arg-type]
+        root_internals = internals_of(_lightning.bases(module)["LightningModule"])
         every = list(module.modules())
         held = (value for one in every for value in plain_values(one))  # in containers where modules() does not look
         metrics = unique(found for found in [*every, *held] if is_metric(found))

@@ -227,7 +227,7 @@ class SweepResult:
             base = name.removesuffix("_epoch")
             pairs = [(values.get(base), values.get(name)) for values in self.scores.values()]
             return base != name and all(
-                one is not None and other is not None and is_identical(float(one), float(other)) for one, other in pairs
+                one is not None and other is not None and is_identical(one, other) for one, other in pairs
             )
 
         return [name for name in self.metrics if name == self.monitor or not is_twin(name)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -36,10 +36,10 @@ class SharedForward:
         self.state = ForwardState(mode_layers(model), chunk)
         self.modules = [SharedModule(module, self.state) for module in shareable(model)]
         self.following = ExitStack()
-        self.is_joint: bool | None = None
-        """Whether modes are evaluated jointly; None before the verification batch."""
+        self.is_verified = False
+        """Whether the verification batch has shown that modes can be evaluated jointly."""
         self.reason: str | None = None
-        """Why they are not."""
+        """Why they cannot, or can no longer."""
 
     @property
     def chunk(self) -> int:
@@ -58,18 +58,12 @@ class SharedForward:
             return None
         return self.state.failure or "there are forward hooks inside every module that holds all BLN layers"
 
-    def refuse(self, reason: str) -> None:
-        """Evaluate modes one after the other from now on."""
-        self.is_joint, self.reason = False, reason
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Within the context the modules' forwards are replaced."""
-        with ExitStack() as stack:
-            for module in self.modules:
-                if not module.has_failed:
-                    stack.enter_context(module.installed())
-            yield
+    def install(self, stack: ExitStack) -> None:
+        """Replace the modules' forwards until ``stack`` closes, which ends the batch."""
+        stack.callback(self.state.end_batch)
+        for module in self.modules:
+            if not module.has_failed:
+                module.install(stack)
 
     def step_per_mode(
         self,
@@ -100,8 +94,7 @@ class SharedForward:
             follows = None
         state.is_verifying, state.in_chunks = verify, state.chunk < len(runs)
         with ExitStack() as stack:
-            stack.enter_context(self.installed())
-            stack.callback(state.end_batch)
+            self.install(stack)
             left = list(runs)
             while left:
                 modes = tuple(run.mode for run in left[: state.chunk])
@@ -145,8 +138,7 @@ class SharedForward:
         state = self.state
         before = [layer.mode for layer in state.layers]
         with ExitStack() as stack:
-            stack.enter_context(self.installed())
-            stack.callback(state.end_batch)
+            self.install(stack)
             state.joint_modes, state.follows, state.is_verifying = tuple(modes), follows, verify
             state.calls.clear()
             assign_modes(state.layers, [UNDECIDED] * len(state.layers))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -60,11 +60,9 @@ class SharedModule:
         """For each call, the axes along which the leaves of its output hold modes."""
         self.error = ""
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Within the context the module's forward is replaced."""
-        with replacing_forward(self.module, self.forward) as self.plain:
-            yield
+    def install(self, stack: ExitStack) -> None:
+        """Replace the module's forward until ``stack`` closes."""
+        self.plain = stack.enter_context(replacing_forward(self.module, self.forward))
 
     def forward(self, plain: Callable, *args: Any, **kwargs: Any) -> Any:
         state = self.state
@@ -101,10 +99,8 @@ class SharedModule:
     def first_output(self, call: int, args: tuple, kwargs: dict) -> Any:
         if not self.was_checked or self.state.is_verifying:
             return self.learn(call, args, kwargs)
-        output = self.fan(call, args, kwargs) if call in self.axes else None
-        if output is None:
+        if call not in self.axes or self.fan(call, args, kwargs) is None:
             return self.run_plain(args, kwargs)
-        self.keep(call, args, kwargs, output)
         return self.part(call, 0)
 
     def learn(self, call: int, args: tuple, kwargs: dict) -> Any:
@@ -137,7 +133,6 @@ class SharedModule:
             if axes is None:
                 continue
             self.axes[call] = axes
-            self.keep(call, args, kwargs, fanned)
             if trees_match(output, self.part(call, 0), is_close):
                 return
         self.give_up(reason)
@@ -186,9 +181,7 @@ class SharedModule:
         chunks, start = [], 0
         while start < len(wanted):
             state.modes = wanted[start : start + state.chunk]
-            fanned = self.fan(call, args, kwargs)
-            if fanned is not None:
-                self.keep(call, args, kwargs, fanned)
+            if self.fan(call, args, kwargs) is not None:
                 chunks.append(self.stacks(call))
                 start += len(state.modes)
             elif state.chunk < len(state.modes):
@@ -215,25 +208,22 @@ class SharedModule:
             leaves.append(leaf)
         return tree_unflatten(leaves, shared.spec)
 
-    def keep(self, call: int, args: tuple, kwargs: dict, fanned: Any) -> None:
-        """Keep the output for all modes of the chunk."""
-        shared = SharedOutput((args, kwargs), *tree_flatten(fanned), len(self.state.modes))
-        self.state.shared[self, call] = shared
-
     def run_plain(self, args: tuple, kwargs: dict) -> Any:
         """The unshared forward."""
         with setting([self.state], is_inside=True):
             return self.plain(*args, **kwargs)
 
     def fan(self, call: int, args: tuple, kwargs: dict) -> Any:
-        """The output for all modes of the chunk; None after an error, which :attr:`error` then tells."""
-        state, modes = self.state, self.state.modes
+        """The output for all modes of the chunk, also kept; None after an error, which :attr:`error` then tells."""
+        state, modes, inputs = self.state, self.state.modes, (args, kwargs)
         try:
             with fan_out(self.module, modes) as fan, self.prefix(call, fan):
                 if self.fans_early:
                     fan.is_fanned = True
-                    args, kwargs = tree_map(lambda one: repeated(one, len(modes)), (args, kwargs))
-                return self.run_plain(args, kwargs)
+                    args, kwargs = tree_map(lambda one: repeated(one, len(modes)), inputs)
+                output = self.run_plain(args, kwargs)
+            state.shared[self, call] = SharedOutput(inputs, *tree_flatten(output), len(modes))
+            return output
         except Exception as error:
             # fall back to unshared forwards; user errors resurface there
             self.error = reason_of(error)
