@@ -22,6 +22,15 @@ from lightning_bln.callbacks import BLNStatsCallback
 from lightning_bln.modes import StatisticsMode, using_mode
 from lightning_bln.recurrent import BLNLSTM
 
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
+"""Arguments of a Trainer that only evaluates."""
+
 
 class DigitRows(L.LightningDataModule):
     """The 1,797 scanned digits that scikit-learn bundles (Alpaydin and Kaynak 1998): 8 rows of 8 pixels each.
@@ -142,22 +151,13 @@ def demo(output: Path = Path("runs/demo"), epochs: int = 8, seed: int = 0) -> di
     saved = RowClassifier.load_from_checkpoint(checkpoint.best_model_path)  # with its mode
     chosen = saved.lstm.mode
     assert chosen is not None
-    tester = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    tester = L.Trainer(**QUIET)
+    loaders = {"as loaded": data.test_dataloader(), "sorted by class": data.sorted_by_class("test")}
     accuracies: dict[str, dict[str, float]] = {}
     for mode in dict.fromkeys([chosen, StatisticsMode("cccc"), StatisticsMode("pppp")]):
         with using_mode(saved, mode):
             accuracies[mode] = {
-                name: tester.test(saved, loader, verbose=False)[0]["test_acc"]
-                for name, loader in (
-                    ("as loaded", data.test_dataloader()),
-                    ("sorted by class", data.sorted_by_class("test")),
-                )
+                name: tester.test(saved, loader, verbose=False)[0]["test_acc"] for name, loader in loaders.items()
             }
     show(accuracies, chosen)
     console = Console(soft_wrap=True)
@@ -170,14 +170,7 @@ def demo(output: Path = Path("runs/demo"), epochs: int = 8, seed: int = 0) -> di
 def guards_note(model: RowClassifier, loader: DataLoader) -> str | None:
     """The guard's note on mode ``cccc`` for a loader's batches, which it compares with regrouped ones."""
     guarded = BLNStatsCallback(candidates=["cccc"], guard="warn", log=False)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        callbacks=[guarded],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    trainer = L.Trainer(**QUIET, callbacks=[guarded])
     with using_mode(model, "cccc"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the note is returned instead
         trainer.validate(model, loader, verbose=False)

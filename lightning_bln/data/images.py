@@ -133,14 +133,12 @@ class _ArraysOnly(pickle.Unpickler):
     """Unpickler of the dicts, lists and numpy arrays in CIFAR's files, which refuses anything that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
-            return super().find_class(
-                module.replace("numpy.core", np.ndarray.__module__ + "._core") if not hasattr(np, "core") else module,
-                name,
-            )
-        if (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"asks for {module}.{name}")
+        is_array = module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype")
+        if not is_array and (module, name) != ("_codecs", "encode"):
+            raise pickle.UnpicklingError(f"asks for {module}.{name}")
+        if not hasattr(np, "core"):
+            module = module.replace("numpy.core", np.ndarray.__module__ + "._core")
+        return super().find_class(module, name)
 
 
 def _python_batch(path: Path) -> Images:

@@ -12,6 +12,7 @@ import importlib.util
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, Literal, Protocol, cast
 
 Backend = Literal["auto", "torchtext", "tokenizers"]
@@ -118,9 +119,7 @@ def build_vocabulary(
         if unknown is not None:
             built.set_default_index(built[unknown])
         return cast(Vocabulary, built)
-    counts: Counter[str] = Counter()
-    for text in tokens:
-        counts.update(text)
+    counts = Counter(chain.from_iterable(tokens))
     for special in specials:
         counts.pop(special, None)
     words = sorted((word for word in counts if counts[word] >= min_freq), key=lambda word: (-counts[word], word))

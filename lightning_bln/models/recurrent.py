@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torchmetrics import MetricCollection
@@ -218,11 +219,11 @@ class LanguageModel(ClippedAdam):
         inputs, targets = batch
         if stage == "train":
             logits, state = self(inputs, self._carried(self._state, inputs))
-            self._state = _detached(state)
+            self._state = apply_to_collection(state, Tensor, Tensor.detach)
         else:
             # A state of its own, since validation may interrupt a training epoch.
             logits, state = self(inputs, None if batch_idx == 0 else self._carried(self._held_out, inputs))
-            self._held_out = _detached(state)
+            self._held_out = apply_to_collection(state, Tensor, Tensor.detach)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         self.log(f"{stage}_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=targets.numel())
         return loss
@@ -247,7 +248,3 @@ class LanguageModel(ClippedAdam):
         """The state, or None if the batch has another number of rows, which a sweep may repeat for several modes."""
         first = state[0] if isinstance(state, tuple) else state
         return state if first is not None and first.shape[1] == len(inputs) else None
-
-
-def _detached(state: Any) -> Any:
-    return tuple(part.detach() for part in state) if isinstance(state, tuple) else state.detach()

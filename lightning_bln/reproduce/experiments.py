@@ -13,7 +13,7 @@ from lightning_bln.data.batching import pad_to_length, seeded_split
 from lightning_bln.data.image_modules import standardise
 from lightning_bln.data.images import read_cifar10
 from lightning_bln.data.reviews import read_imdb
-from lightning_bln.data.text import TextPipeline, build_vocabulary, get_tokenizer
+from lightning_bln.data.text import build_vocabulary, get_tokenizer
 from lightning_bln.models.paper.modules import Classifier, PaperCIFAR10, PaperIMDB
 
 VALIDATION_POOL = 5_000
@@ -80,10 +80,10 @@ def read_imdb_samples(directory: Path | None, fetch: bool = False) -> tuple[Samp
     splits = read_imdb(directory, fetch=fetch)
     tokens = [[tokenize(text) for text in split.texts] for split in splits]
     vocabulary = build_vocabulary(tokens[0], max_tokens=VOCABULARY, specials=SPECIALS)
-    pipeline = TextPipeline(tokenize, vocabulary, prefix=[SPECIALS.index("<start>")])
+    start = SPECIALS.index("<start>")
     train, test = (
         Samples(
-            pad_to_length([pipeline.prefix + vocabulary(text) for text in texts], REVIEW_LENGTH),
+            pad_to_length([[start, *vocabulary(text)] for text in texts], REVIEW_LENGTH),
             torch.tensor(split.labels),
         )
         for texts, split in zip(tokens, splits, strict=True)

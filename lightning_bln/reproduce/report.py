@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
 from lightning_bln.modes import ALL_MODES
-from lightning_bln.reproduce.training import canonical_mode, paper_mode
+from lightning_bln.reproduce.training import canonical_mode
 
 Result = dict[str, Any]
 Rows = list[list[str]]
@@ -41,8 +41,8 @@ def write_report(results: list[Result], folder: Path) -> str:
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "table.md").write_text(text)
     _draw_convergence(results, folder / "convergence.png")
-    if any(result["norm"] == "bln" for result in results):
-        _draw_modes([result for result in results if result["norm"] == "bln"], folder / "modes.png")
+    if bln := _by_norm(results).get("bln"):
+        _draw_modes(bln, folder / "modes.png")
     return text
 
 
@@ -54,11 +54,11 @@ def tables(results: list[Result]) -> str:
         f"{first['epochs']} epochs. Ours: mean ± standard deviation over seeds; the paper: one run."
     )
     parts = [head, _markdown(*_validation_rows(results)), _markdown(*_test_rows(results))]
-    if any(result["norm"] == "bln" for result in results):
-        unusable = [len(unusable_modes(result)) for result in results if result["norm"] == "bln"]
+    if bln := _by_norm(results).get("bln"):
+        unusable = max(len(unusable_modes(result)) for result in bln)
         theirs = _theirs(results, "bln").get("test")
         count = f"; the authors: {sum(pair[0] is None for pair in theirs.values())} of 16" if theirs else ""
-        parts.append(f"BLN modes with a loss that is not finite, worst run: {max(unusable)} of 16{count}.")
+        parts.append(f"BLN modes with a loss that is not finite, worst run: {unusable} of 16{count}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -100,7 +100,8 @@ def _validation_rows(results: list[Result]) -> tuple[list[str], Rows]:
         row += [_spread(entry["val_acc"] for entry in best)]
         row += [_spread(entry["val_acc_authors"] for entry in best)] if binary else []
         row += [_cell(theirs["val_acc"][epoch - 1] if epoch else None)]
-        row += [_spread(min(_lowest(entry["recomputed"]) for entry in run["history"]) for run in runs)]
+        recomputed = [[score for entry in run["history"] for score in entry["recomputed"].values()] for run in runs]
+        row += [_spread(min(_finite(score["loss"]) for score in scores) for scores in recomputed)]
         rows.append(row)
     return header, rows
 
@@ -113,28 +114,24 @@ def _test_rows(results: list[Result]) -> tuple[list[str], Rows]:
     rows = []
     for norm, runs in _by_norm(results).items():
         theirs = _theirs(results, norm).get("test", {})
-        picks: list[tuple[str, Callable[[Result, str], str], list[Any] | None]] = [
-            ("cccc", lambda run, _: canonical_mode(run["norm"], "cccc"), theirs.get("cccc")),
-            ("pppp", lambda run, _: canonical_mode(run["norm"], "pppp"), theirs.get("pppp")),
-            ("chosen on validation", chosen_mode, None),
-        ]
+        picks: dict[str, Callable[[Result, str], str]] = {
+            "cccc": lambda run, _: canonical_mode(run["norm"], "cccc"),
+            "pppp": lambda run, _: canonical_mode(run["norm"], "pppp"),
+            "chosen on validation": chosen_mode,
+        }
+        pairs = {mode: theirs.get(canonical_mode(norm, mode)) for mode in ("cccc", "pppp")}
         if norm in ("bln", "batch"):
-            picks.append(
-                ("chosen on validation, pp** only", lambda run, kind: chosen_mode(run, kind, among=independent), None)
-            )
+            picks["chosen on validation, pp** only"] = partial(chosen_mode, among=independent)
         if norm == "bln":
-            best = min(theirs.values(), key=lambda pair: _finite(pair[0])) if theirs else None
-            picks.append(
-                ("best on test (no fair choice)", lambda run, kind: chosen_mode(run, kind, split="test"), best)
-            )
-        elif theirs:
-            picks[0 if norm == "layer" else 1] = (*picks[0 if norm == "layer" else 1][:2], theirs[paper_mode(norm)])
+            label = "best on test (no fair choice)"
+            picks[label] = partial(chosen_mode, split="test")
+            pairs[label] = min(theirs.values(), key=lambda pair: _finite(pair[0]), default=None)
         for statistics in STATISTICS:
-            for label, pick, pair in picks:
+            for label, pick in picks.items():
                 modes = [pick(run, statistics) for run in runs]
                 scores = [run["test"][statistics][mode] for run, mode in zip(runs, modes, strict=True)]
                 named = f"{label}: {_counted(modes)}" if "on" in label else label
-                loss, accuracy = pair if pair and statistics == "paper" else (None, None)
+                loss, accuracy = (pairs.get(label) if statistics == "paper" else None) or (None, None)
                 row = [norm, statistics, named, _spread(score["loss"] for score in scores), _cell(loss)]
                 row += [_spread(score["acc"] for score in scores)]
                 row += [_spread(score["acc_authors"] for score in scores)] if binary else []
@@ -143,7 +140,7 @@ def _test_rows(results: list[Result]) -> tuple[list[str], Rows]:
 
 
 def _draw_convergence(results: list[Result], path: Path) -> None:
-    figure, axes = _figure(2)
+    figure, axes = _figure()
     for axis, key, label in zip(axes, ("val_loss", "val_acc"), ("validation loss", "validation accuracy"), strict=True):
         for norm, runs in _by_norm(results).items():
             curves = list(zip(*([entry[key] for entry in run["history"]] for run in runs), strict=True))
@@ -162,7 +159,7 @@ def _draw_convergence(results: list[Result], path: Path) -> None:
 
 
 def _draw_modes(results: list[Result], path: Path) -> None:
-    figure, axes = _figure(2)
+    figure, axes = _figure()
     modes = [str(mode) for mode in ALL_MODES]
     theirs = _theirs(results, "bln").get("test", {})
     for axis, key, entry in zip(axes, ("loss", "acc"), (0, 1), strict=True):
@@ -185,11 +182,11 @@ def _draw_modes(results: list[Result], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def _figure(panels: int) -> Any:
+def _figure() -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.5 * panels, 3.4), layout="constrained")
-    return figure, figure.subplots(1, panels)
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    return figure, figure.subplots(1, 2)
 
 
 def _by_norm(results: list[Result]) -> dict[str, list[Result]]:
@@ -200,10 +197,6 @@ def _by_norm(results: list[Result]) -> dict[str, list[Result]]:
 def _theirs(results: list[Result], norm: str) -> dict[str, Any]:
     first = results[0]
     return published().get(f"{first['experiment']}-{first['fraction']:g}-bs{first['batch_size']}", {}).get(norm, {})
-
-
-def _lowest(scores: dict[str, dict[str, float]]) -> float:
-    return min(_finite(score["loss"]) for score in scores.values())
 
 
 def _counted(modes: list[str]) -> str:

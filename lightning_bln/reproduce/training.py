@@ -213,9 +213,8 @@ def _train_epoch(model: Classifier, optimizer: torch.optim.Optimizer, batches: B
         optimizer.zero_grad(set_to_none=True)
         model.loss(logits, labels).backward()
         optimizer.step()
-        with torch.no_grad():
-            for name in ("loss", "acc"):
-                metrics[name].update(logits.detach(), labels)
+        for name in ("loss", "acc"):
+            metrics[name].update(logits.detach(), labels)
     model.settle()
     return {f"train_{name}": metrics[name].compute() for name in ("loss", "acc")}
 

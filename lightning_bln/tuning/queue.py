@@ -145,7 +145,7 @@ class Queue:
         with self.store.exclusive(self.study.study_name):
             self._fail_lost()
             self._fill()
-            waiting = [one for one in self._all() if one.state == TrialState.WAITING and self._is_in_range(one)]
+            waiting = [one for one in self._in_range() if one.state == TrialState.WAITING]
             if not waiting:
                 return None
             key = trial_id(waiting[0])  # not study.ask(), which adds a trial where none waits
@@ -159,35 +159,33 @@ class Queue:
 
     def is_finished(self) -> bool:
         """Whether no trial waits or runs; one that another process runs may still be lost, and come back."""
-        return not any(one.state in OPEN for one in self._all() if self._is_in_range(one))
+        return not any(one.state in OPEN for one in self._in_range())
 
     def finished(self) -> list[FrozenTrial]:
         """One trial for each slot that is done."""
-        return [one for one in self._all() if self._is_in_range(one) and is_done(one)]
+        return [one for one in self._in_range() if is_done(one)]
 
-    def _all(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False)
-
-    def _is_in_range(self, trial: FrozenTrial) -> bool:
-        return trial.user_attrs.get(SLOT, self.trials) < self.trials
+    def _in_range(self) -> list[FrozenTrial]:
+        """Trials of this worker's slots; a longer search of the same study has more."""
+        every = self.study.get_trials(deepcopy=False)
+        return [one for one in every if one.user_attrs.get(SLOT, self.trials) < self.trials]
 
     def _fail_lost(self) -> None:
         """Mark trials as failed whose process died."""
         optuna.storages.fail_stale_trials(self.study)
-        for one in self._all():
-            if one.state == TrialState.RUNNING and self.store.is_dead(one.user_attrs.get(OWNER)):
+        for one in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if self.store.is_dead(one.user_attrs.get(OWNER)):
                 storage_of(self.study).set_trial_state_values(trial_id(one), TrialState.FAIL)
 
     def _fill(self) -> None:
         """Enqueue a trial for every slot that is without one, with the hyperparameters of the one it lost."""
         slots: dict[int, list[FrozenTrial]] = {slot: [] for slot in range(self.trials)}
-        for one in self._all():
-            slots.setdefault(one.user_attrs.get(SLOT, self.trials), []).append(one)
-        for slot in range(self.trials):
-            tried = slots[slot]
-            if any(one.state in OPEN or is_done(one) for one in tried) or len(tried) > self.retries:
-                continue
-            self.study.enqueue_trial(tried[-1].params if tried else {}, user_attrs={SLOT: slot})
+        for one in self._in_range():
+            slots[one.user_attrs[SLOT]].append(one)
+        for slot, tried in slots.items():
+            is_taken = any(one.state in OPEN or is_done(one) for one in tried)
+            if not is_taken and len(tried) <= self.retries:
+                self.study.enqueue_trial(tried[-1].params if tried else {}, user_attrs={SLOT: slot})
 
 
 def is_done(trial: FrozenTrial) -> bool:

@@ -198,27 +198,21 @@ def run(trial: optuna.Trial, recipe: Recipe, queue: Queue, plan: Plan) -> Except
 def supervise(recipe: Recipe, plan: Plan, jobs: int, queue: Queue, update: Callable[[], None]) -> None:
     """Run workers in processes of their own, and replace one that dies while trials are left."""
     context = multiprocessing.get_context("spawn")
-    started = 0
     workers: list[Any] = []
-    limit = jobs * (1 + plan.retries)
-
-    def start() -> None:
-        nonlocal started
-        started += 1
-        process = context.Process(target=worker, args=(recipe, plan, started, os.getpid()), daemon=True)
-        process.start()
-        workers.append(process)
-
+    started, missing = 0, min(jobs, plan.trials)
     try:
-        for _ in range(min(jobs, plan.trials)):
-            start()
-        while any(process.is_alive() for process in workers):
+        while workers or missing:
+            for _ in range(missing):
+                started += 1
+                process = context.Process(target=worker, args=(recipe, plan, started, os.getpid()), daemon=True)
+                process.start()
+                workers.append(process)
             time.sleep(POLL / 2)
             update()
-            for process in [one for one in workers if not one.is_alive()]:
-                workers.remove(process)
-                if process.exitcode != 0 and started < limit and not queue.is_finished():
-                    start()
+            ended = [process for process in workers if not process.is_alive()]
+            workers = [process for process in workers if process not in ended]
+            died = sum(process.exitcode != 0 for process in ended)
+            missing = min(died, jobs * (1 + plan.retries) - started) if died and not queue.is_finished() else 0
     finally:
         for process in workers:
             process.terminate()

@@ -205,7 +205,8 @@ class KerasAdam(torch.optim.Optimizer):
                 if parameter.grad.is_sparse:
                     self._sparse_step(parameter, parameter.grad.coalesce(), state, group)
                 else:
-                    self._dense_step(parameter, state, group)
+                    state["step"] += 1
+                    _move(parameter, state["m"], state["v"], parameter.grad, group, int(state["step"]))
         return loss
 
     @torch.no_grad()
@@ -233,24 +234,13 @@ class KerasAdam(torch.optim.Optimizer):
             if "seen" in state:  # torch converts all state to the parameter's dtype
                 state["seen"] = state["seen"].long()
 
-    def _dense_step(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        (beta1, beta2), gradient = group["betas"], parameter.grad
-        assert gradient is not None
-        state["step"] += 1
-        m = state["m"].lerp_(gradient, 1 - beta1)
-        v = state["v"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        parameter.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-_rate(group, int(state["step"])))
-
     def _sparse_step(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
         if "seen" not in state:
             state["seen"] = torch.zeros(len(parameter), dtype=torch.long, device=parameter.device)
         rows, part = gradient.indices()[0], gradient.values()
         values, m, v = self._caught_up(parameter, state, group, rows, int(state["step"]))
         state["step"] += 1
-        m.lerp_(part, 1 - beta1)
-        v.mul_(beta2).addcmul_(part, part, value=1 - beta2)
-        values.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-_rate(group, int(state["step"])))
+        _move(values, m, v, part, group, int(state["step"]))
         parameter[rows], state["m"][rows], state["v"][rows] = values, m, v
         state["seen"][rows] = state["step"]
 
@@ -289,6 +279,14 @@ class KerasAdam(torch.optim.Optimizer):
             total += weight
             weighted += weight * growth
         return total, (weighted / total if total else 1.0)
+
+
+def _move(values: Tensor, m: Tensor, v: Tensor, gradient: Tensor, group: dict[str, Any], step: int) -> None:
+    """Adam's step on values and both moments, in place."""
+    beta1, beta2 = group["betas"]
+    m.lerp_(gradient, 1 - beta1)
+    v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    values.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-_rate(group, step))
 
 
 def _rate(group: dict[str, Any], step: int) -> float:

@@ -127,8 +127,7 @@ class PaperIMDB(Classifier):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return a logit ``(B,)`` for each row of ``inputs`` of shape ``(B, T)``."""
-        if self._optimizer is not None:
-            self._optimizer.catch_up(cast(PaperLSTM, self.network).embedding.weight, inputs)
+        self.settle(inputs)
         return self.network(inputs)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -141,9 +140,10 @@ class PaperIMDB(Classifier):
         self._optimizer = KerasAdam(self.parameters(), lr=self.learning_rate, eps=1e-8)
         return self._optimizer
 
-    def settle(self) -> None:
+    def settle(self, tokens: Tensor | None = None) -> None:
+        """Make the embedding's deferred moves for ``tokens``, by default for all."""
         if self._optimizer is not None:
-            self._optimizer.catch_up(cast(PaperLSTM, self.network).embedding.weight)
+            self._optimizer.catch_up(cast(PaperLSTM, self.network).embedding.weight, tokens)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         self.settle()
