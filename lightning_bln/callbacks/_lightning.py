@@ -230,7 +230,7 @@ SWAPS = ("_swap_models", "_copy_average_to_current")
 """The methods in which ``WeightAveraging`` exchanges weights and buffers with its copy, pairing them by position."""
 
 ROW_VALUES = ("value", "cumulated_batch_size", "has_reset", "_forward_cache", "_computed", "_update_count")
-"""What a row of results has gathered, as opposed to how it gathers; rows have no public way to tell."""
+"""Fields in which a row of results gathers values, as opposed to its settings; no public name tells them apart."""
 
 METRIC_INTERNALS = frozenset({"update", "compute", "_update_signature", "_defaults", "_reductions", "_persistent"})
 """Attributes of a torchmetrics object that are no state: wrapped methods, and how each state starts and is reduced."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,26 +15,16 @@ from lightning_bln.data.images import Images, read_cifar10, read_mnist
 
 
 class ImageData(DataModule):
-    """Images and labels, with a seeded split of the training set into training and validation.
-
-    Args:
-        data_dir: The folder that holds the files; by default ``BLN_DATA_DIR`` or ``./data``.
-        download: Whether to download missing files.
-        batch_size: Samples per batch.
-        validation: Size of the validation part of the training data, a count or a fraction.
-        num_workers: Number of loader processes.
-        seed: Seed of the split and of the order.
-    """
+    """Images and labels, with a seeded split of the training set into training and validation."""
 
     def __init__(
         self,
-        data_dir: PathLike | None = None,
-        *,
-        download: bool = False,
-        batch_size: int = 25,
-        validation: int | float = 0.1,
-        num_workers: int = 0,
-        seed: int = 0,
+        data_dir: PathLike | None,
+        download: bool,
+        batch_size: int,
+        validation: int | float,
+        num_workers: int,
+        seed: int,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         self.data_dir, self.download, self.validation = data_dir, download, validation
@@ -76,6 +66,18 @@ class CIFAR10Data(ImageData):
         seed: Seed of the split and of the order.
     """
 
+    def __init__(
+        self,
+        data_dir: PathLike | None = None,
+        *,
+        download: bool = False,
+        batch_size: int = 25,
+        validation: int | float = 0.1,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(data_dir, download, batch_size, validation, num_workers, seed)
+
     def read(self, fetch: bool = False) -> tuple[Images, Images]:
         return read_cifar10(self.data_dir, fetch=fetch)
 
@@ -93,9 +95,11 @@ class MNISTData(ImageData):
         data_dir: The folder that holds the four files or a folder ``mnist`` with them.
         sequence: ``"rows"``, ``"pixels"`` or ``None`` for images.
         permutation: Seed of one fixed permutation of all pixels (permuted MNIST); ``None`` for none.
+        download: Whether to download missing files.
         batch_size: Samples per batch.
         validation: Size of the validation part of the training data, a count or a fraction.
-        **options: ``download``, ``num_workers`` and ``seed``, as of :class:`CIFAR10Data`.
+        num_workers: Number of loader processes.
+        seed: Seed of the split and of the order.
     """
 
     def __init__(
@@ -104,13 +108,15 @@ class MNISTData(ImageData):
         *,
         sequence: Literal["rows", "pixels"] | None = None,
         permutation: int | None = None,
+        download: bool = False,
         batch_size: int = 64,
         validation: int | float = 5_000,
-        **options: Any,
+        num_workers: int = 0,
+        seed: int = 0,
     ) -> None:
         if sequence not in (None, "rows", "pixels"):
             raise ValueError(f"sequence={sequence!r}; use 'rows', 'pixels' or None")
-        super().__init__(data_dir, batch_size=batch_size, validation=validation, **options)
+        super().__init__(data_dir, download, batch_size, validation, num_workers, seed)
         self.sequence, self.permutation = sequence, permutation
 
     def read(self, fetch: bool = False) -> tuple[Images, Images]:

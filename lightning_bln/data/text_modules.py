@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_bln.data.batching import LengthBuckets, pad_batch, pad_to_length, seeded_split, train_validation_split
 from lightning_bln.data.data_module import DataModule
@@ -19,98 +18,18 @@ from lightning_bln.data.reviews import LabelledTexts, read_folder, read_imdb, re
 from lightning_bln.data.text import PAD, UNKNOWN, TextPipeline, Tokenizer, Vocabulary, build_vocabulary, get_tokenizer
 
 
-class LabelledTextData(DataModule):
-    """Labelled texts that a subclass reads; see :class:`TextData` for the batches.
+class _Texts(Dataset[tuple[Tensor, int]]):
+    def __init__(self, tokens: list[Tensor], labels: list[int]) -> None:
+        self.tokens, self.labels = tokens, labels
 
-    Args:
-        batch_size: Samples per batch.
-        validation: Size of the validation part of the training data, a count or a fraction.
-        tokenizer: A name for :func:`~lightning_bln.data.get_tokenizer`, or a callable from a string to tokens.
-        vocabulary: A callable from tokens to ids, such as a ``torchtext.vocab.Vocab``; by default built from the
-            training texts.
-        max_tokens: Largest size of the vocabulary, if it is built.
-        min_freq: Tokens rarer than this are not in the vocabulary, if it is built.
-        max_length: Longer texts keep their last ``max_length`` tokens.
-        fixed_length: Length to which every text is padded or cut.
-        num_workers: Number of loader processes.
-        seed: Seed of the split and of the order.
-    """
+    def __len__(self) -> int:
+        return len(self.labels)
 
-    def __init__(
-        self,
-        *,
-        batch_size: int = 32,
-        validation: int | float = 0.1,
-        tokenizer: str | Tokenizer = "basic_english",
-        vocabulary: Vocabulary | None = None,
-        max_tokens: int | None = 20_000,
-        min_freq: int = 1,
-        max_length: int | None = 400,
-        fixed_length: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(batch_size, num_workers, seed)
-        self.validation, self.tokenizer = validation, tokenizer
-        self.vocabulary, self.max_tokens, self.min_freq = vocabulary, max_tokens, min_freq
-        self.max_length, self.fixed_length = max_length, fixed_length
-        self.classes: tuple[str, ...] = ()
-        self.pipeline: TextPipeline | None = None
-
-    def read(self) -> tuple[LabelledTexts, LabelledTexts | None]:
-        """Return the training texts and, if there are any, the test texts."""
-        raise NotImplementedError
-
-    def setup(self, stage: str | None = None) -> None:
-        if self.parts:
-            return
-        train, test = self.read()
-        tokenize = get_tokenizer(self.tokenizer)
-        tokens = [tokenize(text) for text in train.texts]
-        train_index, validation_index = train_validation_split(len(tokens), self.validation, self.seed)
-        if self.vocabulary is None:
-            # From the training part alone: validation texts must be as unknown to the model as test texts.
-            self.vocabulary = build_vocabulary(
-                (tokens[index] for index in train_index.tolist()), min_freq=self.min_freq, max_tokens=self.max_tokens
-            )
-        self.pipeline = TextPipeline(tokenize, self.vocabulary)
-        self.classes = train.classes
-        self.parts["train"] = self._dataset(tokens, train.labels, train_index)
-        self.parts["validation"] = self._dataset(tokens, train.labels, validation_index)
-        if test is not None:
-            (order,) = seeded_split(len(test.texts), [len(test.texts)], self.seed)
-            self.parts["test"] = self._dataset([tokenize(text) for text in test.texts], test.labels, order)
-
-    @property
-    def padding(self) -> int:
-        """The id that pads shorter texts."""
-        assert self.vocabulary is not None
-        has_padding = PAD in self.vocabulary
-        return self.vocabulary[PAD] if has_padding else 0
-
-    def _dataset(
-        self, texts: list[list[str]], labels: list[int], index: Tensor
-    ) -> TensorDataset | list[tuple[Tensor, int]]:
-        """The texts and labels at ``index``."""
-        assert self.vocabulary is not None
-        ids = [self.vocabulary(texts[i]) for i in index.tolist()]
-        if self.fixed_length is not None:
-            return TensorDataset(pad_to_length(ids, self.fixed_length, self.padding), torch.tensor(labels)[index])
-        # An empty text becomes one step of padding: torch cannot pack a sequence of length 0.
-        kept = [sequence[-self.max_length :] if self.max_length else sequence for sequence in ids]
-        tokens = [torch.tensor(sequence or [self.padding], dtype=torch.long) for sequence in kept]
-        return list(zip(tokens, (labels[i] for i in index.tolist()), strict=True))
-
-    def _loader(self, part: str) -> DataLoader[Any]:
-        if self.fixed_length is not None or part not in self.parts:
-            return super()._loader(part)
-        lengths = [len(tokens) for tokens, _ in self.parts[part]]
-        batches = LengthBuckets(lengths, self.batch_size, shuffle=part == "train", seed=self.seed)
-        # partial, since a lambda cannot be sent to loader workers
-        return self._make_loader(part, batch_sampler=batches, collate_fn=partial(pad_batch, padding=self.padding))
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.tokens[index], self.labels[index]
 
 
-class TextData(LabelledTextData):
+class TextData(DataModule):
     """Labelled texts from one folder per class, CSV, TSV or JSON lines.
 
     Batches are tokens ``(B, T)``, lengths ``(B,)`` and labels ``(B,)``, with samples of similar length together; with
@@ -121,34 +40,122 @@ class TextData(LabelledTextData):
     Args:
         train: A file that ends in ``.csv``, ``.tsv``, ``.jsonl`` or ``.ndjson``, or a folder with a folder per class.
         test: The same for test data, if there is any.
+        batch_size: Samples per batch.
+        validation: Size of the validation part of the training data, a count or a fraction.
+        tokenizer: A name for :func:`~lightning_bln.data.get_tokenizer`, or a callable from a string to tokens.
+        vocabulary: A callable from tokens to ids, such as a ``torchtext.vocab.Vocab``; by default built from the
+            training texts.
+        max_tokens: Largest size of the vocabulary, if it is built.
+        min_freq: Tokens rarer than this are not in the vocabulary, if it is built.
+        max_length: Longer texts keep their last ``max_length`` tokens.
+        fixed_length: Length to which every text is padded or cut.
         text: Column or key of the text.
         label: Column or key of the label.
-        **options: See :class:`LabelledTextData`.
+        num_workers: Number of loader processes.
+        seed: Seed of the split and of the order.
     """
 
     def __init__(
-        self, train: PathLike, test: PathLike | None = None, *, text: str = "text", label: str = "label", **options: Any
+        self,
+        train: PathLike,
+        test: PathLike | None = None,
+        *,
+        batch_size: int = 32,
+        validation: int | float = 0.1,
+        tokenizer: str | Tokenizer = "basic_english",
+        vocabulary: Vocabulary | None = None,
+        max_tokens: int | None = 20_000,
+        min_freq: int = 1,
+        max_length: int | None = 400,
+        fixed_length: int | None = None,
+        text: str = "text",
+        label: str = "label",
+        num_workers: int = 0,
+        seed: int = 0,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(batch_size, num_workers, seed)
         self.train_path, self.test_path = train, test
+        self.validation, self.tokenizer = validation, tokenizer
+        self.vocabulary, self.max_tokens, self.min_freq = vocabulary, max_tokens, min_freq
+        self.max_length, self.fixed_length = max_length, fixed_length
         self.text, self.label = text, label
+        self.classes: tuple[str, ...] = ()
+        self.pipeline: TextPipeline | None = None
 
     def read(self) -> tuple[LabelledTexts, LabelledTexts | None]:
+        """Return the training texts and, if there are any, the test texts."""
+
         def one(path: PathLike, classes: tuple[str, ...] | None) -> LabelledTexts:
             if Path(path).is_dir():
                 return read_folder(path)
             return read_table(path, text=self.text, label=self.label, classes=classes)
 
         train = one(self.train_path, None)
-        if self.test_path is None:
-            return train, None
-        test = one(self.test_path, train.classes)
-        if test.classes != train.classes:
+        return train, None if self.test_path is None else one(self.test_path, train.classes)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.parts:
+            return
+        train, test = self.read()
+        if test is not None and test.classes != train.classes:
             raise DataError(f"{self.test_path}: classes {test.classes}, but training has {train.classes}")
-        return train, test
+        tokenize = get_tokenizer(self.tokenizer)
+        tokens = [tokenize(text) for text in train.texts]
+        split = train_validation_split(len(tokens), self.validation, self.seed)
+        train_index, validation_index = (index.tolist() for index in split)
+        if self.vocabulary is None:
+            # From the training part alone: validation texts must be as unknown to the model as test texts.
+            self.vocabulary = build_vocabulary(
+                (tokens[index] for index in train_index), min_freq=self.min_freq, max_tokens=self.max_tokens
+            )
+        self.pipeline = TextPipeline(tokenize, self.vocabulary)
+        self.classes = train.classes
+        self.parts["train"] = self._dataset([tokens[i] for i in train_index], [train.labels[i] for i in train_index])
+        self.parts["validation"] = self._dataset(
+            [tokens[i] for i in validation_index], [train.labels[i] for i in validation_index]
+        )
+        if test is not None:
+            (order,) = seeded_split(len(test.texts), [len(test.texts)], self.seed)
+            self.parts["test"] = self._dataset(
+                [tokenize(test.texts[i]) for i in order.tolist()], [test.labels[i] for i in order.tolist()]
+            )
+
+    @property
+    def padding(self) -> int:
+        """The id that pads shorter texts."""
+        assert self.vocabulary is not None
+        has_padding = PAD in self.vocabulary
+        return self.vocabulary[PAD] if has_padding else 0
+
+    def _dataset(self, texts: list[list[str]], labels: list[int]) -> Dataset[Any]:
+        assert self.vocabulary is not None
+        ids = [self.vocabulary(tokens) for tokens in texts]
+        if self.fixed_length is not None:
+            return TensorDataset(pad_to_length(ids, self.fixed_length, self.padding), torch.tensor(labels))
+        # An empty text becomes one step of padding: torch cannot pack a sequence of length 0.
+        kept = [sequence[-self.max_length :] if self.max_length else sequence for sequence in ids]
+        return _Texts([torch.tensor(sequence or [self.padding], dtype=torch.long) for sequence in kept], labels)
+
+    def _loader(self, part: str) -> DataLoader[Any]:
+        dataset = self.parts.get(part)
+        if not isinstance(dataset, _Texts):
+            return super()._loader(part)
+        lengths = [len(tokens) for tokens in dataset.tokens]
+        batches = LengthBuckets(lengths, self.batch_size, shuffle=part == "train", seed=self.seed)
+        return self._make_loader(part, batch_sampler=batches, collate_fn=_Padding(self.padding))
 
 
-class IMDBData(LabelledTextData):
+class _Padding:
+    """Collates with :func:`~lightning_bln.data.pad_batch`; a class, since a lambda cannot be sent to loader workers."""
+
+    def __init__(self, padding: int) -> None:
+        self.padding = padding
+
+    def __call__(self, samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        return pad_batch(samples, self.padding)
+
+
+class IMDBData(TextData):
     """The IMDB reviews, from ``aclImdb_v1.tar.gz`` or the folder ``aclImdb``.
 
     With ``tokenizer="keras"`` and ``fixed_length=80`` its batches fit :class:`~lightning_bln.models.PaperIMDB`.
@@ -156,8 +163,7 @@ class IMDBData(LabelledTextData):
     Args:
         data_dir: The folder that holds either; by default ``BLN_DATA_DIR`` or ``./data``.
         download: Whether to download the archive if neither exists.
-        validation: Size of the validation part of the training data, a count or a fraction.
-        **options: See :class:`LabelledTextData`.
+        **options: See :class:`TextData`.
     """
 
     def __init__(
@@ -165,10 +171,30 @@ class IMDBData(LabelledTextData):
         data_dir: PathLike | None = None,
         *,
         download: bool = False,
+        batch_size: int = 32,
         validation: int | float = 5_000,
-        **options: Any,
+        tokenizer: str | Tokenizer = "basic_english",
+        vocabulary: Vocabulary | None = None,
+        max_tokens: int | None = 20_000,
+        min_freq: int = 1,
+        max_length: int | None = 400,
+        fixed_length: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
     ) -> None:
-        super().__init__(validation=validation, **options)
+        super().__init__(
+            data_dir or "",
+            batch_size=batch_size,
+            validation=validation,
+            tokenizer=tokenizer,
+            vocabulary=vocabulary,
+            max_tokens=max_tokens,
+            min_freq=min_freq,
+            max_length=max_length,
+            fixed_length=fixed_length,
+            num_workers=num_workers,
+            seed=seed,
+        )
         self.data_dir, self.download = data_dir, download
 
     def prepare_data(self) -> None:
@@ -217,7 +243,7 @@ class LanguageData(DataModule):
             raise ValueError(f"level={level!r}; use 'word' or 'character'")
         if window < 1:
             raise ValueError(f"window={window}, but a batch is at least 1 token wide")
-        super().__init__(batch_size, num_workers)
+        super().__init__(batch_size, num_workers, seed=0)
         self.source, self.data_dir, self.level = source, data_dir, level
         self.validation_path, self.test_path = validation, test
         self.window, self.max_tokens, self.download = window, max_tokens, download
