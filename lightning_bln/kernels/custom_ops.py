@@ -12,7 +12,7 @@ from lightning_bln.kernels import batch_layer_norm, recurrent
 from lightning_bln.kernels.dispatch import Operator
 
 
-def register(operator: Operator) -> tuple[torch.library.CustomOpDef, torch.library.CustomOpDef]:
+def register(operator: Operator) -> tuple[Any, Any]:
     """Register the forward and the backward pass of an operator as ``lightning_bln::name`` and ``::name_backward``."""
     arguments = f"{operator.schema}, int[] integers, float[] numbers"
     gradients = len(operator.inputs._fields)
@@ -64,8 +64,8 @@ def register(operator: Operator) -> tuple[torch.library.CustomOpDef, torch.libra
 
 def define(
     name: str, schema: str, run: Callable[..., tuple[Tensor, ...]], allocate: Callable[..., tuple[Tensor, ...]]
-) -> torch.library.CustomOpDef:
-    """One operator of the dispatcher."""
+) -> Any:
+    """One operator of the dispatcher; torch has no public name for its type."""
     defined = torch.library.custom_op(f"lightning_bln::{name}", run, mutates_args=(), schema=schema)
     defined.register_fake(allocate)
     return defined

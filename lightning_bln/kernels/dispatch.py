@@ -94,7 +94,7 @@ class EagerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, operator: Operator, settings: Any, constants: tuple, *inputs: Tensor | None
+        ctx: Any, operator: Operator[Any, Any, Any], settings: Any, constants: Any, *inputs: Tensor | None
     ) -> tuple[Tensor, ...]:
         outputs = operator.forward(operator.inputs(*inputs), constants, settings)
         ctx.operator, ctx.settings = operator, settings

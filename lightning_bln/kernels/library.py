@@ -120,7 +120,7 @@ def available() -> dict[str, str | None]:
 def variant() -> str | None:
     """Name of the instruction set that the loaded library was built for."""
     library = load()
-    return None if library is None else library.variant
+    return None if library is None else vars(library)["variant"]
 
 
 @torch.compiler.assume_constant_result
@@ -142,7 +142,7 @@ def load() -> ctypes.CDLL | None:
     return None
 
 
-def call(name: str, args: ctypes.Structure | ctypes.Array, dtype: torch.dtype, *numbers: int) -> None:
+def call(name: str, args: ctypes.Structure | ctypes.Array[Any], dtype: torch.dtype, *numbers: int) -> None:
     """Call an entry point of the library; it records no gradient and checks nothing.
 
     Args:
@@ -226,7 +226,7 @@ def open_library(variant: str) -> ctypes.CDLL | None:
     if built_from is None or built_from() != layout_hash():
         warnings.warn(f"{path.name} was built from other sources than this package's; install it again", stacklevel=2)
         return None
-    library.variant = variant  # type: ignore[attr-defined]
+    vars(library)["variant"] = variant
     share_threads(library)
     return library
 

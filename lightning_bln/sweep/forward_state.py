@@ -16,7 +16,7 @@ Call = tuple[Any, int]
 class SharedOutput(NamedTuple):
     """Output of one call for all modes of a chunk, as leaves and structure."""
 
-    inputs: tuple[tuple, dict]
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
     leaves: list[Any]
     spec: Any
     size: int
