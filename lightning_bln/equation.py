@@ -24,8 +24,8 @@ class Statistics(NamedTuple):
 class Source(NamedTuple):
     """Origin of the four statistics: given ones, a population's as a rule, or the current input."""
 
-    given: Statistics = Statistics()
-    uses: Uses = (False,) * 4
+    given: Statistics
+    uses: Uses
 
     def flat(self, dtype: torch.dtype) -> Tensor | None:
         """The given statistics one after the other, as kernels read them; ``None`` if none is used."""

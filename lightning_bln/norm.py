@@ -24,6 +24,9 @@ from lightning_bln.kernels.library import bits_of
 from lightning_bln.modes import FanOut, HasMode, StatisticsMode
 from lightning_bln.population import Observed, Population, check_state_dict
 
+NONE_USED: Uses = (False,) * 4
+"""All statistics are the current input's."""
+
 
 class Normalization(HasMode):
     """The equation of :func:`~lightning_bln.functional.batch_layer_norm`, whole or one half, with a population.
@@ -164,13 +167,13 @@ class Normalization(HasMode):
     def _source(self, positions: tuple[int, ...]) -> tuple[Source, Tensor | None]:
         """Origin of the statistics at ``positions``, and the population's batch size where there is one to use."""
         if self.training:
-            return Source(), None
+            return Source(Statistics(), NONE_USED), None
         # a fanned-out layer may have no mode of its own: in joint evaluation, to read one is an error
         fan, device = self.fan, self.population.batch_mean.device
         uses: Uses = self.mode.uses_population if fan is None else fan.uses_population(device)
         if not self.population.is_frozen:
             self._warn_unfrozen(uses)
-            return Source(), None
+            return Source(Statistics(), NONE_USED), None
         population, batch_size = self.population.at(positions)
         return Source(population, uses), batch_size
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
@@ -64,12 +63,12 @@ class Operator(Generic[I, C, S]):
         fields = get_type_hints(self.inputs) | get_type_hints(self.constants)
         return ", ".join(f"Tensor{'' if kind is Tensor else '?'} {name}" for name, kind in fields.items())
 
-    @cached_property
+    @property
     def differentiable(self) -> int:
         """Number of outputs that have a gradient."""
         return self.gradients.count(",") + 1
 
-    @cached_property
+    @property
     def bounds(self) -> tuple[int, int]:
         """End of the inputs and end of the constants among the operator's arguments."""
         return len(self.inputs._fields), len(self.inputs._fields) + len(self.constants._fields)
