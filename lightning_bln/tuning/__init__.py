@@ -1,6 +1,7 @@
 """Hyperparameter search in which each trial trains one model and scores it in every statistics mode."""
 
 from importlib.util import find_spec
+from typing import Any
 
 from lightning_bln.tuning.space import Distribution, suggest, suggest_mode, suggest_norm
 
@@ -13,3 +14,9 @@ if find_spec("optuna") is not None and find_spec("jsonargparse") is not None:
     from lightning_bln.tuning.study import tune
 
     __all__ += ["Objective", "Recipe", "explained_variance", "measure_latency", "tune", "write_report"]
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in ("Objective", "Recipe", "explained_variance", "measure_latency", "tune", "write_report"):
+            raise ModuleNotFoundError(f"{__name__}.{name} needs optuna: pip install 'lightning-bln[optuna]'", name="optuna")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
