@@ -138,39 +138,26 @@ BLN_EXPORT uint64_t bln_layout_hash() {
   return hash;
 }
 
-BLN_EXPORT int bln_forward_float(const bln::RecurrenceArgs<float>* args) {
-  return bln::run<float, bln::Forward, bln::ForwardBuffers>(*args);
-}
-BLN_EXPORT int bln_forward_double(const bln::RecurrenceArgs<double>* args) {
-  return bln::run<double, bln::Forward, bln::ForwardBuffers>(*args);
-}
-BLN_EXPORT int bln_forward_each_float(const bln::RecurrenceArgs<float>* calls, int64_t count, int64_t threads) {
-  return bln::run_each(calls, count, threads);
-}
-BLN_EXPORT int bln_forward_each_double(const bln::RecurrenceArgs<double>* calls, int64_t count, int64_t threads) {
-  return bln::run_each(calls, count, threads);
-}
-BLN_EXPORT int bln_backward_float(const bln::RecurrenceArgs<float>* args) {
-  return bln::run<float, bln::Backward, bln::BackwardBuffers>(*args);
-}
-BLN_EXPORT int bln_backward_double(const bln::RecurrenceArgs<double>* args) {
-  return bln::run<double, bln::Backward, bln::BackwardBuffers>(*args);
-}
-BLN_EXPORT int bln_dense_forward_float(const bln::DenseArgs<float>* args) {
-  return bln::run_dense<float, bln::DenseForward>(*args);
-}
-BLN_EXPORT int bln_dense_backward_float(const bln::DenseArgs<float>* args) {
-  return bln::run_dense<float, bln::DenseBackward>(*args);
-}
-BLN_EXPORT int bln_dense_forward_double(const bln::DenseArgs<double>* args) {
-  return bln::run_dense<double, bln::DenseForward>(*args);
-}
-BLN_EXPORT int bln_dense_backward_double(const bln::DenseArgs<double>* args) {
-  return bln::run_dense<double, bln::DenseBackward>(*args);
-}
-BLN_EXPORT void bln_gather_float(const bln::GatherArgs<float>* args) { bln::gather(*args); }
-BLN_EXPORT void bln_gather_double(const bln::GatherArgs<double>* args) { bln::gather(*args); }
-BLN_EXPORT int bln_program_float(const bln::ProgramArgs* args) { return bln::run_program<float>(*args); }
-BLN_EXPORT int bln_program_double(const bln::ProgramArgs* args) { return bln::run_program<double>(*args); }
-BLN_EXPORT int bln_product_float(const bln::ProductArgs* args) { return bln::run_product<float>(*args); }
-BLN_EXPORT int bln_product_double(const bln::ProductArgs* args) { return bln::run_product<double>(*args); }
+// One entry point for each dtype.
+#define BLN_ENTRIES(T)                                                                                      \
+  BLN_EXPORT int bln_forward_##T(const bln::RecurrenceArgs<T>* args) {                                      \
+    return bln::run<T, bln::Forward, bln::ForwardBuffers>(*args);                                           \
+  }                                                                                                         \
+  BLN_EXPORT int bln_forward_each_##T(const bln::RecurrenceArgs<T>* calls, int64_t count, int64_t threads) {\
+    return bln::run_each(calls, count, threads);                                                            \
+  }                                                                                                         \
+  BLN_EXPORT int bln_backward_##T(const bln::RecurrenceArgs<T>* args) {                                     \
+    return bln::run<T, bln::Backward, bln::BackwardBuffers>(*args);                                         \
+  }                                                                                                         \
+  BLN_EXPORT int bln_dense_forward_##T(const bln::DenseArgs<T>* args) {                                     \
+    return bln::run_dense<T, bln::DenseForward>(*args);                                                     \
+  }                                                                                                         \
+  BLN_EXPORT int bln_dense_backward_##T(const bln::DenseArgs<T>* args) {                                    \
+    return bln::run_dense<T, bln::DenseBackward>(*args);                                                    \
+  }                                                                                                         \
+  BLN_EXPORT void bln_gather_##T(const bln::GatherArgs<T>* args) { bln::gather(*args); }                    \
+  BLN_EXPORT int bln_program_##T(const bln::ProgramArgs* args) { return bln::run_program<T>(*args); }       \
+  BLN_EXPORT int bln_product_##T(const bln::ProductArgs* args) { return bln::run_product<T>(*args); }
+
+BLN_ENTRIES(float)
+BLN_ENTRIES(double)

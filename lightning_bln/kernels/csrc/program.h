@@ -5,27 +5,10 @@
 namespace bln {
 
 // In the order of OPERATIONS in recurrence/program/codegen.py.
-enum Operation : int64_t {
-  kProduct,
-  kSum,
-  kSigmoid,
-  kTanh,
-  kRelu,
-  kSoftplus,
-  kHardsigmoid,
-  kSigmoidGradient,
-  kTanhGradient,
-  kReluGradient,
-  kSoftplusGradient,
-  kHardsigmoidGradient,
-  kAffine,
-  kBlend,
-  kMultiply,
-  kFused,
-  kLerp,
-  kDifference,
-  kDivide
-};
+enum Operation : int64_t {  // clang-format off
+  kProduct, kSum, kSigmoid, kTanh, kRelu, kSoftplus, kHardsigmoid, kSigmoidGradient, kTanhGradient, kReluGradient,
+  kSoftplusGradient, kHardsigmoidGradient, kAffine, kBlend, kMultiply, kFused, kLerp, kDifference, kDivide
+};  // clang-format on
 
 // Operands are indices into `places`; of a product, c is the index of its matrix.
 struct Instruction {
