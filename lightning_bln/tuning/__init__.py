@@ -18,5 +18,6 @@ else:
 
     def __getattr__(name: str) -> Any:
         if name in ("Objective", "Recipe", "explained_variance", "measure_latency", "tune", "write_report"):
-            raise ModuleNotFoundError(f"{__name__}.{name} needs optuna: pip install 'lightning-bln[optuna]'", name="optuna")
+            message = f"{__name__}.{name} needs optuna: pip install 'lightning-bln[optuna]'"
+            raise ModuleNotFoundError(message, name="optuna")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
