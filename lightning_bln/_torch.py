@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils import _pytree
 from torch.utils.data import DataLoader
 
@@ -34,9 +35,51 @@ def is_autocast_enabled(device_type: str) -> bool:
     return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
 
 
-def in_function_transform() -> bool:
-    """Whether a transform of ``torch.func`` runs, which an autograd function without rules of its own cannot pass."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def is_observed() -> bool:
+    """Whether something has to see every operation: a transform of ``torch.func``, forward-mode derivatives,
+    ``torch.jit.trace``, or a dispatch mode such as ``make_fx``'s. Code that reads memory is hidden from all of them."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+PLAIN_TYPES = (Tensor, nn.Parameter)
+
+
+def is_plain(value: Tensor | None) -> bool:
+    """Whether a tensor's numbers lie in this process's memory as its strides say, behind no subclass."""
+    return value is None or (type(value) in PLAIN_TYPES and value.is_cpu and value.layout is torch.strided)
+
+
+def is_literal(value: Tensor) -> bool:
+    """Whether a tensor's memory holds its numbers: not their negation, their conjugate or nothing, for zeros."""
+    return not (value.is_neg() or value.is_conj() or value._is_zerotensor())
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces, of which torch before 2.7 does not tell."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
+def is_batched(value: Tensor) -> bool:
+    """Whether ``torch.vmap`` runs over the tensor."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            return True
+        value = functorch.get_unwrapped(value)
+    return False
+
+
+def unwrapped(value: Tensor) -> Tensor:
+    """The tensor that a transform of ``torch.func`` other than ``vmap`` has wrapped, which outlives the transform."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        value = functorch.get_unwrapped(value)
+    return value
 
 
 MODULE_INTERNALS = frozenset(nn.Module().__dict__)

@@ -40,6 +40,7 @@ class _ConvBLN(nn.Module):
         population: str = "pooled",
         momentum: float | None = None,
         sync_batch_stats: bool = False,
+        backend: str = "auto",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -76,6 +77,7 @@ class _ConvBLN(nn.Module):
             population=population,
             momentum=momentum,
             sync_batch_stats=sync_batch_stats,
+            backend=backend,
             device=device,
             dtype=dtype,
         )

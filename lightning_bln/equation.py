@@ -197,7 +197,7 @@ def mixing_row(weight: float | Tensor, positions: int) -> Tensor:
     """A mixing weight of each position in float64, as kernels read it: ``(positions,)``."""
     if isinstance(weight, Tensor):
         return weight.double().reshape(-1).expand(positions)
-    return torch.full((positions,), float(weight), dtype=torch.float64)
+    return torch.full((positions,), weight, dtype=torch.float64, device="cpu")
 
 
 def is_zero(weight: float | Tensor) -> bool:

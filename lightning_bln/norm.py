@@ -18,11 +18,15 @@ from lightning_bln.kernels.batch_layer_norm import (
     DenseSettings,
     dense,
     dense_in_modes,
-    runs_fused,
+    has_adjacent_features,
+    reason_against_fused,
 )
+from lightning_bln.kernels.gate import serves
 from lightning_bln.kernels.library import bits_of
 from lightning_bln.modes import FanOut, HasMode, StatisticsMode
 from lightning_bln.population import Observed, Population, check_state_dict
+
+BACKENDS = ("auto", "reference", "cpu")
 
 NONE_USED: Uses = (False,) * 4
 """All statistics are the current input's."""
@@ -48,6 +52,7 @@ class Normalization(HasMode):
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+    backend = "auto"
 
     def __init__(
         self,
@@ -65,17 +70,19 @@ class Normalization(HasMode):
         population: str = "pooled",
         momentum: float | None = None,
         sync_batch_stats: bool = False,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_choice("norm", norm, NORMS)
         check_choice("positions", positions, ("separate", "shared"))
+        check_choice("backend", backend, BACKENDS)
         if num_features < 1:
             raise ValueError(f"num_features={num_features}, but at least one feature is needed; pass a positive number")
         self.num_features, self.norm, self.eps, self.delta = num_features, norm, eps, delta
         self.channel_dim, self.batch_dim = channel_dim, batch_dim
-        self.positions, self.scale = positions, scale
+        self.positions, self.scale, self.backend = positions, scale, backend
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self._register_affine(num_features, affine, affine and bias, factory)
         self.population = Population(num_features, estimator=population, momentum=momentum, **factory)
@@ -121,13 +128,19 @@ class Normalization(HasMode):
         places = (1,) if is_shared else tuple(x.shape[batch_axis + 1 : -1])
         source, batch_size = self._source(places)
         equation = self._equation(x.shape[batch_axis] if batch_size is None else batch_size)
-        if not (fan is not None and torch.is_grad_enabled()) and runs_fused(x, self.weight):
+        if not (fan is not None and torch.is_grad_enabled()) and self._runs_fused(x, source):
             y, observed = normalize_fused(x, equation, source, over, self.training, None if fan is None else fan.modes)
         else:
             y, observed = normalize_by(x, equation, source, over, observes=self.training)
         if observed is not None:
             self.gather(observed, len(x), x.shape[:-1].numel() // torch.Size(places).numel())
         return y
+
+    def _runs_fused(self, x: Tensor, source: Source) -> bool:
+        """Whether the fused kernels take ``x``, features last."""
+        if self.backend == "reference" or (self.backend == "auto" and not has_adjacent_features(x)):
+            return False
+        return serves(self.backend, reason_against_fused(x, (self.weight, self.bias, source.given.batch_mean)))
 
     def _normalize_jointly(self, x: Tensor, is_shared: bool) -> Tensor:
         """Normalise in training by the batch that all ranks hold together; each rank gathers the same."""
@@ -229,7 +242,13 @@ def normalize_fused(
         return dense_in_modes(inputs, constants, settings, each).view(x.shape), None
     keeps = observes or (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in inputs))
     settings = DenseSettings(int(keeps), bits_of(source.uses), equation.scale, equation.eps)
-    y, seen = dense(inputs, constants, settings)
+
+    def reference(inputs: DenseInputs) -> tuple[Tensor]:
+        own = equation._replace(weight=inputs.weight, bias=inputs.bias)
+        y, _ = normalize_by(inputs.x.view(x.shape), own, source, over)
+        return (y.view_as(inputs.x),)
+
+    y, seen = dense(inputs, constants, settings, reference)
     if observes:
         assert seen is not None
         seen = observation(seen, equation, (1,) if is_shared else tuple(x.shape[1:-1]), x)
@@ -264,6 +283,8 @@ class BatchLayerNorm(Normalization):
         sync_batch_stats: In distributed training take batch statistics, and :math:`m`, over all ranks together, as if
             one process held the whole batch, with exact gradients. Ranks may hold different numbers of samples, but
             each has to run the layer equally often.
+        backend: ``"auto"`` for the fastest there is, ``"reference"`` for plain torch operations, or ``"cpu"`` for the
+            compiled kernels or an error.
         device: Where parameters and statistics lie.
         dtype: Their dtype.
 
@@ -302,6 +323,7 @@ class BatchLayerNorm(Normalization):
         population: str = "pooled",
         momentum: float | None = None,
         sync_batch_stats: bool = False,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -317,6 +339,7 @@ class BatchLayerNorm(Normalization):
             population=population,
             momentum=momentum,
             sync_batch_stats=sync_batch_stats,
+            backend=backend,
             device=device,
             dtype=dtype,
         )

@@ -241,7 +241,7 @@ class Recurrent(HasCells):
 
     def _runs_fused(self, x: Tensor) -> bool:
         """Whether the fused kernels take the first layer."""
-        return runs_fused(self.backend, self.cell, x, self._weights("_l0"))
+        return runs_fused(self.backend, self._weights("_l0"), x)
 
     def _suffixes(self, layer: int) -> list[str]:
         """Endings of the parameters' names, one for each direction of a layer."""

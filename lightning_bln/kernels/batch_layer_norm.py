@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_bln._torch import HAS_CUSTOM_OPS, is_autocast_enabled
+from lightning_bln._torch import is_autocast_enabled
 from lightning_bln.functional import Statistics
-from lightning_bln.kernels.dispatch import EagerFunction, Operator, present
-from lightning_bln.kernels.library import DTYPES, DenseArgs, call, is_built, pointer, set_norm
+from lightning_bln.kernels.dispatch import EagerFunction, Operator, Reference, present
+from lightning_bln.kernels.gate import admit, checked, reason_against
+from lightning_bln.kernels.library import DenseArgs, call, pointer, set_norm
 
 
 class DenseInputs(NamedTuple):
@@ -43,36 +44,51 @@ class DenseSettings(NamedTuple):
     eps: float
 
 
-def runs_fused(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether ``x``, shaped ``(rows, positions, features)``, can run fused."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype in DTYPES
-        and (weight is None or weight.dtype == x.dtype)
-        and (x.stride(-1) == 1 or x.shape[-1] == 1)
-        and not is_autocast_enabled("cpu")
-        and (HAS_CUSTOM_OPS or not torch.compiler.is_compiling())
-        and is_built()
-    )
+def reason_against_fused(x: Tensor, tensors: Iterable[Tensor | None]) -> str | None:
+    """Obstacle to the fused kernels for the input ``x`` and the layer's ``tensors``; ``None`` if they serve."""
+    if is_autocast_enabled("cpu"):
+        return "under autocast norms run on torch operations"
+    return reason_against(x.dtype, (x, *tensors))
 
 
-def dense(inputs: DenseInputs, constants: DenseConstants, settings: DenseSettings) -> tuple[Tensor, Statistics | None]:
+def dense(
+    inputs: DenseInputs,
+    constants: DenseConstants,
+    settings: DenseSettings,
+    reference: Reference,
+) -> tuple[Tensor, Statistics | None]:
     """Normalise an input.
+
+    Args:
+        inputs: The input and its affine map.
+        constants: Mixing weights and the population.
+        settings: Numbers.
+        reference: The output by torch operations, as :meth:`Operator.run` takes it.
 
     Returns:
         The output, and if kept the current statistics: ``(positions, features)`` of the batch, ``(positions,)`` of the
         features, averaged over the rows.
     """
-    x = inputs.x
-    if torch.empty_like(x).stride() != x.stride():  # rows that overlap or lie apart, as after expand() or a slice
-        x = x.contiguous()
-    output, moments = DENSE.run(DenseInputs(x, inputs.weight, inputs.bias), constants, settings)
+    x = contiguous_features(inputs.x)
+    output, moments = DENSE.run(DenseInputs(x, inputs.weight, inputs.bias), constants, settings, reference)
     if not settings.keep:
         return output, None
     rows, positions, features = x.shape
     batch, feature = moments.detach().split([positions * 2 * features, positions * 2 * rows])
     batch, feature = batch.view(positions, 2, features), feature.view(positions, 2, rows).mean(-1)
     return output, Statistics(batch[:, 0], batch[:, 1], feature[:, 0], feature[:, 1])
+
+
+def has_adjacent_features(x: Tensor) -> bool:
+    """Whether the kernels read ``x`` without a copy, which takes longer than torch operations on it."""
+    return x.stride(-1) == 1 or x.shape[-1] == 1
+
+
+def contiguous_features(x: Tensor) -> Tensor:
+    """``x`` with contiguous features, and rows that neither overlap nor lie apart, as after expand() or a slice."""
+    if x.is_contiguous() or (x.stride(-1) == 1 and torch.empty_like(x).stride() == x.stride()):
+        return x
+    return x.contiguous()
 
 
 def dense_in_modes(
@@ -85,11 +101,24 @@ def dense_in_modes(
     x = inputs.x
     parts = [x[0].contiguous()] * len(uses) if x.stride(0) == 0 else list(x.contiguous())
     output, moments = x.new_empty(x.shape), x.new_empty(0)
+    first, constants = admitted(inputs._replace(x=parts[0]), constants)
     for part, one, bits in zip(parts, output, uses, strict=True):
-        args = arguments(inputs._replace(x=part), constants, settings._replace(uses=bits), moments)
+        args = arguments(first._replace(x=part), constants, settings._replace(uses=bits), moments)
         args.output = pointer(one)
         call("dense_forward", args, x.dtype)
     return output
+
+
+def admitted(inputs: DenseInputs, constants: DenseConstants) -> tuple[DenseInputs, DenseConstants]:
+    """The tensors as the library reads them."""
+    x, weight, bias = inputs
+    (_, positions, features), dtype = x.shape, x.dtype
+    x = contiguous_features(checked("x", x, x.shape, dtype))
+    weight, bias = (admit(name, value, (features,), dtype) for name, value in (("weight", weight), ("bias", bias)))
+    mixing = admit("mixing", constants.mixing, (2, positions), torch.float64)
+    given = admit("given", constants.given, (positions * (2 * features + 2),), dtype)
+    assert mixing is not None
+    return DenseInputs(x, weight, bias), DenseConstants(mixing, given)
 
 
 def arguments(inputs: DenseInputs, constants: DenseConstants, settings: DenseSettings, moments: Tensor) -> DenseArgs:
@@ -116,6 +145,7 @@ def allocate(inputs: DenseInputs, constants: DenseConstants, settings: DenseSett
 
 def forward(inputs: DenseInputs, constants: DenseConstants, settings: DenseSettings) -> tuple[Tensor, Tensor]:
     """Output and moments."""
+    inputs, constants = admitted(inputs, constants)
     output, moments = allocate(inputs, constants, settings)
     args = arguments(inputs, constants, settings, moments)
     args.output = pointer(output)
@@ -132,8 +162,13 @@ def backward(
     needs_x: bool,
 ) -> DenseInputs:
     """Gradients of ``inputs`` from that of the output; one that does not exist has no elements."""
-    (grad,), (moments,) = grads, saved
+    inputs, constants = admitted(inputs, constants)
+    rows, positions, features = inputs.x.shape
+    (grad,), dtype = grads, inputs.x.dtype
+    moments = admit("moments", saved[0], (positions * 2 * (features + rows),), dtype)
     assert grad is not None
+    assert moments is not None
+    grad = checked("grad", grad, inputs.x.shape, dtype)
     if grad.stride(-1) != 1 or 0 in grad.stride():
         grad = grad.contiguous()
     found = empty_gradients(inputs, settings, needs_x)

@@ -9,11 +9,15 @@ from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
-from lightning_bln._torch import HAS_CUSTOM_OPS
+from lightning_bln._torch import HAS_CUSTOM_OPS, is_observed, is_plain
 
 I = TypeVar("I", bound=NamedTuple)  # noqa: E741
 C = TypeVar("C", bound=NamedTuple)
 S = TypeVar("S", bound=NamedTuple)
+
+
+Reference = Callable[[Any], Sequence[Tensor]]
+"""Differentiable outputs of an operator by torch operations, as a function of its inputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,14 +82,26 @@ class Operator(Generic[I, C, S]):
         first, second = self.bounds
         return self.inputs(*tensors[:first]), self.constants(*tensors[first:second]), tensors[second:]
 
-    def run(self, inputs: I, constants: C, settings: S) -> tuple[Tensor, ...]:
-        """Run the registered operator where torch traces, else the eager one, which has less overhead."""
+    def run(
+        self, inputs: I, constants: C, settings: S, reference: Callable[[I], Sequence[Tensor]]
+    ) -> tuple[Tensor, ...]:
+        """Run the registered operator where torch compiles, else the eager one, which has less overhead.
+
+        Args:
+            inputs: Tensors that have a gradient.
+            constants: Tensors that have none.
+            settings: Numbers.
+            reference: The differentiable outputs by torch operations, for gradients that have gradients themselves.
+        """
         if torch.compiler.is_compiling() and HAS_CUSTOM_OPS:
             numbers = [*settings]
             registered = getattr(torch.ops.lightning_bln, self.name)
             results = registered(*inputs, *constants, numbers[: self.integers], numbers[self.integers :])
             return results[: self.returned]
-        return self.node.apply(self, settings, constants, *inputs)
+        return self.node.apply(self, reference, settings, constants, *inputs)
+
+
+AnyOperator = Operator[Any, Any, Any]
 
 
 class EagerFunction(torch.autograd.Function):
@@ -93,10 +109,15 @@ class EagerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, operator: Operator[Any, Any, Any], settings: Any, constants: Any, *inputs: Tensor | None
+        ctx: Any,
+        operator: Operator[Any, Any, Any],
+        reference: Any,
+        settings: Any,
+        constants: Any,
+        *inputs: Tensor | None,
     ) -> tuple[Tensor, ...]:
         outputs = operator.forward(operator.inputs(*inputs), constants, settings)
-        ctx.operator, ctx.settings = operator, settings
+        ctx.operator, ctx.reference, ctx.settings = operator, reference, settings
         ctx.set_materialize_grads(False)
         if settings.keep:
             ctx.save_for_backward(*inputs, *constants, *outputs[operator.first_saved :])
@@ -104,15 +125,45 @@ class EagerFunction(torch.autograd.Function):
         return outputs[: operator.returned]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         operator, needs_grad = ctx.operator, ctx.needs_input_grad
         grads = grads[: operator.differentiable]
-        if grads[0] is None and all(grad is None for grad in grads):
+        if all(grad is None for grad in grads):
             return (None,) * len(needs_grad)
         inputs, constants, saved = operator.split(ctx.saved_tensors)
-        found = operator.backward(grads, inputs, constants, ctx.settings, saved, needs_grad[3])
-        return (None, None, None, *operator.as_gradients(found, inputs))
+        if torch.is_grad_enabled() or is_observed() or not all(map(is_plain, grads)):
+            reference = ctx.reference
+            found = gradients_on_torch(lambda *own: reference(operator.inputs(*own)), inputs, grads)
+            return (None, None, None, None, *found)
+        results = operator.backward(grads, inputs, constants, ctx.settings, saved, needs_grad[4])
+        return (None, None, None, None, *operator.as_gradients(results, inputs))
+
+
+def gradients_on_torch(
+    reference: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of ``inputs``, computed on torch operations, so that they have gradients and transforms see them.
+
+    Args:
+        reference: Differentiable outputs as a function of ``inputs``, given one by one.
+        inputs: Tensors, of which some need a gradient.
+        grads: Gradients of the outputs.
+    """
+    keeps_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, since an input may be computed from another one, whose gradient must not include its own.
+        own = [value if value is None else value.view_as(value) if keeps_graph else leaf(value) for value in inputs]
+        pairs = zip(reference(*own), grads, strict=False)
+        ends = [(value, grad) for value, grad in pairs if grad is not None and value.requires_grad]
+        needed = [value for value in own if value is not None and value.requires_grad]
+        values, given = zip(*ends, strict=True)
+        found = iter(torch.autograd.grad(values, needed, given, create_graph=keeps_graph, allow_unused=True))
+    return [next(found) if value is not None and value.requires_grad else None for value in own]
+
+
+def leaf(value: Tensor) -> Tensor:
+    """``value`` without its history."""
+    return value.detach().requires_grad_(value.requires_grad)
 
 
 def present(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_bln._torch import in_function_transform, is_autocast_enabled
+from lightning_bln._torch import is_autocast_enabled, is_observed
 from lightning_bln.kernels.library import DTYPES, ProductArgs, call, is_built, pointer
 
 WORK_OF_A_THREAD = 2**21
@@ -48,7 +48,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         and weight.dtype == x.dtype
         and type(weight) in (Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()
-        and not in_function_transform()
+        and not is_observed()
         and not is_autocast_enabled("cpu")
         and is_built()
     ):

@@ -10,12 +10,14 @@ which takes no longer than writing and reading them. With ``recompute`` it compu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_bln.kernels.dispatch import EagerFunction, Operator, present
+from lightning_bln.kernels.gate import admit
 from lightning_bln.kernels.library import CELLS, RecurrenceArgs, call, pointer, set_norm
 
 
@@ -74,6 +76,8 @@ class Settings(NamedTuple):
     eps: float
 
 
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
 INTEGERS = 7
 """How many of the settings are integers."""
 
@@ -99,42 +103,86 @@ class Outputs(NamedTuple):
     cells: Tensor
 
 
-def sizes_of(inputs: Inputs, settings: Settings) -> tuple[int, int, int, int, int]:
-    """Numbers of rows, sequences, input features, units and columns of the gates."""
-    units = inputs.weight_hh.shape[1]
-    return inputs.x.shape[0], inputs.h.shape[0], inputs.x.shape[1], units, inputs.weight_hh.shape[0]
+class Sizes(NamedTuple):
+    """Sizes of a call."""
+
+    rows: int
+    samples: int
+    features: int
+    units: int
+    columns: int
+    """Of the gates together."""
+    groups: int
+    """Groups of gates that are normalised by themselves."""
+
+    @classmethod
+    def of(cls, inputs: Inputs, settings: Settings) -> Sizes:
+        columns, units = inputs.weight_hh.shape
+        groups = 1 if settings.joint else columns // units
+        return cls(inputs.x.shape[0], inputs.h.shape[0], inputs.x.shape[1], units, columns, groups)
 
 
-def allocate(inputs: Inputs, constants: Constants, settings: Settings) -> Outputs:
-    """Empty outputs."""
-    rows, samples, features, units, columns = sizes_of(inputs, settings)
-    groups = 1 if settings.joint else columns // units
-    new = inputs.weight_hh.new_empty
+def output_shapes(inputs: Inputs, settings: Settings) -> tuple[tuple[int, ...], ...]:
+    """Shape of each of :class:`Outputs`."""
+    rows, samples, features, units, columns, groups = Sizes.of(inputs, settings)
     keep, lstm = settings.keep > 0, CELLS[settings.cell] == "lstm"
     all_kept = settings.keep == 1
 
-    def moments(weight: Tensor | None, groups: int) -> Tensor:
-        if weight is None or not keep:
-            return new(0)
-        size = settings.steps * 2 * (weight.numel() + groups * samples)
-        return new(size) if constants.batch_sizes is None else inputs.weight_hh.new_zeros(size)
+    def moments(weight: Tensor | None, width: int, groups: int) -> tuple[int]:
+        return (0 if weight is None or not keep else settings.steps * 2 * (width + groups * samples),)
 
-    return Outputs(
-        output=new(rows, units),
-        h=new(samples, units),
-        c=new(samples, units) if lstm else new(0),
-        moments_ih=moments(inputs.weight_norm_ih, groups),
-        moments_hh=moments(inputs.weight_norm_hh, groups),
-        moments_cell=moments(inputs.weight_norm_cell, 1),
-        input_part=new(rows, columns) if all_kept and features >= NARROW else new(0),
-        hidden_part=new(rows, columns) if all_kept else new(0),
-        cells=new(rows, units) if keep and lstm else new(0),
+    return (
+        (rows, units),
+        (samples, units),
+        (samples, units) if lstm else (0,),
+        moments(inputs.weight_norm_ih, columns, groups),
+        moments(inputs.weight_norm_hh, columns, groups),
+        moments(inputs.weight_norm_cell, units, 1),
+        (rows, columns) if all_kept and features >= NARROW else (0,),
+        (rows, columns) if all_kept else (0,),
+        (rows, units) if keep and lstm else (0,),
+    )
+
+
+def allocate(inputs: Inputs, constants: Constants, settings: Settings) -> Outputs:
+    """Empty outputs; moments of steps at which not all sequences run are zero beyond those."""
+    new = inputs.weight_hh.new_empty
+    outputs = Outputs(*(new(shape) for shape in output_shapes(inputs, settings)))
+    if constants.batch_sizes is not None:
+        for moments in outputs[3:6]:
+            moments.zero_()
+    return outputs
+
+
+def admitted(inputs: Inputs, constants: Constants, settings: Settings) -> tuple[Inputs, Constants]:
+    """The tensors as the library reads them.
+
+    Raises:
+        ValueError: A shape does not fit the others, or the running sequences are not those of the rows.
+    """
+    rows, samples, features, units, columns, groups = Sizes.of(inputs, settings)
+    steps, dtype, name = settings.steps, inputs.weight_hh.dtype, CELLS[settings.cell]
+    if columns != GATES[name] * units:
+        raise ValueError(f"weight_hh has shape {(columns, units)}, but a {name} needs {(GATES[name] * units, units)}")
+    if (name == "lstm") is (inputs.c is None):
+        raise ValueError(f"c is {'missing' if inputs.c is None else 'given'}, but the cell is a {name}")
+    if inputs.weight_ih is None and features != columns:
+        raise ValueError(f"x has {features} columns, but a product of {columns} is needed without weight_ih")
+    gates, state, cell = (columns,), (samples, units), (units,)
+    weights = (columns, features), (columns, units)
+    shapes = ((rows, features), *weights, gates, gates, state, state, gates, gates, cell, cell)
+    of_gates, of_cell = (steps * 2 * (columns + groups),), (steps * 2 * (units + 1),)
+    of_constants = ((steps,), state, (2, rows, units), (3, 2, steps), of_gates, of_gates, of_cell)
+    kinds = (torch.int64, dtype, dtype, torch.float64, dtype, dtype, dtype)
+    return (
+        Inputs(*map(admit, Inputs._fields, inputs, shapes, repeat(dtype))),  # type: ignore[arg-type]
+        Constants(*map(admit, Constants._fields, constants, of_constants, kinds)),
     )
 
 
 def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs: Outputs) -> RecurrenceArgs:
     """The library's structure, complete for the forward pass."""
-    _, samples, features, units, columns = sizes_of(inputs, settings)
+    _, samples, features, units, columns, groups = Sizes.of(inputs, settings)
     steps, masks = settings.steps, constants.zoneout_mask
     args = RecurrenceArgs(
         settings.cell, steps, samples, features, units, torch.get_num_threads(), *TEAMS, 0, settings.keep,
@@ -145,7 +193,6 @@ def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs:
         pointer(outputs.output), pointer(outputs.h), pointer(outputs.c), pointer(outputs.input_part),
         pointer(outputs.hidden_part), pointer(outputs.cells),
     )  # fmt: skip
-    groups = 1 if settings.joint else columns // units
     for index, (norm, weight, bias, scale, given, uses, moments, places) in enumerate(
         zip(
             (args.norm_ih, args.norm_hh, args.norm_cell),
@@ -170,6 +217,7 @@ def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs:
 
 def forward(inputs: Inputs, constants: Constants, settings: Settings) -> Outputs:
     """Run a layer over a sequence."""
+    inputs, constants = admitted(inputs, constants, settings)
     outputs = allocate(inputs, constants, settings)
     call("forward", arguments(inputs, constants, settings, outputs), outputs.output.dtype)
     return outputs
@@ -184,9 +232,13 @@ def backward(
     needs_x: bool,
 ) -> Inputs:
     """Gradients of ``inputs`` from those of output, h and c; one that does not exist has no elements."""
-    args = arguments(inputs, constants, settings, Outputs(*saved))
-    contiguous = [None if grad is None else grad.contiguous() for grad in grads]
-    args.grad_output, args.grad_hn, args.grad_cn = map(pointer, contiguous)
+    inputs, constants = admitted(inputs, constants, settings)
+    dtype, shapes = inputs.weight_hh.dtype, output_shapes(inputs, settings)
+    outputs = Outputs(*map(admit, Outputs._fields, saved, shapes, repeat(dtype)))  # type: ignore[arg-type]
+    args = arguments(inputs, constants, settings, outputs)
+    # kept until the call, since a pointer keeps nothing alive
+    of_outputs = [*map(admit, ("grad_output", "grad_h", "grad_c"), grads, shapes, repeat(dtype))]
+    args.grad_output, args.grad_hn, args.grad_cn = map(pointer, of_outputs)
     result = empty_gradients(inputs, settings, needs_x)
     args.grad_input, args.grad_weight_ih, args.grad_weight_hh = map(pointer, result[:3])
     args.grad_h0, args.grad_c0 = pointer(result.h), pointer(result.c)
@@ -216,8 +268,9 @@ def as_gradients(found: Sequence[Tensor], inputs: Inputs) -> list[Tensor | None]
     """One gradient for each input, that of both biases twice where they share it."""
     grads = present(found, inputs)
     bias_ih, bias_hh = 3, 4
-    if inputs.bias_hh is not None and grads[bias_hh] is None:
-        grads[bias_hh] = grads[bias_ih]
+    shared = grads[bias_ih]
+    if inputs.bias_hh is not None and grads[bias_hh] is None and shared is not None:
+        grads[bias_hh] = shared.clone()  # else what is done to one of them in place is done to both
     return grads
 
 

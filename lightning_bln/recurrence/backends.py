@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from copy import copy
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from lightning_bln._torch import in_function_transform
+from lightning_bln._torch import is_observed
 from lightning_bln.cells.cell import Cell, LinearCell
 from lightning_bln.cells.gru import GRU
 from lightning_bln.cells.lstm import LSTM
 from lightning_bln.cells.rnn import RNN
-from lightning_bln.kernels.library import is_built
+from lightning_bln.kernels.gate import HOW_TO_BUILD, reason_against, serves
+from lightning_bln.recurrence.deferred import deferred_recurrence
 from lightning_bln.recurrence.inductor import inductor_recurrence
 from lightning_bln.recurrence.parameters import Weights
 from lightning_bln.recurrence.program.runtime import recorded_recurrence
@@ -22,10 +24,6 @@ from lightning_bln.recurrence.reference import HiddenWeights, Noise, Result, Seq
 from lightning_bln.recurrence.scan import scan_recurrence
 
 BACKENDS = ("auto", "reference", "compile", "cpu")
-HOW_TO_BUILD = (
-    "install a C++ compiler (g++ or clang) and, in a clone of lightning-bln, install it again: "
-    "pip install --force-reinstall --no-deps --no-binary lightning-bln ."
-)
 
 
 def name_of(cell: Cell) -> str | None:
@@ -35,25 +33,18 @@ def name_of(cell: Cell) -> str | None:
     return {LSTM: "lstm", GRU: "gru"}.get(type(cell))
 
 
-def reason_against(cell: Cell, x: Tensor, weights: Weights) -> str | None:
-    """Obstacle to the fused kernels for ``x``, shaped ``(T, B, input_size)``; ``None`` if they serve."""
-    if name_of(cell) is None:
-        return f"cell={type(cell).__name__} has no compiled kernel"
-    assert weights.weight_hh is not None
+def reason_against_fused(weights: Weights, x: Tensor, state: Sequence[Tensor]) -> str | None:
+    """Obstacle to the fused kernels for ``x``, shaped ``(T, ..., B, input_size)``; ``None`` if they serve."""
+    if name_of(weights.cell) is None:
+        return f"cell={type(weights.cell).__name__} has no compiled kernel"
     if weights.weight_hr is not None:
         return "proj_size has no compiled kernel"
-    if x.device.type != "cpu" or weights.weight_ih.device.type != "cpu":
-        return f"the input is on {x.device}, and the compiled kernels run on the CPU"
-    if weights.weight_ih.dtype not in (torch.float32, torch.float64):
-        return f"the parameters have dtype {weights.weight_ih.dtype}, and the compiled kernels take float32 and float64"
     if x.ndim != 3 and torch.is_grad_enabled():
         return "fan-out over statistics modes has no compiled kernel with gradients"
-    if not is_built():
-        return f"the compiled kernels are not installed; {HOW_TO_BUILD}"
-    return None
+    return reason_against(weights.weight_ih.dtype, (x, *state, *weights.tensors()))
 
 
-def runs_fused(backend: str, cell: Cell, x: Tensor, weights: Weights) -> bool:
+def runs_fused(backend: str, weights: Weights, x: Tensor, state: Sequence[Tensor] = ()) -> bool:
     """Whether a layer runs on the fused kernels.
 
     Raises:
@@ -61,12 +52,10 @@ def runs_fused(backend: str, cell: Cell, x: Tensor, weights: Weights) -> bool:
     """
     if backend in ("reference", "compile"):
         return False
-    reason = reason_against(cell, x, weights)
-    if reason is not None and backend == "cpu":
-        raise ValueError(f"backend='cpu', but {reason}; pass backend='auto' to run on torch operations instead")
-    if reason is not None and "not installed" in reason:
+    reason = reason_against_fused(weights, x, state)
+    if backend == "auto" and reason is not None and "not installed" in reason:
         warn_missing()
-    return reason is None
+    return serves(backend, reason)
 
 
 @cache
@@ -77,11 +66,11 @@ def warn_missing() -> None:
 
 def run(backend: str, cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result:
     """:func:`~lightning_bln.recurrence.reference.recurrence` by the backend of this name."""
-    if backend == "reference" or (not torch.compiler.is_compiling() and in_function_transform()):
+    if backend == "reference" or (not torch.compiler.is_compiling() and is_observed()):
         return recurrence(cell, sequences, weights, noise)
     if isinstance(cell, LinearCell) and not noise.zoneout:
         return scan_recurrence(copy(cell), sequences, weights)
     if backend == "compile" and sequences.sizes is None:
         return inductor_recurrence(cell, sequences, weights, noise)
     found = recorded_recurrence(cell, sequences, weights, noise)
-    return recurrence(cell, sequences, weights, noise, deferred=True) if found is None else found
+    return deferred_recurrence(cell, sequences, weights, noise) if found is None else found

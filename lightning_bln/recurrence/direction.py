@@ -10,9 +10,9 @@ from lightning_bln.modes import FanOut
 from lightning_bln.recurrence.backends import run, runs_fused
 from lightning_bln.recurrence.fused import run_fused
 from lightning_bln.recurrence.parameters import Weights
-from lightning_bln.recurrence.reference import HiddenWeights, Noise, Sequences
+from lightning_bln.recurrence.reference import HiddenWeights, Noise, Sequences, project_input
 from lightning_bln.recurrence.regularization import Regularization
-from lightning_bln.recurrence.sequences import is_running
+from lightning_bln.recurrence.sequences import Running
 
 
 def run_direction(
@@ -40,11 +40,14 @@ def run_direction(
     """
     mask = regularization.mask(x[0], regularization.input_dropout)
     x = x if mask is None else x * mask
-    if runs_fused(backend, weights.cell, x, weights):
+    if runs_fused(backend, weights, x, state):
         return run_fused(x, state, weights, sizes, regularization, recompute=recompute, fan=fan)
-    steps, samples = x.shape[0], x.shape[-2]
-    running = [samples] * steps if sizes is None else sizes
-    gates = project_input(x, weights, sizes, running, fast=backend == "auto")
+    running, number = Running.of(x, sizes), len(weights.cell.gates)
+    norm_ih = None if weights.norm_ih is None else weights.norm_ih.sequence(running)
+    product = linear if backend == "auto" else F.linear
+    gates, observed = project_input(x, weights.weight_ih, weights.bias_ih, norm_ih, running, number, product)
+    if weights.norm_ih is not None and observed is not None:
+        weights.norm_ih.gather_steps(observed, running)
     dtype = weights.weight_ih.dtype  # under autocast products are narrow, the state and what is done to it is not
     gates, state = gates.to(dtype), tuple(value.to(dtype) for value in state)
     hidden = HiddenWeights(
@@ -55,27 +58,13 @@ def run_direction(
         None if weights.norm_cell is None else weights.norm_cell.sequence(running),
     )
     noise = Noise(
-        regularization.mask(state[0], regularization.recurrent_dropout), regularization.zoneout, regularization.training
+        regularization.mask(state[0], regularization.recurrent_dropout),
+        regularization.zoneout,
+        regularization.kept(weights.cell, state, running.steps),
     )
     result = run(backend, weights.cell, Sequences(gates, state, sizes), hidden, noise)
-    for norm, observed in zip(weights.norm_hh, result.norm_hh, strict=False):
-        norm.gather_steps(observed, running)
+    for norm, seen in zip(weights.norm_hh, result.norm_hh, strict=False):
+        norm.gather_steps(seen, running)
     if weights.norm_cell is not None and result.norm_cell is not None:
         weights.norm_cell.gather_steps(result.norm_cell, running)
     return result.outputs, result.state
-
-
-def project_input(
-    x: Tensor, weights: Weights, sizes: list[int] | None, running: list[int], *, fast: bool = False
-) -> Tensor:
-    """Normalised products of all steps with the input weights and their bias, ``(T, ..., B, G, H)``."""
-    number = len(weights.cell.gates)
-    product = linear if fast else F.linear
-    if weights.norm_ih is None:
-        return product(x, weights.weight_ih, weights.bias_ih).unflatten(-1, (number, -1))
-    gates = product(x, weights.weight_ih, None).unflatten(-1, (number, -1))
-    is_data = None if sizes is None else is_running(sizes, gates)
-    gates, observed = weights.norm_ih.sequence(running)(gates, slice(None), is_data)
-    if observed is not None:
-        weights.norm_ih.gather_steps(observed, running)
-    return gates if weights.bias_ih is None else gates + weights.bias_ih.view(number, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor
 from lightning_bln.equation import mixing_row
 from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, bits_of, call
 from lightning_bln.kernels.matmul import multiply
-from lightning_bln.kernels.recurrent import RECURRENCE, Constants, Inputs, Settings, allocate, arguments
+from lightning_bln.kernels.recurrent import RECURRENCE, Constants, Inputs, Settings, admitted, allocate, arguments
 from lightning_bln.modes import FanOut, StatisticsMode
 from lightning_bln.recurrence.backends import name_of
 from lightning_bln.recurrence.gate_norm import SequenceNorm
 from lightning_bln.recurrence.parameters import Weights
+from lightning_bln.recurrence.reference import HiddenWeights, Noise, Sequences, project_input, recurrence
 from lightning_bln.recurrence.regularization import Regularization
-from lightning_bln.recurrence.sequences import is_running
+from lightning_bln.recurrence.sequences import Running, is_running
 from lightning_bln.recurrence.statistics import gather
 
 Norms = Sequence[SequenceNorm | None]
@@ -38,10 +40,7 @@ def run_fused(
 
     Only rows that hold data are passed on: those of each step after those of the step before.
     """
-    dtype = weights.weight_ih.dtype
-    assert weights.weight_hh is not None
-    steps, samples, units = x.shape[0], x.shape[-2], weights.weight_hh.shape[-1]
-    running = [samples] * steps if sizes is None else sizes
+    dtype, running = weights.weight_ih.dtype, Running.of(x, sizes)
     if fan is not None:
         x = contiguous_in_modes(x.transpose(0, 1))
     modules = (weights.norm_ih, *(weights.norm_hh or (None,)), weights.norm_cell)
@@ -49,44 +48,87 @@ def run_fused(
     rows = None if sizes is None else is_running(sizes, x.unsqueeze(-2)).flatten().nonzero().squeeze(1)
     flat = x.flatten(-3, -2) if rows is None else x.flatten(0, 1).index_select(0, rows)
     first = tuple(value.to(dtype) for value in state)
+    inputs = inputs_of(flat.to(dtype), first, weights, norms)
+    noise = Noise(
+        regularization.mask(first[0], regularization.recurrent_dropout),
+        regularization.zoneout,
+        regularization.kept(weights.cell, first, running.steps),
+    )
+    constants = Constants(
+        None if sizes is None else torch.tensor(sizes, device="cpu"),
+        noise.hidden_mask,
+        zoneout_mask(noise, rows, dtype),
+        mixings(norms, running.steps),
+        *(None if norm is None else norm.source.flat(dtype) for norm in norms),
+    )
+    zoneout = regularization.zoneout if noise.kept is None else 0.0
+    settings = settings_of(weights, norms, inputs, running.steps, zoneout, recompute)
+    if fan is not None:
+        output, *last = run_in_modes(inputs, constants, settings, fan.modes)
+        return output.unflatten(1, (running.steps, running.samples)).transpose(0, 1), tuple(last[: len(state)])
+    reference = partial(on_torch, weights=weights, norms=norms, running=running, rows=rows, noise=noise)
+    output, h, c, *seen = RECURRENCE.run(contiguous(inputs), constants, settings, reference)
+    for module, norm, moments in zip(modules, norms, seen, strict=True):
+        if module is not None and norm is not None and norm.observes:
+            gather(module, norm, moments, running)
+    return padded(output, rows, running), (h, c)[: len(state)]
+
+
+def inputs_of(x: Tensor, state: tuple[Tensor, ...], weights: Weights, norms: Norms) -> Inputs:
+    """The operator's differentiable tensors."""
+    assert weights.weight_hh is not None
     norm_weights = [None if norm is None else norm.equation.weight for norm in norms]
-    inputs = Inputs(
-        flat.to(dtype),
+    return Inputs(
+        x,
         weights.weight_ih,
         weights.weight_hh,
         weights.bias_ih,
         weights.bias_hh,
-        first[0],
-        first[1] if len(first) > 1 else None,
+        state[0],
+        state[1] if len(state) > 1 else None,
         norm_weights[0],
         norm_weights[1],
         norm_weights[2],
         None if norms[2] is None else norms[2].equation.bias,
     )
-    zoneout_mask = None
-    if regularization.zoneout and regularization.training:
-        drawn = torch.rand((2, len(flat), units), dtype=dtype)
-        zoneout_mask = (drawn < regularization.zoneout).to(dtype)
-    hidden_mask = regularization.mask(first[0], regularization.recurrent_dropout)
-    constants = Constants(
-        None if sizes is None else torch.tensor(sizes),
-        None if hidden_mask is None else hidden_mask.contiguous(),
-        zoneout_mask,
-        mixings(norms, steps),
-        *(None if norm is None else norm.source.flat(dtype) for norm in norms),
+
+
+def on_torch(
+    inputs: Inputs, *, weights: Weights, norms: Norms, running: Running, rows: Tensor | None, noise: Noise
+) -> tuple[Tensor, ...]:
+    """The operator's differentiable outputs by torch operations."""
+    affine = (
+        (inputs.weight_norm_ih, None),
+        (inputs.weight_norm_hh, None),
+        (inputs.weight_norm_cell, inputs.bias_norm_cell),
     )
-    zoneout = regularization.zoneout if zoneout_mask is None else 0.0
-    settings = settings_of(weights, norms, inputs, steps, zoneout, recompute)
-    if fan is not None:
-        output, *last = run_in_modes(inputs, constants, settings, fan.modes)
-        return output.unflatten(1, (steps, samples)).transpose(0, 1), tuple(last[: len(state)])
-    output, h, c, *seen = RECURRENCE.run(contiguous(inputs), constants, settings)
-    for module, norm, moments in zip(modules, norms, seen, strict=True):
-        if module is not None and norm is not None and norm.observes:
-            gather(module, norm, moments, running)
+    norm_ih, norm_hh, norm_cell = (
+        None if norm is None else norm._replace(equation=norm.equation._replace(weight=w, bias=b), observes=False)
+        for norm, (w, b) in zip(norms, affine, strict=True)
+    )
+    assert inputs.weight_ih is not None
+    x = padded(inputs.x, rows, running)
+    gates, _ = project_input(x, inputs.weight_ih, inputs.bias_ih, norm_ih, running, len(weights.cell.gates))
+    state = (inputs.h,) if inputs.c is None else (inputs.h, inputs.c)
+    hidden = HiddenWeights(inputs.weight_hh, inputs.bias_hh, None, () if norm_hh is None else (norm_hh,), norm_cell)
+    result = recurrence(weights.cell, Sequences(gates, state, running.sizes), hidden, noise)
+    outputs = result.outputs.flatten(0, 1)
+    return outputs if rows is None else outputs.index_select(0, rows), *result.state
+
+
+def padded(flat: Tensor, rows: Tensor | None, running: Running) -> Tensor:
+    """Rows that hold data at their places among all steps and sequences, ``(T, B, size)``, zeros at the others."""
     if rows is not None:
-        output = output.new_zeros(steps * samples, units).index_copy(0, rows, output)
-    return output.view(steps, samples, -1), (h, c)[: len(state)]
+        flat = flat.new_zeros(running.steps * running.samples, flat.shape[-1]).index_copy(0, rows, flat)
+    return flat.view(running.steps, running.samples, -1)
+
+
+def zoneout_mask(noise: Noise, rows: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """:attr:`Noise.kept` as the operator takes it."""
+    if noise.kept is None:
+        return None
+    flat = torch.stack([noise.kept["h"], noise.kept.get("c", noise.kept["h"])]).flatten(1, 2)
+    return (flat if rows is None else flat.index_select(1, rows)).to(dtype)
 
 
 def mixings(norms: Norms, steps: int) -> Tensor | None:
@@ -95,7 +137,8 @@ def mixings(norms: Norms, steps: int) -> Tensor | None:
         return None
     weights = [(0.0, 0.0) if norm is None else norm.equation[-2:] for norm in norms]
     if not any(isinstance(one, Tensor) for pair in weights for one in pair):
-        return torch.tensor(weights, dtype=torch.float64).unsqueeze(-1).expand(-1, -1, steps).contiguous()
+        numbers = torch.tensor(weights, dtype=torch.float64, device="cpu")
+        return numbers.unsqueeze(-1).expand(-1, -1, steps).contiguous()
     return torch.stack([torch.stack([mixing_row(one, steps) for one in pair]) for pair in weights])
 
 
@@ -145,6 +188,7 @@ def run_in_modes(
     one = allocate(first, constants, settings)
     output, h, c = (value.new_empty(len(modes), *value.shape) for value in one[:3])
     # modes differ in where they read and write and in which statistics are given: all else is set once
+    first, constants = admitted(first, constants, settings)
     args = arguments(first, constants, settings._replace(uses_ih=0b1111, uses_hh=0b1111, uses_cell=0b1111), one)
     args.threads = 1
     calls = (RecurrenceArgs * len(modes))(*[args] * len(modes))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from lightning_bln.equation import Equation, Source, Statistics, normalize_by
 from lightning_bln.norm import Normalization
+from lightning_bln.recurrence.sequences import Running
 
 START_SCALES = {"bln": 0.3, "layer": 1.0, "batch": 0.1}
 
@@ -119,30 +119,33 @@ class GateNorm(Normalization):
         self._register_affine(gates * hidden_size, True, bias, factory)
         self.population.merge_positions = time_statistics == "shared"
 
-    def sequence(self, sizes: Sequence[int]) -> SequenceNorm:
-        """The norm for the steps of a sequence, ``sizes[t]`` sequences running at step ``t``."""
-        source, frozen_size = self._source((len(sizes), self.groups))
-        batch_size: float | Tensor = sizes[0]
+    def sequence(self, running: Running) -> SequenceNorm:
+        """The norm for the steps of a batch of sequences."""
+        source, frozen_size = self._source((running.steps, self.groups))
+        batch_size: float | Tensor = running.samples
         if frozen_size is not None:
             batch_size = frozen_size[:, 0]
-        elif self.norm != "layer" and (torch.compiler.is_compiling() or sizes[0] != sizes[-1]):  # sizes fall
-            batch_size = self.population.feature_mean.new_tensor(sizes)[:, None]
+        elif self.norm != "layer":
+            like = self.population.feature_mean
+            batch_size = running.counts(like.device)
+            if isinstance(batch_size, Tensor):
+                batch_size = batch_size.to(like.dtype)
+            elif torch.compiler.is_compiling():  # one graph for batches of any size
+                batch_size = like.new_full((running.steps, 1), batch_size)
         return SequenceNorm(self._equation(batch_size), source, self.groups, self.training)
 
-    def gather_steps(self, observed: Statistics, sizes: Sequence[int]) -> None:
-        """Let the population take in all steps of a training sequence, ``sizes[t]`` sequences at step ``t``."""
-        running: int | Tensor = sizes[0]
-        if sizes[0] != sizes[-1]:
-            assert observed.feature_mean is not None
-            running = torch.tensor(sizes, device=observed.feature_mean.device)[:, None]
-        self.gather(observed, running, running)
+    def gather_steps(self, observed: Statistics, running: Running) -> None:
+        """Let the population take in all steps of a batch of training sequences."""
+        assert observed.feature_mean is not None
+        counts = running.counts(observed.feature_mean.device)
+        self.gather(observed, counts, counts)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise one step on its own, shaped ``(B, gates, hidden_size)``."""
-        sizes = (x.shape[-3],)
-        y, observed = self.sequence(sizes)(x[None], slice(None))
+        running = Running(1, x.shape[-3])
+        y, observed = self.sequence(running)(x[None], slice(None))
         if observed is not None:
-            self.gather_steps(observed, sizes)
+            self.gather_steps(observed, running)
         return y[0]
 
     def extra_repr(self) -> str:

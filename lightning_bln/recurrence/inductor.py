@@ -40,7 +40,7 @@ def inductor_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights
                 norm_hh=tuple(norm.at(window) for norm in weights.norm_hh),
                 norm_cell=None if weights.norm_cell is None else weights.norm_cell.at(window),
             ),
-            noise,
+            noise.at(window),
         )
         state = result.state
         results.append(result)

@@ -31,6 +31,12 @@ class Weights(NamedTuple):
     cell: Cell
     """The cell, its further parameters as attributes."""
 
+    def tensors(self) -> list[Tensor | None]:
+        """Parameters of the cell and its norms, and the norms' populations."""
+        norms = [norm for norm in (self.norm_ih, *self.norm_hh, self.norm_cell) if norm is not None]
+        found = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.weight_hr]
+        return [*found, *(value for norm in norms for value in (norm.weight, norm.bias, norm.population.batch_mean))]
+
 
 class HasCells(nn.Module):
     """A module with the parameters and norms of one or more cells of a kind.

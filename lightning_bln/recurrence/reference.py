@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from lightning_bln.cells.gates import Gates, Steps
 from lightning_bln.equation import Statistics
 from lightning_bln.recurrence.gate_norm import SequenceNorm
 from lightning_bln.recurrence.projection import Projection
+from lightning_bln.recurrence.sequences import Running, is_running
 
 
 class Sequences(NamedTuple):
@@ -44,8 +45,13 @@ class Noise(NamedTuple):
     hidden_mask: Tensor | None
     """Factors on the state where it enters the products, alike at every step, ``(B, size)``."""
     zoneout: float
-    """Probability that a unit of a state keeps its value over a step."""
-    training: bool
+    """Share of its value that a unit of a state keeps over a step, as an expectation."""
+    kept: dict[str, Tensor] | None
+    """In training, whether units of each zoned state keep their value at each step instead, ``(T, ..., B, size)``."""
+
+    def at(self, window: slice) -> Noise:
+        """The same for some of the steps."""
+        return self if self.kept is None else self._replace(kept={name: m[window] for name, m in self.kept.items()})
 
 
 class Result(NamedTuple):
@@ -55,6 +61,28 @@ class Result(NamedTuple):
     state: tuple[Tensor, ...]
     norm_hh: tuple[Statistics, ...]
     norm_cell: Statistics | None
+
+
+def project_input(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: SequenceNorm | None,
+    running: Running,
+    gates: int,
+    product: Callable[..., Tensor] = F.linear,
+) -> tuple[Tensor, Statistics | None]:
+    """Normalised products of all steps with the input weights and their bias, ``(T, ..., B, G, H)``.
+
+    Returns:
+        The products, and the statistics of each step where the norm observes them.
+    """
+    if norm is None:
+        return product(x, weight, bias).unflatten(-1, (gates, -1)), None
+    value = product(x, weight, None).unflatten(-1, (gates, -1))
+    is_data = None if running.sizes is None else is_running(running.sizes, value)
+    value, observed = norm(value, slice(None), is_data)
+    return value if bias is None else value + bias.view(gates, -1), observed
 
 
 def recurrence(
@@ -75,7 +103,6 @@ def recurrence(
     """
     first = cell.State(*sequences.state)
     x = cell.prepare(Gates(sequences.x.flatten(-2), cell.gates), first)
-    deferred = deferred and sequences.x.ndim == 4 and not torch.compiler.is_compiling()
     return unroll(copy(cell), x, sequences, weights, noise, deferred)
 
 
@@ -102,8 +129,8 @@ def unroll(
         if weights.weight_hr is not None:
             after = after._replace(h=F.linear(after.h, weights.weight_hr))
         if noise.zoneout:
-            kept = {name: zone(getattr(before, name), getattr(after, name), noise) for name in zoned}
-            after = after._replace(**kept)
+            mixed = {name: zone(name, getattr(before, name), getattr(after, name), noise, t) for name in zoned}
+            after = after._replace(**mixed)
         if running < samples:
             outputs.append(F.pad(after[0], (0, 0, 0, samples - running)))
             after = cell.State(
@@ -157,10 +184,10 @@ def identity(c: Tensor) -> Tensor:
     return c
 
 
-def zone(old: Tensor, new: Tensor, noise: Noise) -> Tensor:
-    """Zoneout: units keep their old value at random in training, by expectation in evaluation."""
-    if noise.training:
-        return torch.where(torch.rand_like(old) < noise.zoneout, old, new)
+def zone(name: str, old: Tensor, new: Tensor, noise: Noise, t: int) -> Tensor:
+    """Zoneout of a state: some units keep their old value in training, all a share of it in evaluation."""
+    if noise.kept is not None:
+        return torch.where(noise.kept[name][t][..., : old.shape[-2], :], old, new)
     return noise.zoneout * old + (1.0 - noise.zoneout) * new
 
 

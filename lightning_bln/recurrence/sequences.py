@@ -13,6 +13,24 @@ State = Tensor | tuple[Tensor, ...]
 LayerState = tuple[Tensor, ...]
 
 
+class Running(NamedTuple):
+    """Running sequences at each step of a batch."""
+
+    steps: int
+    samples: int
+    sizes: Sequence[int] | None = None
+    """How many run at each step, longest first; ``None`` if all run to the end."""
+
+    @classmethod
+    def of(cls, x: Tensor, sizes: Sequence[int] | None) -> Running:
+        """Those of ``x``, shaped ``(T, ..., B, size)``."""
+        return cls(x.shape[0], x.shape[-2], sizes)
+
+    def counts(self, device: torch.device) -> int | Tensor:
+        """Running sequences: a number for all steps, or one for each, ``(T, 1)``."""
+        return self.samples if self.sizes is None else torch.tensor(self.sizes, device=device)[:, None]
+
+
 class Form(NamedTuple):
     """An input as ``(T, B, input_size)``, and the form in which its outputs are given back."""
 
@@ -99,7 +117,7 @@ def unwrap(states: tuple[Tensor, ...]) -> State:
 
 def lengths_of(batch_sizes: Tensor) -> Tensor:
     """Length of each sequence, longest first, from the running sequences at each step."""
-    return (batch_sizes[:, None] > torch.arange(int(batch_sizes[0]))).sum(0)
+    return (batch_sizes[:, None] > torch.arange(int(batch_sizes[0]), device=batch_sizes.device)).sum(0)
 
 
 def is_running(sizes: Sequence[int], x: Tensor) -> Tensor:
@@ -110,7 +128,7 @@ def is_running(sizes: Sequence[int], x: Tensor) -> Tensor:
 
 def reversal(sizes: list[int], x: Tensor) -> Tensor:
     """Index of the step that each step is read from when every sequence is reversed within its length: ``(T, B)``."""
-    lengths = lengths_of(torch.tensor(sizes)).to(x.device)
+    lengths = lengths_of(torch.tensor(sizes, device=x.device))
     steps = torch.arange(len(sizes), device=x.device)[:, None]
     return torch.where(steps < lengths, lengths - 1 - steps, steps)
 

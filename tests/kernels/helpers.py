@@ -50,7 +50,8 @@ def flat(value: Any) -> list[Tensor]:
 
 
 def evaluate(layer: Recurrent, x: Any, hx: Any) -> dict[str, Tensor]:
-    """Outputs, states, gradients of input, first states and parameters, and the population gathered."""
+    """Outputs, states, gradients of input, first states and parameters, and the population gathered, of one draw."""
+    torch.manual_seed(1)
     leaves = [tensor.clone().requires_grad_() for tensor in [*flat(x), *flat(hx)]]
     data, *states = leaves
     passed = x._replace(data=data) if isinstance(x, PackedSequence) else data

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_bln import BLNLSTM
+from lightning_bln.kernels import gate
 from lightning_bln.recurrence import backends
 from tests.kernels.helpers import built
 
@@ -15,7 +16,7 @@ pytestmark = built
 
 
 def test_without_the_library_auto_runs_the_reference_and_says_so_once(monkeypatch) -> None:
-    monkeypatch.setattr(backends, "is_built", lambda: False)
+    monkeypatch.setattr(gate, "is_built", lambda: False)
     backends.warn_missing.cache_clear()
     layer = BLNLSTM(2, 3)
     with pytest.warns(UserWarning, match=r"C\+\+ compiler"):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_bln.kernels.gate import checked, dense_features
 from lightning_bln.kernels.library import ProgramArgs, call, pointer
 from lightning_bln.recurrence.program.codegen import Buffer, Code, Place
 from lightning_bln.recurrence.program.recording import RecordedCell, Tensors
@@ -68,8 +69,9 @@ def gradient_buffers(
     """Gradients of outputs and last states, which the backward instructions read, and room for those they write."""
     steps, samples, units, running = shape
     output, *last = gradients
-    buffers: Buffers = {}
-    buffers["output", None] = start.new_zeros(units) if output is None else dense_features(output)
+    buffers: Buffers = {("output", None): start.new_zeros(units)}
+    if output is not None:
+        buffers["output", None] = readable("grad_output", output, (steps, samples, units), start.dtype)
     for name, gradient in zip(recorded.cell.states, last, strict=True):
         value = start.new_empty(samples, units)
         buffers["carry", name] = value.zero_() if gradient is None else value.copy_(gradient)
@@ -79,9 +81,31 @@ def gradient_buffers(
     return buffers
 
 
-def dense_features(x: Tensor) -> Tensor:
-    """``x`` with stride 1 along its last axis."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def admitted(recorded: RecordedCell, tensors: Tensors) -> Tensors:
+    """The tensors of a call as the library reads them."""
+    (samples, units), steps, dtype = tensors.state[0].shape, tensors.x[0].shape[0], tensors.state[0].dtype
+    rows = sum(recorded.rows(units))
+    segments, axes = recorded.signature.segments, (axes for _, axes in recorded.signature.constants)
+
+    def read(name: str, value: Tensor | None, *shape: int) -> Any:
+        return None if value is None else readable(name, value, shape, dtype)
+
+    return Tensors(
+        tuple(
+            read("x", value, steps, samples, len(gates) * units)
+            for gates, value in zip(segments, tensors.x, strict=True)
+        ),
+        tuple(read("hx", value, samples, units) for value in tensors.state),
+        read("weight_hh", tensors.weight_hh, rows, units),
+        read("bias_hh", tensors.bias_hh, rows),
+        tuple(read("constant", value, *[units] * n) for n, value in zip(axes, tensors.constants, strict=True)),
+        read("mask", tensors.mask, samples, units),
+    )
+
+
+def readable(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor as programs read it: of this shape and dtype, its features contiguous."""
+    return dense_features(checked(name, value, shape, dtype))
 
 
 def matrices(recorded: RecordedCell, tensors: Tensors) -> dict[Any, Tensor]:
@@ -105,7 +129,7 @@ def rows_of_all_steps(place: Place, width: int, buffers: Buffers, shape: Shape) 
 def execute(code: Code, buffers: Buffers, weights: dict[Any, Tensor], shape: Shape, *, reverse: bool) -> None:
     """Run instructions over all steps in one call."""
     steps, samples, units, running = shape
-    batch_sizes = None if running is None else torch.tensor(running)
+    batch_sizes = None if running is None else torch.tensor(running, device="cpu")
     like = next(iter(buffers.values()))
     registers = like.new_empty(code.registers, samples, units)
     zero = like.new_zeros(units)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from copy import copy
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from lightning_bln._torch import is_observed, is_plain
 from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates
-from lightning_bln.kernels.library import DTYPES, is_built
+from lightning_bln.kernels.dispatch import gradients_on_torch
+from lightning_bln.kernels.gate import reason_against
 from lightning_bln.kernels.matmul import multiply
 from lightning_bln.recurrence.program.buffers import (
     Buffers,
     Shape,
-    dense_features,
+    admitted,
     execute,
     gradient_buffers,
     input_buffers,
     matrices,
+    readable,
     result_buffers,
     rows_of_all_steps,
 )
@@ -31,7 +35,7 @@ from lightning_bln.recurrence.sequences import lengths_of
 
 def recorded_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result | None:
     """:func:`~lightning_bln.recurrence.reference.recurrence` by a recorded program; ``None`` if there is none."""
-    if not is_supported(sequences, weights, noise):
+    if not is_supported(cell, sequences, weights, noise):
         return None
     x = cell.prepare(Gates(sequences.x.flatten(-2), cell.gates), cell.State(*sequences.state))
     segments = x.segments()
@@ -50,26 +54,24 @@ def recorded_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights
     if recorded is None:
         return None
     tensors = Tensors(
-        tuple(dense_features(value.to(dtype)) for value in segments.values()),
-        tuple(dense_features(value) for value in sequences.state),
-        None if weights.weight_hh is None else dense_features(cell.act(weights.weight_hh)),
-        None if weights.bias_hh is None else dense_features(weights.bias_hh),
-        tuple((v.expand(units) if v.ndim == 1 else v).to(dtype).contiguous() for v in constants.values()),
-        None if noise.hidden_mask is None else noise.hidden_mask.contiguous(),
+        tuple(value.to(dtype) for value in segments.values()),
+        sequences.state,
+        None if weights.weight_hh is None else cell.act(weights.weight_hh),
+        weights.bias_hh,
+        tuple((v.expand(units) if v.ndim == 1 else v).to(dtype) for v in constants.values()),
+        noise.hidden_mask,
     )
     outputs, *state = RecordedRecurrence.apply(recorded, sequences.sizes, *tensors.flat())
     return Result(outputs, tuple(state), (), None)
 
 
-def is_supported(sequences: Sequences, weights: HiddenWeights, noise: Noise) -> bool:
+def is_supported(cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> bool:
     """Whether recorded programs run a recurrence of this kind: on the CPU, without norms, projection and zoneout."""
     x, state = sequences.x, sequences.state
     parameters = [value for value in (weights.weight_hh, weights.bias_hh) if value is not None]
+    constants = [getattr(cell, name) for name in cell.parameters]
     return (
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and x.dtype in DTYPES
-        and x.ndim == 4
+        x.ndim == 4
         and not torch.compiler.is_compiling()
         and not weights.norm_hh
         and weights.norm_cell is None
@@ -77,7 +79,7 @@ def is_supported(sequences: Sequences, weights: HiddenWeights, noise: Noise) -> 
         and not noise.zoneout
         and all(value.dtype == x.dtype for value in (*state, *parameters))
         and all(value.shape == (x.shape[1], x.shape[3]) for value in state)
-        and is_built()
+        and reason_against(x.dtype, (x, *state, *parameters, *constants, noise.hidden_mask)) is None
     )
 
 
@@ -89,7 +91,7 @@ class RecordedRecurrence(torch.autograd.Function):
         ctx: Any, recorded: RecordedCell, running: list[int] | None, *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Outputs and last states, from the running sequences of each step and :class:`Tensors`."""
-        tensors, program = recorded.tensors(flat), recorded.program
+        tensors, program = admitted(recorded, recorded.tensors(flat)), recorded.program
         keep = any(ctx.needs_input_grad)
         samples, units = tensors.state[0].shape
         shape = Shape(tensors.x[0].shape[0], samples, units, running)
@@ -98,23 +100,27 @@ class RecordedRecurrence(torch.autograd.Function):
         states = [buffers["state", name] for name in recorded.cell.states]
         if keep:
             kept = {name: value for name, value in buffers.items() if name in program.reads}
-            ctx.recorded, ctx.shape, ctx.names = recorded, shape, tuple(kept)
+            ctx.recorded, ctx.shape = recorded, shape
+            ctx.kept = {name: value.shape for name, value in kept.items()}
             ctx.save_for_backward(*flat, *kept.values())
             ctx.set_materialize_grads(False)
         if running is None:
             return states[0][1:], *(value[-1].clone() for value in states)
-        lengths = lengths_of(torch.tensor(running))
-        return states[0][1:], *(value[lengths, torch.arange(samples)] for value in states)
+        lengths = lengths_of(torch.tensor(running, device="cpu"))
+        return states[0][1:], *(value[lengths, torch.arange(samples, device="cpu")] for value in states)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of all tensors."""
         saved, recorded, shape = ctx.saved_tensors, ctx.recorded, ctx.shape
-        flat = saved[: len(saved) - len(ctx.names)]
-        if torch.is_grad_enabled():
-            return None, None, *gradients_on_torch(recorded, flat, shape.running, gradients)
-        buffers: Buffers = dict(zip(ctx.names, saved[len(flat) :], strict=True))
-        tensors = recorded.tensors(flat)
+        flat = saved[: len(saved) - len(ctx.kept)]
+        if torch.is_grad_enabled() or is_observed() or not all(map(is_plain, gradients)):
+            return None, None, *gradients_on_torch(partial(on_torch, recorded, shape.running), flat, gradients)
+        if all(gradient is None for gradient in gradients):
+            return (None,) * (2 + len(flat))
+        tensors = admitted(recorded, recorded.tensors(flat))
+        dtype, kept = tensors.state[0].dtype, zip(ctx.kept.items(), saved[len(flat) :], strict=True)
+        buffers = {name: readable(str(name), value, size, dtype) for (name, size), value in kept}
         buffers |= gradient_buffers(recorded, tensors.state[0], shape, gradients)
         execute(recorded.program.backward, buffers, matrices(recorded, tensors), shape, reverse=True)
         return None, None, *collected_gradients(recorded, tensors, buffers, shape)
@@ -168,12 +174,8 @@ def hidden_gradients(
     return torch.cat(weights), torch.cat(biases) if recorded.signature.biased else None
 
 
-def gradients_on_torch(
-    recorded: RecordedCell, flat: Sequence[Tensor | None], running: list[int] | None, gradients: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Gradients of all tensors, computed step by step on torch operations, so that they have gradients themselves."""
-    # Views, since a tensor may be computed from another one of them, whose gradient must not include its own.
-    flat = [None if value is None else value.view_as(value) for value in flat]
+def on_torch(recorded: RecordedCell, running: list[int] | None, *flat: Tensor | None) -> tuple[Tensor, ...]:
+    """Outputs and last states step by step on torch operations."""
     tensors, signature = recorded.tensors(flat), recorded.signature
     cell = copy(recorded.cell)
     names = [name for name, _ in signature.constants]
@@ -186,11 +188,6 @@ def gradients_on_torch(
         Gates(None, cell.gates, parts),
         Sequences(tensors.x[0], tensors.state, running),
         HiddenWeights(tensors.weight_hh, tensors.bias_hh, None, (), None),
-        Noise(tensors.mask, 0.0, True),
+        Noise(tensors.mask, 0.0, None),
     )
-    pairs = zip((result.outputs, *result.state), gradients, strict=True)
-    ends = [(value, gradient) for value, gradient in pairs if gradient is not None and value.requires_grad]
-    inputs = [value for value in flat if value is not None and value.requires_grad]
-    values, weights = zip(*ends, strict=True)
-    found = iter(torch.autograd.grad(values, inputs, weights, create_graph=True, allow_unused=True))
-    return [next(found) if value is not None and value.requires_grad else None for value in flat]
+    return result.outputs, *result.state

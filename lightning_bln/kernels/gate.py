@@ -1,0 +1,89 @@
+"""The gate in front of the C++ library: which calls it takes, and tensors as it reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_bln._torch import HAS_CUSTOM_OPS, is_exporting, is_literal, is_observed, is_plain
+from lightning_bln.kernels.library import DTYPES, is_built
+
+HOW_TO_BUILD = (
+    "install a C++ compiler (g++ or clang) and, in a clone of lightning-bln, install it again: "
+    "pip install --force-reinstall --no-deps --no-binary lightning-bln ."
+)
+
+
+def reason_against(dtype: torch.dtype, tensors: Iterable[Tensor | None]) -> str | None:
+    """Obstacle to a call of the library, here and with these tensors; ``None`` if it serves.
+
+    Args:
+        dtype: Of the parameters, or of the input where there is none.
+        tensors: All that the call reads.
+    """
+    if torch.compiler.is_compiling():
+        others = [value.device for value in tensors if value is not None and value.device.type != "cpu"]
+        if not HAS_CUSTOM_OPS:
+            return "torch.compile takes the compiled kernels from torch 2.4 on"
+    else:
+        if is_observed():
+            return "a transform (torch.func, forward-mode derivatives, tracing) has to see every operation"
+        odd = [value for value in tensors if not is_plain(value)]
+        others = [value.device for value in odd if value is not None and value.device.type != "cpu"]
+        if odd and not others:
+            return f"a tensor is a {type(odd[0]).__name__}, and the compiled kernels take plain ones"
+    if others:
+        return f"a tensor is on {others[0]}, and the compiled kernels run on the CPU"
+    if dtype not in DTYPES:
+        return f"the dtype is {dtype}, and the compiled kernels take float32 and float64"
+    if not is_built():
+        return f"the compiled kernels are not installed; {HOW_TO_BUILD}"
+    return None
+
+
+def serves(backend: str, reason: str | None) -> bool:
+    """Whether a layer of this backend runs on the library, given the obstacle, if any.
+
+    Raises:
+        ValueError: ``backend="cpu"`` asks for it where it cannot run.
+    """
+    if backend == "cpu" and reason is not None:
+        raise ValueError(f"backend='cpu', but {reason}; pass backend='auto' to run on torch operations instead")
+    # exported on torch operations a program loads without this package, and converts to other formats
+    return reason is None and (backend == "cpu" or not is_exporting())
+
+
+def admit(name: str, value: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+    """A tensor as most of the library reads it: :func:`checked`, and contiguous."""
+    if value is None or (value.shape == shape and value.dtype is dtype and value.is_contiguous() and is_own(value)):
+        return value
+    return checked(name, value, shape, dtype).contiguous()
+
+
+def checked(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of this shape and dtype in this process's memory, with any strides.
+
+    Raises:
+        ValueError: It has another shape, or lies elsewhere.
+        TypeError: Its dtype cannot be converted without loss of a part.
+    """
+    if value.shape != torch.Size(shape):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, but {tuple(shape)} is needed; reshape it")
+    if value.device.type != "cpu" or value.layout is not torch.strided:
+        raise ValueError(f"{name} is a {value.layout} tensor on {value.device}, but a dense one on the CPU is needed")
+    if value.dtype.is_complex or value.dtype.is_floating_point is not dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {value.dtype}, but {dtype} is needed; convert it with .to()")
+    value = value.to(dtype)
+    return value if is_literal(value) else value.clone().resolve_neg()
+
+
+def is_own(value: Tensor) -> bool:
+    """Whether the memory of a tensor holds its numbers."""
+    return value.is_cpu and value.layout is torch.strided and is_literal(value)
+
+
+def dense_features(x: Tensor) -> Tensor:
+    """``x`` with stride 1 along its last axis."""
+    return x if x.stride(-1) == 1 else x.contiguous()
