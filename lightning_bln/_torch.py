@@ -51,7 +51,8 @@ PLAIN_TYPES = (Tensor, nn.Parameter)
 
 def is_plain(value: Tensor | None) -> bool:
     """Whether a tensor's numbers lie in this process's memory as its strides say, behind no subclass."""
-    return value is None or (type(value) in PLAIN_TYPES and value.is_cpu and value.layout is torch.strided)
+    # a tensor that vmap batches is of the plain type and has no storage
+    return value is None or (type(value) in PLAIN_TYPES and value.is_cpu and torch._C._has_storage(value))
 
 
 def is_literal(value: Tensor) -> bool:
@@ -80,6 +81,22 @@ def unwrapped(value: Tensor) -> Tensor:
     while functorch.is_functorch_wrapped_tensor(value):
         value = functorch.get_unwrapped(value)
     return value
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on ``device``."""
+    return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
+def lasting(value: Tensor) -> Tensor:
+    """``value`` detached, and no tensor that ends with a transform or that training could not use later."""
+    # the order matters: torch.compile cannot trace the other questions
+    if torch.compiler.is_compiling():
+        return value.detach()
+    if not torch.is_inference_mode_enabled():
+        return unwrapped(value.detach())
+    with torch.inference_mode(False):
+        return value.clone()
 
 
 MODULE_INTERNALS = frozenset(nn.Module().__dict__)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_bln._torch import is_observed
+
 Uses = tuple["bool | Tensor", ...]
 """For each of the four statistics, whether it is given; a tensor answers for each group of samples by itself."""
 
@@ -82,7 +84,7 @@ def normalize(x: Tensor, statistics: Statistics, equation: Equation) -> Tensor:
     """The equation of :func:`batch_layer_norm` on statistics that broadcast against ``x``, features last."""
     weight, bias, scale, eps, w_feature, w_batch = equation
     wide = widen(x)
-    times, plus = (torch.mul, torch.add) if torch.is_grad_enabled() else (Tensor.mul_, Tensor.add_)
+    times, plus = (Tensor.mul_, Tensor.add_) if may_write() else (torch.mul, torch.add)
     y: Tensor | None = None
     if not is_zero(w_feature):
         assert statistics.feature_mean is not None
@@ -184,8 +186,13 @@ def mean_and_var(x: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, in two passes that torch vectorises; its var_mean is slower on the CPU."""
     mean = x.mean(over, keepdim=True)
     centred = x - mean
-    # without gradients nobody else holds the difference, and a second array of its size costs more than the squares
-    return mean, (centred.square() if torch.is_grad_enabled() else centred.square_()).mean(over, keepdim=True)
+    # a second array of its size costs more than the squares
+    return mean, (centred.square_() if may_write() else centred.square()).mean(over, keepdim=True)
+
+
+def may_write() -> bool:
+    """Whether results of an operation may be written into, since nothing else holds or sees them."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_observed())
 
 
 def widen(x: Tensor) -> Tensor:

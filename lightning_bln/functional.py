@@ -150,12 +150,14 @@ def check_input(x: Tensor, *, batch_dim: int, channel_dim: int) -> tuple[int, in
     return axes[0], axes[1]
 
 
-def check_dtype(x: Tensor, parameter: Tensor | None) -> None:
-    """Raise unless a layer with this parameter, if any, takes the dtype of ``x``."""
-    if parameter is not None and x.dtype != parameter.dtype and not is_autocast_enabled(x.device.type):
-        raise TypeError(
-            f"x has dtype {x.dtype}, but the layer's parameters have {parameter.dtype}; convert one with .to()"
-        )
+def check_dtype(x: Tensor, like: Tensor | None, name: str = "x", others: str = "the layer's parameters have") -> None:
+    """Raise unless ``x`` has the dtype and device of ``like``, if any; under autocast dtypes may differ."""
+    if like is None:
+        return
+    if x.dtype != like.dtype and (x.is_complex() or not is_autocast_enabled(x.device.type)):
+        raise TypeError(f"{name} has dtype {x.dtype}, but {others} {like.dtype}; convert one with .to()")
+    if x.device != like.device:
+        raise RuntimeError(f"{name} is on {x.device}, but {others} {like.device}; move one with .to()")
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:

@@ -86,3 +86,19 @@ class Moments(NamedTuple):
         if missing <= 0:
             return self
         return Moments(*(torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) for part in self))
+
+
+def merge_grown(a: Moments, b: Moments) -> Moments:
+    """Merge moments that may differ in length along the first position axis."""
+    if a.count.shape[1:] != b.count.shape[1:]:
+        raise ValueError(position_mismatch(tuple(b.count.shape), tuple(a.count.shape)))
+    longest = max(len(a.count), len(b.count))
+    return a.grown(longest).merge(b.grown(longest))
+
+
+def position_mismatch(positions: tuple[int, ...], known: tuple[int, ...]) -> str:
+    """The error message for an input whose positions do not fit the population's."""
+    return (
+        f"x has positions of shape {positions}, but the population has {known}, and only the first position axis may "
+        "change its length; use positions='shared' for inputs of any size, or reset the population"
+    )

@@ -109,7 +109,7 @@ class Normalization(HasMode):
                 f"num_features={self.num_features}, but the input's feature axis (dim {self.channel_dim}) has "
                 f"{x.shape[channel_dim]}; change one of them, or channel_dim"
             )
-        check_dtype(x, self.weight)
+        self._check_parameters(x)
         fan = None if self.training else self.fan
         canonical = x.movedim((batch_dim, channel_dim), (0, -1))
         if fan is None:
@@ -117,6 +117,19 @@ class Normalization(HasMode):
         else:
             y = self._normalize(fan.enter(canonical, 0), fan).flatten(0, 1)
         return y.movedim((0, -1), (batch_dim, channel_dim))
+
+    def _check_parameters(self, x: Tensor) -> None:
+        """Raise unless parameters and population fit ``x``; they may have been assigned from elsewhere."""
+        for name, parameter in (("weight", self.weight), ("bias", self.bias)):
+            if parameter is not None and parameter.shape != (self.num_features,):
+                raise ValueError(
+                    f"{name} has shape {tuple(parameter.shape)}, but num_features={self.num_features}; assign one of "
+                    f"shape ({self.num_features},)"
+                )
+            check_dtype(x, parameter)
+        if x.device != self.population.mean.device:
+            device = self.population.mean.device
+            raise RuntimeError(f"x is on {x.device}, but the layer's population is on {device}; move one with .to()")
 
     def _normalize(self, x: Tensor, fan: FanOut | None) -> Tensor:
         """Normalise ``x``, shaped ``(m, *positions, d)``, or ``(modes, m, *positions, d)`` under a fan-out."""

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_bln._torch import own_buffers
+from lightning_bln._torch import is_batched, is_capturing, lasting, own_buffers
 from lightning_bln.distributed import in_step, is_distributed
 from lightning_bln.equation import Statistics
 from lightning_bln.functional import check_choice
-from lightning_bln.moments import Moments
+from lightning_bln.moments import Moments, merge_grown, position_mismatch
 
 ESTIMATORS = ("pooled", "paper")
 FROZEN = (*Statistics._fields, "batch_size")
@@ -113,9 +113,18 @@ class Population(nn.Module):
         return tuple(seen.shape)
 
     def gather(self, observed: Observed) -> None:
-        """Add one batch; with ``momentum``, also move the frozen statistics towards it."""
+        """Add one batch; with ``momentum``, also move the frozen statistics towards it.
+
+        Raises:
+            RuntimeError: ``torch.vmap`` runs over the statistics, so that there is one batch for each of its entries.
+        """
         if not self.takes_part:
             return
+        if not torch.compiler.is_compiling() and any(map(is_batched, observed)):
+            raise RuntimeError(
+                "a layer in training mode gathers one population, but torch.vmap runs over its statistics; call "
+                "model.eval(), or run the entries one by one"
+            )
         moments = self._moments(observed)
         if self.merge_positions:
             moments = Moments(*(part[None] for part in moments.merge_positions()))
@@ -234,43 +243,14 @@ class Population(nn.Module):
         return f"{self.num_features}, estimator={self.estimator!r}, positions={self.positions}, {state}"
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured on ``device``."""
-    return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
-
-
-def lasting(value: Tensor) -> Tensor:
-    """``value`` detached, and no inference tensor, which training could not use later."""
-    # the order matters: torch.compile cannot trace the second question
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
-        return value.detach()
-    with torch.inference_mode(False):
-        return value.clone()
-
-
-def merge_grown(a: Moments, b: Moments) -> Moments:
-    """Merge moments that may differ in length along the first position axis."""
-    if a.count.shape[1:] != b.count.shape[1:]:
-        raise ValueError(position_mismatch(tuple(b.count.shape), tuple(a.count.shape)))
-    longest = max(len(a.count), len(b.count))
-    return a.grown(longest).merge(b.grown(longest))
-
-
-def position_mismatch(positions: tuple[int, ...], known: tuple[int, ...]) -> str:
-    """The error message for an input whose positions do not fit the population's."""
-    return (
-        f"x has positions of shape {positions}, but the population has {known}, and only the first position axis may "
-        "change its length; use positions='shared' for inputs of any size, or reset the population"
-    )
-
-
 def check_state_dict(module: nn.Module, state_dict: dict, prefix: str) -> None:
     """Check every shape in ``state_dict`` before any of it is loaded.
 
-    Populations load any number of positions, but only their own number of features.
+    Populations load any number of positions, but only their own number of features, and all of one population's
+    buffers have the same positions.
 
     Raises:
-        ValueError: A shape does not fit ``module``.
+        ValueError: A shape does not fit ``module``, or another of the same population.
     """
     needed = {name: parameter.shape for name, parameter in module.named_parameters()}
     for path, child in module.named_modules():
@@ -278,6 +258,8 @@ def check_state_dict(module: nn.Module, state_dict: dict, prefix: str) -> None:
             within = f"{path}." if path else ""
             sized = (name for name, _ in child.named_buffers(recurse=False) if name not in POSITIONAL)
             needed |= {within + name: getattr(child, name).shape[-1:] for name in sized}
+            for names in (Moments._fields, FROZEN):
+                check_positions(child, names, state_dict, prefix + within)
     for name, shape in needed.items():
         saved = state_dict.get(prefix + name)
         if saved is not None and saved.shape[-len(shape) :] != shape:
@@ -285,6 +267,19 @@ def check_state_dict(module: nn.Module, state_dict: dict, prefix: str) -> None:
                 f"state_dict[{prefix + name!r}] has shape {tuple(saved.shape)}, but the size needed is {tuple(shape)}; "
                 "load it into a layer of the size and kind it was saved from"
             )
+
+
+def check_positions(population: Population, names: Iterable[str], state_dict: dict, prefix: str) -> None:
+    """Check that buffers, those of ``state_dict`` and else the population's own, have the same positions."""
+    found = {}
+    for name in names:
+        value = state_dict.get(prefix + name, getattr(population, name))
+        found[name] = tuple(value.shape if name in POSITIONAL else value.shape[:-1])
+    if len(set(found.values())) > 1 and any(prefix + name in state_dict for name in names):
+        raise ValueError(
+            f"state_dict[{prefix + '*'!r}] has buffers of different positions, {found}, but they belong to the same; "
+            "save the state dict of a whole layer again"
+        )
 
 
 def populations(model: nn.Module) -> list[Population]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from lightning_bln.kernels.dispatch import Operator
 
 def register(operator: Operator) -> tuple[Any, Any]:
     """Register the forward and the backward pass of an operator as ``lightning_bln::name`` and ``::name_backward``."""
-    arguments = f"{operator.schema}, int[] integers, float[] numbers"
+    arguments = f"{operator.schema}, SymInt[] integers, float[] numbers"
     gradients = len(operator.inputs._fields)
     tensors = gradients + len(operator.constants._fields)
     as_list = operator.saved.startswith("Tensor[]")
@@ -68,7 +69,25 @@ def define(
     """One operator of the dispatcher; torch has no public name for its type."""
     defined = torch.library.custom_op(f"lightning_bln::{name}", run, mutates_args=(), schema=schema)
     defined.register_fake(allocate)
+    if hasattr(defined, "register_vmap"):
+        defined.register_vmap(partial(one_by_one, defined))
     return defined
+
+
+def one_by_one(operator: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
+    """Batching rule of an operator: its results for each entry of the batch, stacked."""
+    calls = []
+    for index in range(info.batch_size):
+        own = [value if dim is None or value is None else select(value, dim, index) for value, dim in zip(args, in_dims)]
+        calls.append(operator(*own))
+    return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+
+def select(value: Any, dim: Any, index: int) -> Any:
+    """One entry of a batched tensor, or of each tensor of a list."""
+    if isinstance(value, Tensor):
+        return value.select(dim, index)
+    return [one if d is None else one.select(d, index) for one, d in zip(value, dim, strict=True)]
 
 
 def results(count: int) -> str:

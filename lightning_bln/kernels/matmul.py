@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_bln._torch import is_autocast_enabled, is_observed
-from lightning_bln.kernels.library import DTYPES, ProductArgs, call, is_built, pointer
+from lightning_bln._torch import is_autocast_enabled
+from lightning_bln.kernels.gate import admit, checked, reason_against
+from lightning_bln.kernels.library import ProductArgs, call, pointer
 
 WORK_OF_A_THREAD = 2**21
 """Multiplications that make it worth starting one more thread."""
@@ -23,10 +24,13 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         tensor([[3., 3., 3., 3.],
                 [3., 3., 3., 3.]])
     """
-    if not is_built():
+    (rows, depth), columns, dtype = a.shape, b.shape[-1], a.dtype
+    operands = [(a, (rows, depth)), (b, (depth, columns)), *([] if bias is None else [(bias, (columns,))])]
+    fits = all(value.shape == shape and value.dtype == dtype for value, shape in operands)
+    if not fits or reason_against(dtype, (a, b, bias)) is not None:
         return a @ b if bias is None else torch.addmm(bias, a, b)
-    rows, depth = a.shape
-    columns = b.shape[1]
+    a, b = checked("a", a, a.shape, dtype), checked("b", b, b.shape, dtype)
+    bias = admit("bias", bias, (columns,), dtype)
     result = a.new_empty(rows, columns)
     args = ProductArgs()
     args.rows, args.columns, args.depth = rows, columns, depth
@@ -34,7 +38,7 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     args.a, args.a_row, args.a_column = pointer(a), *a.stride()
     args.b, args.b_row, args.b_column = pointer(b), *b.stride()
     args.c, args.c_row = pointer(result), columns
-    args.bias = pointer(None if bias is None else bias.contiguous())
+    args.bias = pointer(bias)
     call("product", args, a.dtype)
     return result
 
@@ -42,15 +46,10 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """:func:`torch.nn.functional.linear`, fused where the kernels take ``x`` and ``weight``."""
     if (
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and x.dtype in DTYPES
+        not torch.compiler.is_compiling()
         and weight.dtype == x.dtype
-        and type(weight) in (Tensor, nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not is_observed()
         and not is_autocast_enabled("cpu")
-        and is_built()
+        and reason_against(x.dtype, (x, weight, bias)) is None
     ):
         return Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_bln._torch import is_autocast_enabled
 from lightning_bln.cells.registry import build
+from lightning_bln.functional import check_dtype
 from lightning_bln.recurrence.direction import run_direction
 from lightning_bln.recurrence.parameters import HasCells
 from lightning_bln.recurrence.regularization import Regularization
@@ -96,10 +96,7 @@ class RecurrentCell(HasCells):
         if [tuple(s.shape) for s in state] != shapes:
             raise ValueError(f"hx has shapes {[tuple(s.shape) for s in state]}, but {shapes} is needed; reshape it")
         for name, value in zip(names, state, strict=True):
-            if value.dtype != x.dtype and not is_autocast_enabled(x.device.type):
-                raise TypeError(
-                    f"hx: {name} has dtype {value.dtype}, but the input has {x.dtype}; convert one with .to()"
-                )
+            check_dtype(value, x, f"hx: {name}", "the input has")
         _, after = run_direction(
             x[None],
             state,

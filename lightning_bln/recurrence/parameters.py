@@ -55,6 +55,9 @@ class HasCells(nn.Module):
             among them.
     """
 
+    _shapes: dict[str, tuple[int, ...]] = {}
+    """Shape of each parameter."""
+
     def __init__(
         self,
         cell: Cell,
@@ -70,6 +73,7 @@ class HasCells(nn.Module):
         **norm_options: Any,
     ) -> None:
         super().__init__()
+        self._shapes = {}
         check_choice("norm", norm, (None, *NORMS))
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
             if size < 1:
@@ -128,6 +132,7 @@ class HasCells(nn.Module):
         known = {"input_size": input_size, "hidden_size": size}
         for name, extra in self.cell.parameters.items():
             shapes[name] = tuple(known[part] if isinstance(part, str) else part for part in extra.shape)
+        self._shapes = self._shapes | {name + suffix: shape for name, shape in shapes.items()}
         for name, shape in shapes.items():
             empty = torch.empty(shape, device=options["device"], dtype=options["dtype"])
             self.register_parameter(name + suffix, nn.Parameter(empty))
@@ -146,10 +151,20 @@ class HasCells(nn.Module):
         return ["norm_hh"] if len(products) == 1 else [f"norm_hh_{product[0]}" for product in products]
 
     def _weights(self, suffix: str) -> Weights:
-        """One cell's parameters and norms."""
+        """One cell's parameters and norms.
+
+        Raises:
+            ValueError: A parameter has another shape than at the start.
+            TypeError: Or another dtype than the input's weights.
+            RuntimeError: Or lies on another device.
+        """
+        like = getattr(self, "weight_ih" + suffix)
 
         def get(name: str) -> Any:
-            return getattr(self, name + suffix, None)
+            value = getattr(self, name + suffix, None)
+            if isinstance(value, Tensor):
+                self._check_parameter(name + suffix, value, like)
+            return value
 
         cell, bias_ih = self.cell, get("bias_ih")
         if cell.has_parameters:
@@ -170,6 +185,16 @@ class HasCells(nn.Module):
             norm_cell=get("norm_cell"),
             cell=cell,
         )
+
+    def _check_parameter(self, name: str, value: Tensor, like: Tensor) -> None:
+        """Raise unless a parameter, which may have been assigned from elsewhere, fits the layer and ``like``."""
+        shape = self._shapes.get(name)
+        if shape is not None and value.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, but {shape} is needed; assign one of that shape")
+        if value.dtype != like.dtype:
+            raise TypeError(f"{name} has dtype {value.dtype}, but weight_ih has {like.dtype}; convert one with .to()")
+        if value.device != like.device:
+            raise RuntimeError(f"{name} is on {value.device}, but weight_ih is on {like.device}; move one with .to()")
 
     def reset_parameters(self) -> None:
         """Draw weights and biases uniformly within 1/sqrt(hidden_size), as nn.LSTM does; set norms to their start."""

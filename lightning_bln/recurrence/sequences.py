@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from lightning_bln.functional import check_dtype
 
 State = Tensor | tuple[Tensor, ...]
 LayerState = tuple[Tensor, ...]
@@ -58,9 +61,14 @@ class Form(NamedTuple):
         return state if self.packed is None else reordered(state, self.packed.sorted_indices)
 
     def restore(self, outputs: Tensor, last: list[LayerState]) -> tuple[Tensor | PackedSequence, State]:
-        """Outputs in the form of the input, and the last states of all layers and directions."""
+        """Outputs in the form of the input, and the last states of all layers and directions.
+
+        All are arrays of their own, which may be written into before the backward pass.
+        """
         if self.packed is not None:
             last = reordered(last, self.packed.unsorted_indices)
+        elif outputs.requires_grad:
+            outputs = outputs.clone()
         states = tuple(torch.stack(parts) for parts in zip(*last, strict=True))
         if not self.is_batched:
             return outputs.squeeze(1), unwrap(tuple(s.squeeze(1) for s in states))
@@ -92,8 +100,10 @@ def first_states(
 
     Raises:
         ValueError: ``hx`` has another number of states, or one has another shape.
+        TypeError: One has another dtype than the input.
+        RuntimeError: Or lies on another device.
     """
-    samples = x.shape[1:-1].numel()  # of all modes together
+    samples = math.prod(x.shape[1:-1])  # of all modes together
     shapes = [(cells, samples, size) for size in sizes.values()]
     if hx is None:
         return [tuple(x.new_zeros(shape[1:]) for shape in shapes) for _ in range(cells)]
@@ -103,6 +113,7 @@ def first_states(
     if not is_batched:
         given = tuple(state.unsqueeze(1) for state in given)
     for name, state, shape in zip(sizes, given, shapes, strict=True):
+        check_dtype(state, x, f"hx: {name}", "the input has")
         is_of_one_mode = modes > 1 and state.shape[1] * modes == shape[1]
         if state.shape != shape and not is_of_one_mode:
             raise ValueError(f"hx: {name} has shape {tuple(state.shape)}, but {shape} is needed; reshape it")
