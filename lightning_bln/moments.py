@@ -82,7 +82,7 @@ class Moments(NamedTuple):
 
     def grown(self, length: int) -> Moments:
         """These moments with empty ones appended along the first position axis, up to ``length``."""
-        missing = length - len(self.count)
+        missing = length - self.count.shape[0]
         if missing <= 0:
             return self
         return Moments(*(torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) for part in self))
@@ -92,7 +92,7 @@ def merge_grown(a: Moments, b: Moments) -> Moments:
     """Merge moments that may differ in length along the first position axis."""
     if a.count.shape[1:] != b.count.shape[1:]:
         raise ValueError(position_mismatch(tuple(b.count.shape), tuple(a.count.shape)))
-    longest = max(len(a.count), len(b.count))
+    longest = max(a.count.shape[0], b.count.shape[0])  # len() would be one number for all graphs
     return a.grown(longest).merge(b.grown(longest))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -146,7 +147,7 @@ class Normalization(HasMode):
         else:
             y, observed = normalize_by(x, equation, source, over, observes=self.training)
         if observed is not None:
-            self.gather(observed, len(x), x.shape[:-1].numel() // torch.Size(places).numel())
+            self.gather(observed, x.shape[0], math.prod(x.shape[:-1]) // math.prod(places))
         return y
 
     def _runs_fused(self, x: Tensor, source: Source) -> bool:

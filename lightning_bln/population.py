@@ -163,7 +163,7 @@ class Population(nn.Module):
             raise ValueError(position_mismatch(positions, tuple(self.feature_mean.shape)))
         last = self.feature_mean.shape[0] - 1
         frozen = [getattr(self, name) for name in FROZEN]
-        if positions[0] != last + 1:
+        if torch.compiler.is_compiling() or positions[0] != last + 1:  # one graph for any number of positions
             index = torch.arange(positions[0], device=self.feature_mean.device).clamp(max=last)
             frozen = [value[index] for value in frozen]
         batch_mean, batch_var, *positional = frozen
@@ -217,8 +217,8 @@ class Population(nn.Module):
         moved = []
         for name, value in zip(FROZEN, values, strict=True):
             own = getattr(self, name)
-            both = min(len(own), len(value))
-            longer = own if len(own) > len(value) else value
+            both = min(own.shape[0], value.shape[0])
+            longer = own if own.shape[0] > value.shape[0] else value
             moved.append(torch.cat([torch.lerp(own[:both], value[:both], momentum), longer[both:]]))
         self._assign_frozen(moved)
 

@@ -78,7 +78,9 @@ def one_by_one(operator: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: 
     """Batching rule of an operator: its results for each entry of the batch, stacked."""
     calls = []
     for index in range(info.batch_size):
-        own = [value if dim is None or value is None else select(value, dim, index) for value, dim in zip(args, in_dims)]
+        own = [
+            value if dim is None or value is None else select(value, dim, index) for value, dim in zip(args, in_dims)
+        ]
         calls.append(operator(*own))
     return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(calls[0])
 
