@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_bln.functional import check_choice
+from lightning_bln._checks import check_axes, check_bool, check_choice, check_floating, check_int
 from lightning_bln.norm import BatchLayerNorm
 
 ORDERS = ("conv-act-norm", "conv-norm-act")
+SPATIAL_AXES = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
 
 class _ConvBLN(nn.Module):
@@ -47,17 +48,25 @@ class _ConvBLN(nn.Module):
         check_choice("order", order, ORDERS)
         if not (activation is None or callable(activation)):
             raise ValueError(f"activation={activation!r}, but it is not callable; pass nn.ReLU, torch.tanh or None")
+        check_floating(dtype)
         self.order = order
         convolution: Any = self.convolution
+        axes = SPATIAL_AXES[convolution]
+        for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
+            check_axes(name, value, axes, 1)
+        if isinstance(padding, str):
+            check_choice("padding", padding, ("same", "valid"))
+        else:
+            check_axes("padding", padding, axes, 0)
         self.conv = convolution(
-            in_channels,
-            out_channels,
+            check_int("in_channels", in_channels, 1),
+            check_int("out_channels", out_channels, 1),
             kernel_size,
             stride=stride,
             padding=padding,
             dilation=dilation,
-            groups=groups,
-            bias=bias,
+            groups=check_int("groups", groups, 1),
+            bias=check_bool("bias", bias),
             padding_mode=padding_mode,
             device=device,
             dtype=dtype,

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_bln._checks import check_choice
 from lightning_bln._torch import is_autocast_enabled
 from lightning_bln.equation import Equation, Source, Statistics, normalize_by
 
@@ -156,9 +157,3 @@ def check_dtype(x: Tensor, parameter: Tensor | None) -> None:
         raise TypeError(
             f"x has dtype {x.dtype}, but the layer's parameters have {parameter.dtype}; convert one with .to()"
         )
-
-
-def check_choice(name: str, value: object, choices: tuple) -> None:
-    """Raise unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}, but it must be one of {', '.join(map(repr, choices))}")
