@@ -303,6 +303,10 @@ CALLED = [
     (CELLS, zeros(3), zeros(1, 1, 4), "hx has shapes [(1, 1, 4)"),
     (CELLS, zeros(2, 3), zeros(2, 4, dtype=torch.float64), "hx: h has dtype"),
     ((*LAYERS, *CELLS), [[0.0] * 3], None, "x is a list, but a tensor is needed"),
+    *(
+        ((kind,), x, 3, "hx=3, but tensors are needed: h; pass")
+        for kind, x in ((nn.GRU, zeros(5, 2, 3)), (nn.RNNCell, zeros(2, 3)))
+    ),
     *((kinds, x, [0.0], "hx: h is a") for kinds, x in ((LAYERS, zeros(5, 2, 3)), (CELLS, zeros(2, 3)))),
     (LAYERS, zeros(5, 2, 3), zeros(1, 2, 4).to("meta"), "hx: h is on meta, but the input is on cpu"),
 ]

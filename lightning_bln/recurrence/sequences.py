@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,6 +96,8 @@ def first_states(
 
 def named_states(hx: State, names: Sequence[str], x: Tensor) -> tuple[Tensor, ...]:
     """Given states as a tuple; raise unless they are one tensor for each name, of the dtype and device of ``x``."""
+    if not isinstance(hx, Iterable):
+        raise TypeError(f"hx={hx!r}, but tensors are needed: {', '.join(names)}; pass one of each")
     given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
     if len(given) != len(names):
         raise ValueError(f"hx has {len(given)} tensors, but the states are {', '.join(names)}; pass one of each")
