@@ -51,7 +51,7 @@ class _ConvBLN(nn.Module):
         check_floating(dtype)
         self.order = order
         convolution: Any = self.convolution
-        axes = SPATIAL_AXES[convolution]
+        axes = next(number for kind, number in SPATIAL_AXES.items() if issubclass(convolution, kind))
         for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
             check_axes(name, value, axes, 1)
         if isinstance(padding, str):
@@ -137,7 +137,8 @@ class ConvBLN2d(_ConvBLN):
         ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height', width')``.
 
     Raises:
-        ValueError: An option is unknown, or the input has another number of axes or channels.
+        ValueError: An option is unknown or out of range, or the input has another number of axes or channels.
+        TypeError: An option's type is wrong.
 
     Example:
         >>> block = ConvBLN2d(3, 6, 5, padding="same", activation=nn.ReLU, order="conv-norm-act")

@@ -284,9 +284,9 @@ class BatchLayerNorm(Normalization):
         Any with at least a batch and a feature axis; the output has the input's.
 
     Raises:
-        ValueError: The input's feature axis is not ``num_features`` long, its rank does not fit, it is empty, or its
-            positions do not fit the population's.
-        TypeError: The input's dtype is not the parameters'.
+        ValueError: An argument is out of range; or the input's feature axis is not ``num_features`` long, its rank does
+            not fit, it is empty, or its positions do not fit the population's.
+        TypeError: An argument's type is wrong, or the input's dtype is not the parameters'.
 
     Example:
         >>> import lightning_bln

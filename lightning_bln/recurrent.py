@@ -74,7 +74,7 @@ class Recurrent(HasCells):
 
     Raises:
         ValueError: An option is unknown or out of range, or an input's rank or size does not fit, or it is empty.
-        TypeError: An option has another type, or an input's or a first state's dtype is not the parameters'.
+        TypeError: An option's type is wrong, or an input's or a first state's dtype is not the parameters'.
 
     Example:
         >>> layer = Recurrent("gru", 8, 16, norm="layer", bidirectional=True)
@@ -146,14 +146,10 @@ class Recurrent(HasCells):
                 f"backend='compile', but torch.compile of torch {torch.__version__} fails at the steps of cells; "
                 "pass backend='auto', or install a newer torch"
             )
-        self.num_layers, self.batch_first = (
-            check_int("num_layers", num_layers, 1),
-            check_bool("batch_first", batch_first),
-        )
-        self.bidirectional, self.recompute = (
-            check_bool("bidirectional", bidirectional),
-            check_bool("recompute", recompute),
-        )
+        self.num_layers = check_int("num_layers", num_layers, 1)
+        self.batch_first = check_bool("batch_first", batch_first)
+        self.bidirectional = check_bool("bidirectional", bidirectional)
+        self.recompute = check_bool("recompute", recompute)
         self.dropout, self.zoneout = check_probability("dropout", dropout), check_probability("zoneout", zoneout)
         self.input_dropout = check_probability("input_dropout", input_dropout)
         self.recurrent_dropout = check_probability("recurrent_dropout", recurrent_dropout)
