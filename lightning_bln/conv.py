@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_bln.functional import check_choice
+from lightning_bln._checks import check_axes, check_bool, check_choice, check_floating, check_int
 from lightning_bln.norm import BatchLayerNorm
 
 ORDERS = ("conv-act-norm", "conv-norm-act")
+SPATIAL_AXES = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
 
 class _ConvBLN(nn.Module):
@@ -48,17 +49,25 @@ class _ConvBLN(nn.Module):
         check_choice("order", order, ORDERS)
         if not (activation is None or callable(activation)):
             raise ValueError(f"activation={activation!r}, but it is not callable; pass nn.ReLU, torch.tanh or None")
+        check_floating(dtype)
         self.order = order
         convolution: Any = self.convolution
+        axes = next(number for kind, number in SPATIAL_AXES.items() if issubclass(convolution, kind))
+        for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
+            check_axes(name, value, axes, 1)
+        if isinstance(padding, str):
+            check_choice("padding", padding, ("same", "valid"))
+        else:
+            check_axes("padding", padding, axes, 0)
         self.conv = convolution(
-            in_channels,
-            out_channels,
+            check_int("in_channels", in_channels, 1),
+            check_int("out_channels", out_channels, 1),
             kernel_size,
             stride=stride,
             padding=padding,
             dilation=dilation,
-            groups=groups,
-            bias=bias,
+            groups=check_int("groups", groups, 1),
+            bias=check_bool("bias", bias),
             padding_mode=padding_mode,
             device=device,
             dtype=dtype,
@@ -130,7 +139,8 @@ class ConvBLN2d(_ConvBLN):
         ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height', width')``.
 
     Raises:
-        ValueError: An option is unknown, or the input has another number of axes or channels.
+        ValueError: An option is unknown or out of range, or the input has another number of axes or channels.
+        TypeError: An option's type is wrong.
 
     Example:
         >>> block = ConvBLN2d(3, 6, 5, padding="same", activation=nn.ReLU, order="conv-norm-act")

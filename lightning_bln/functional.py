@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_bln._checks import check_choice
 from lightning_bln._torch import is_autocast_enabled
 from lightning_bln.equation import Equation, Source, Statistics, normalize_by
 
@@ -150,17 +151,12 @@ def check_input(x: Tensor, *, batch_dim: int, channel_dim: int) -> tuple[int, in
     return axes[0], axes[1]
 
 
-def check_dtype(x: Tensor, like: Tensor | None, name: str = "x", others: str = "the layer's parameters have") -> None:
+def check_dtype(x: Tensor, like: Tensor | None, name: str = "x", owner: str = "the layer's parameters have") -> None:
     """Raise unless ``x`` has the dtype and device of ``like``, if any; under autocast dtypes may differ."""
     if like is None:
         return
     if x.dtype != like.dtype and (x.is_complex() or not is_autocast_enabled(x.device.type)):
-        raise TypeError(f"{name} has dtype {x.dtype}, but {others} {like.dtype}; convert one with .to()")
+        raise TypeError(f"{name} has dtype {x.dtype}, but {owner} {like.dtype}; convert one with .to()")
     if x.device != like.device:
-        raise RuntimeError(f"{name} is on {x.device}, but {others} {like.device}; move one with .to()")
-
-
-def check_choice(name: str, value: object, choices: tuple) -> None:
-    """Raise unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}, but it must be one of {', '.join(map(repr, choices))}")
+        owner = owner.replace(" have", " are on").replace(" has", " is on")
+        raise RuntimeError(f"{name} is on {x.device}, but {owner} {like.device}; move one with .to()")

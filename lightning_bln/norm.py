@@ -10,9 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_bln._checks import (
+    check_bool,
+    check_choice,
+    check_eps,
+    check_floating,
+    check_int,
+    check_number,
+    check_scale,
+)
 from lightning_bln.distributed import is_distributed, joint_batch
 from lightning_bln.equation import Equation, Source, Statistics, Uses, is_zero, mixing_row, normalize_by, observation
-from lightning_bln.functional import NORMS, check_choice, check_dtype, check_input, mixing_weights, scale_factor
+from lightning_bln.functional import NORMS, check_dtype, check_input, mixing_weights, scale_factor
 from lightning_bln.kernels.batch_layer_norm import (
     DenseConstants,
     DenseInputs,
@@ -79,14 +88,18 @@ class Normalization(HasMode):
         check_choice("norm", norm, NORMS)
         check_choice("positions", positions, ("separate", "shared"))
         check_choice("backend", backend, BACKENDS)
-        if num_features < 1:
+        check_floating(dtype)
+        self.num_features, self.norm = check_int("num_features", num_features), norm
+        if self.num_features < 1:
             raise ValueError(f"num_features={num_features}, but at least one feature is needed; pass a positive number")
-        self.num_features, self.norm, self.eps, self.delta = num_features, norm, eps, delta
-        self.channel_dim, self.batch_dim = channel_dim, batch_dim
-        self.positions, self.scale, self.backend = positions, scale, backend
+        self.eps, self.delta = check_eps(eps), check_number("delta", delta)
+        self.channel_dim, self.batch_dim = check_int("channel_dim", channel_dim), check_int("batch_dim", batch_dim)
+        self.positions, self.scale, self.backend = positions, check_scale(scale), backend
+        sync_batch_stats = check_bool("sync_batch_stats", sync_batch_stats)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self._register_affine(num_features, affine, affine and bias, factory)
-        self.population = Population(num_features, estimator=population, momentum=momentum, **factory)
+        affine, bias = check_bool("affine", affine), check_bool("bias", bias)
+        self._register_affine(self.num_features, affine, affine and bias, factory)
+        self.population = Population(self.num_features, estimator=population, momentum=momentum, **factory)
         self.population.is_joint = sync_batch_stats
         self.sync_batch_stats, self.takes_part = sync_batch_stats, True
         self._has_warned = False
@@ -306,9 +319,9 @@ class BatchLayerNorm(Normalization):
         Any with at least a batch and a feature axis; the output has the input's.
 
     Raises:
-        ValueError: The input's feature axis is not ``num_features`` long, its rank does not fit, it is empty, or its
-            positions do not fit the population's.
-        TypeError: The input's dtype is not the parameters'.
+        ValueError: An argument is out of range; or the input's feature axis is not ``num_features`` long, its rank does
+            not fit, it is empty, or its positions do not fit the population's.
+        TypeError: An argument's type is wrong, or the input's dtype is not the parameters'.
 
     Example:
         >>> import lightning_bln

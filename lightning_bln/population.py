@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_bln._checks import check_bool, check_choice, check_floating, check_int, check_momentum
 from lightning_bln._torch import is_batched, is_capturing, lasting, own_buffers
 from lightning_bln.distributed import in_step, is_distributed
 from lightning_bln.equation import Statistics
-from lightning_bln.functional import check_choice
 from lightning_bln.moments import Moments, merge_grown, position_mismatch
 
 ESTIMATORS = ("pooled", "paper")
@@ -57,7 +57,8 @@ class Population(nn.Module):
         merge_positions: Keep one set of statistics for all positions along the first position axis.
 
     Raises:
-        ValueError: ``estimator`` or ``momentum`` is out of range.
+        ValueError: ``num_features``, ``estimator`` or ``momentum`` is out of range.
+        TypeError: An argument's type is wrong.
     """
 
     count: Tensor
@@ -81,10 +82,9 @@ class Population(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("population", estimator, ESTIMATORS)
-        if momentum is not None and not 0 < momentum <= 1:
-            raise ValueError(f"momentum={momentum}, but it must lie in (0, 1], or be None to gather and freeze")
-        self.num_features, self.estimator, self.momentum = num_features, estimator, momentum
-        self.merge_positions = merge_positions
+        check_floating(dtype)
+        self.num_features, self.estimator = check_int("num_features", num_features, 1), estimator
+        self.momentum, self.merge_positions = check_momentum(momentum), check_bool("merge_positions", merge_positions)
         self.is_joint = False  # with joint batches all ranks gather the same, so that freezing merges nothing
         self.takes_part = True  # False while this rank repeats a batch to keep step with the others, see ``idle``
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

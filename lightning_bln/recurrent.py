@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_bln._checks import check_bool, check_choice, check_int, check_probability
 from lightning_bln._torch import CAN_COMPILE_STEPS
 from lightning_bln.cells.registry import build
-from lightning_bln.functional import check_choice
 from lightning_bln.modes import FanOut
 from lightning_bln.recurrence.backends import BACKENDS, runs_fused
 from lightning_bln.recurrence.direction import run_direction
@@ -74,7 +74,7 @@ class Recurrent(HasCells):
 
     Raises:
         ValueError: An option is unknown or out of range, or an input's rank or size does not fit, or it is empty.
-        TypeError: An input's dtype is not the parameters'.
+        TypeError: An option's type is wrong, or an input's or a first state's dtype is not the parameters'.
 
     Example:
         >>> layer = Recurrent("gru", 8, 16, norm="layer", bidirectional=True)
@@ -146,27 +146,21 @@ class Recurrent(HasCells):
                 f"backend='compile', but torch.compile of torch {torch.__version__} fails at the steps of cells; "
                 "pass backend='auto', or install a newer torch"
             )
-        if num_layers < 1:
-            raise ValueError(f"num_layers={num_layers}, but it must be positive; pass at least 1")
-        for name, probability in (
-            ("dropout", dropout),
-            ("input_dropout", input_dropout),
-            ("recurrent_dropout", recurrent_dropout),
-            ("zoneout", zoneout),
-        ):
-            if not 0.0 <= probability <= 1.0:
-                raise ValueError(f"{name}={probability}, but it is a probability; pass a number in [0, 1]")
+        self.num_layers = check_int("num_layers", num_layers, 1)
+        self.batch_first = check_bool("batch_first", batch_first)
+        self.bidirectional = check_bool("bidirectional", bidirectional)
+        self.recompute = check_bool("recompute", recompute)
+        self.dropout, self.zoneout = check_probability("dropout", dropout), check_probability("zoneout", zoneout)
+        self.input_dropout = check_probability("input_dropout", input_dropout)
+        self.recurrent_dropout = check_probability("recurrent_dropout", recurrent_dropout)
+        self.time_statistics, self.gate_statistics, self.backend = time_statistics, gate_statistics, backend
         if dropout and num_layers == 1:
             warnings.warn(
                 f"dropout={dropout} acts between layers, but num_layers=1; add a layer or leave it out", stacklevel=3
             )
-        self.num_layers, self.batch_first, self.bidirectional = num_layers, batch_first, bidirectional
-        self.dropout, self.input_dropout, self.recurrent_dropout = dropout, input_dropout, recurrent_dropout
-        self.zoneout, self.time_statistics, self.gate_statistics = zoneout, time_statistics, gate_statistics
-        self.backend, self.recompute = backend, recompute
-        for layer in range(num_layers):
+        for layer in range(self.num_layers):
             for suffix in self._suffixes(layer):
-                size = input_size if layer == 0 else self.output_size * self.num_directions
+                size = self.input_size if layer == 0 else self.output_size * self.num_directions
                 self._register(suffix, size)
         self.reset_parameters()
 

@@ -19,7 +19,7 @@ PACKAGE = Path(lightning_bln.__file__).parent
 NAME = PACKAGE.name
 
 FLOORS = (
-    ("_torch", "_moved", "_scoped", "_files"),
+    ("_torch", "_moved", "_scoped", "_files", "_checks"),
     ("equation",),
     ("functional", "moments", "modes"),
     ("kernels",),

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from lightning_bln._checks import check_option
 from lightning_bln.cells.gates import Gates
 
 
@@ -99,6 +100,8 @@ class Cell:
         if unknown:
             known = ", ".join(self.options) or "none"
             raise ValueError(f"{type(self).__name__} has no option {sorted(unknown)[0]!r}; it has {known}")
+        for name, value in options.items():
+            check_option(name, value, self.options[name])
         self.__dict__.update({**self.options, **options})
 
     def step(self, x: Gates, state: Any, project: Any) -> Any:

@@ -94,6 +94,6 @@ def build(cell: str | type[Cell], **options: Any) -> Cell:
     """
     if isinstance(cell, type) and issubclass(cell, Cell):
         return cell(**options)
-    if cell not in registry:
+    if not isinstance(cell, str) or cell not in registry:
         raise ValueError(f"cell={cell!r}, but the registry has {', '.join(registry)}; pass one, or a subclass of Cell")
     return registry[cell](**options)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import lerp, sigmoid, tanh
 
+from lightning_bln._checks import check_int
 from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates
 
@@ -33,8 +34,7 @@ class RHN(Cell):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        if self.depth < 1:
-            raise ValueError(f"depth={self.depth}, but it must be positive; pass at least 1")
+        self.depth = check_int("depth", self.depth, 1)
         deeper = tuple((f"hidden{layer}", f"transform{layer}") for layer in range(1, self.depth))
         self.products = (self.gates, *deeper)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from lightning_bln._checks import check_choice
 from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates
-from lightning_bln.functional import check_choice
 
 NONLINEARITIES = {"tanh": torch.tanh, "relu": torch.relu}
 

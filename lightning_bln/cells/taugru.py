@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import addcmul, cat, lerp, sigmoid, tanh
 
+from lightning_bln._checks import check_int
 from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates
 
@@ -34,8 +35,7 @@ class TauGRU(Cell):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        if self.delay < 1:
-            raise ValueError(f"delay={self.delay}, but it must be positive; pass at least 1")
+        self.delay = check_int("delay", self.delay, 1)
 
     def state_size(self, state: str, hidden_size: int) -> int:
         return hidden_size * self.delay if state == "past" else hidden_size

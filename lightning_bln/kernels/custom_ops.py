@@ -78,10 +78,8 @@ def one_by_one(operator: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: 
     """Batching rule of an operator: its results for each entry of the batch, stacked."""
     calls = []
     for index in range(info.batch_size):
-        own = [
-            value if dim is None or value is None else select(value, dim, index) for value, dim in zip(args, in_dims)
-        ]
-        calls.append(operator(*own))
+        pairs = zip(args, in_dims, strict=True)
+        calls.append(operator(*(value if dim is None else select(value, dim, index) for value, dim in pairs)))
     return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(calls[0])
 
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_bln.cells.registry import build
-from lightning_bln.functional import check_dtype
 from lightning_bln.recurrence.direction import run_direction
 from lightning_bln.recurrence.parameters import HasCells
 from lightning_bln.recurrence.regularization import Regularization
-from lightning_bln.recurrence.sequences import State, unwrap
+from lightning_bln.recurrence.sequences import State, named_states, unwrap
 
 
 class RecurrentCell(HasCells):
@@ -79,7 +78,7 @@ class RecurrentCell(HasCells):
             device=device,
             dtype=dtype,
         )
-        self._register("", input_size)
+        self._register("", self.input_size)
         self.reset_parameters()
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
@@ -91,12 +90,11 @@ class RecurrentCell(HasCells):
         shapes = [(len(x), self.state_size(name)) for name in names]
         state: tuple[Tensor, ...] = tuple(x.new_zeros(shape) for shape in shapes)
         if hx is not None:
-            state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-            state = state if batched else tuple(s[None] for s in state)
-        if [tuple(s.shape) for s in state] != shapes:
-            raise ValueError(f"hx has shapes {[tuple(s.shape) for s in state]}, but {shapes} is needed; reshape it")
-        for name, value in zip(names, state, strict=True):
-            check_dtype(value, x, f"hx: {name}", "the input has")
+            given = named_states(hx, names, x)
+            found, needed = [tuple(s.shape) for s in given], [shape if batched else shape[1:] for shape in shapes]
+            if found != needed:
+                raise ValueError(f"hx has shapes {found}, but {needed} is needed; reshape it")
+            state = given if batched else tuple(s[None] for s in given)
         _, after = run_direction(
             x[None],
             state,

@@ -50,22 +50,28 @@ class Deferred(torch.autograd.Function):
         """Outputs of ``run``; those of ``reference`` are the same, and have gradients of any order."""
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
-        with torch.enable_grad():
-            own = [leaf(value) for value in inputs]
-            outputs = run(*own)
-        ctx.reference, ctx.graph = reference, (own, outputs)
+        own, outputs = graph_of(run, inputs)
+        ctx.run, ctx.reference, ctx.graph = run, reference, (own, outputs)
         return tuple(value.detach() for value in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients by the graph within, which serves once."""
+        """Gradients by the graph within, which serves once and is made again if it is needed again."""
         inputs = ctx.saved_tensors
-        if ctx.graph is None or torch.is_grad_enabled() or is_observed():
+        if torch.is_grad_enabled() or is_observed():
             return None, None, *gradients_on_torch(ctx.reference, inputs, grads)
-        (own, outputs), ctx.graph = ctx.graph, None
+        own, outputs = ctx.graph or graph_of(ctx.run, inputs)
+        ctx.graph = None
         pairs = zip(outputs, grads, strict=True)
         ends = [(value, grad) for value, grad in pairs if grad is not None and value.requires_grad]
         if not ends:
             return (None,) * (2 + len(inputs))
         values, given = zip(*ends, strict=True)
         return None, None, *torch.autograd.grad(values, own, given, allow_unused=True)
+
+
+def graph_of(run: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """Leaves that hold the inputs, and the outputs of ``run`` with their graph."""
+    with torch.enable_grad():
+        own = [leaf(value) for value in inputs]
+        return own, run(*own)

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_bln._checks import check_bool, check_choice, check_int
 from lightning_bln.equation import Equation, Source, Statistics, normalize_by
+from lightning_bln.functional import NORMS
 from lightning_bln.norm import Normalization
 from lightning_bln.recurrence.sequences import Running
 
@@ -102,6 +104,10 @@ class GateNorm(Normalization):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_choice("norm", norm, NORMS)
+        check_choice("gate_statistics", gate_statistics, ("separate", "joint"))
+        check_choice("time_statistics", time_statistics, ("separate", "shared"))
+        hidden_size, gates = check_int("hidden_size", hidden_size, 1), check_int("gates", gates, 1)
         groups = gates if gate_statistics == "separate" else 1
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
@@ -110,13 +116,13 @@ class GateNorm(Normalization):
             eps=eps,
             delta=delta,
             affine=False,
-            scale=START_SCALES.get(norm, 1.0) if scale is None else scale,
+            scale=START_SCALES[norm] if scale is None else scale,
             population=population,
             momentum=momentum,
             **factory,
         )
         self.groups, self.gates = groups, gates
-        self._register_affine(gates * hidden_size, True, bias, factory)
+        self._register_affine(gates * hidden_size, True, check_bool("bias", bias), factory)
         self.population.merge_positions = time_statistics == "shared"
 
     def sequence(self, running: Running) -> SequenceNorm:

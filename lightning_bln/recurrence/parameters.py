@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_bln._checks import check_bool, check_choice, check_int
 from lightning_bln.cells.cell import Cell
-from lightning_bln.functional import NORMS, check_choice, check_dtype
+from lightning_bln.functional import NORMS, check_dtype
 from lightning_bln.modes import StatisticsMode
 from lightning_bln.population import check_state_dict
 from lightning_bln.recurrence.gate_norm import GateNorm
@@ -75,18 +76,20 @@ class HasCells(nn.Module):
         super().__init__()
         self._shapes = {}
         check_choice("norm", norm, (None, *NORMS))
-        for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
-            if size < 1:
-                raise ValueError(f"{name}={size}, but it must be positive; pass at least 1")
+        self.cell, self.norm = cell, norm
+        self.input_size = check_int("input_size", input_size, 1)
+        self.hidden_size = check_int("hidden_size", hidden_size, 1)
+        self.bias, self.proj_size = check_bool("bias", bias), check_int("proj_size", proj_size, 0)
         if proj_size and not cell.has_projection:
             raise ValueError(f"proj_size={proj_size}, but {type(cell).__name__} has no projection; leave it out")
-        if not 0 <= proj_size < hidden_size:
+        if proj_size >= hidden_size:
             raise ValueError(f"proj_size={proj_size}, but it must be smaller than hidden_size={hidden_size}; lower it")
-        check_choice("gate_statistics", norm_options["gate_statistics"], ("separate", "joint"))
-        check_choice("time_statistics", norm_options["time_statistics"], ("separate", "shared"))
-        self.cell, self.input_size, self.hidden_size = cell, input_size, hidden_size
-        self.bias, self.proj_size, self.norm = bias, proj_size, norm
-        self._normalizes = {"input": norm_input, "hidden": norm_hidden, "cell": norm_cell and cell.has_norm_cell}
+        wanted = {"input": norm_input, "hidden": norm_hidden, "cell": norm_cell}
+        self._normalizes = {name: check_bool(f"norm_{name}", value) for name, value in wanted.items()}
+        self._normalizes["cell"] &= cell.has_norm_cell
+        GateNorm(
+            1, 1, norm=norm or "bln", **{**norm_options, "device": "meta"}
+        )  # checks them where no norm follows, too
         self._norm_options = norm_options
 
     @property
@@ -210,7 +213,9 @@ class HasCells(nn.Module):
                 child.reset_parameters()
 
     def _check_input(self, x: Tensor, ranks: tuple[int, ...], axes: str) -> None:
-        """Raise unless ``x`` has a fitting rank, feature size and dtype, and is not empty."""
+        """Raise unless ``x`` is a tensor of a fitting rank, feature size and dtype, and is not empty."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x is a {type(x).__name__}, but a tensor is needed; convert it with torch.as_tensor")
         if x.ndim not in ranks:
             raise ValueError(f"x has {x.ndim} axes of shape {tuple(x.shape)}, but {axes} is needed; add or drop axes")
         if x.shape[-1] != self.input_size:

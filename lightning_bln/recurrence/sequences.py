@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -100,25 +100,39 @@ def first_states(
 
     Raises:
         ValueError: ``hx`` has another number of states, or one has another shape.
-        TypeError: One has another dtype than the input.
+        TypeError: A state is no tensor, or has another dtype than the input.
         RuntimeError: Or lies on another device.
     """
     samples = math.prod(x.shape[1:-1])  # of all modes together
     shapes = [(cells, samples, size) for size in sizes.values()]
     if hx is None:
         return [tuple(x.new_zeros(shape[1:]) for shape in shapes) for _ in range(cells)]
-    given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-    if len(given) != len(sizes):
-        raise ValueError(f"hx has {len(given)} tensors, but the states are {', '.join(sizes)}; pass one of each")
+    given = named_states(hx, tuple(sizes), x)
+    batches = ((samples,), (samples // modes,)) if is_batched else ((),)
+    for state, (name, size) in zip(given, sizes.items(), strict=True):
+        fitting = [(cells, *batch, size) for batch in batches]
+        if tuple(state.shape) not in fitting:
+            raise ValueError(f"hx: {name} has shape {tuple(state.shape)}, but {fitting[0]} is needed; reshape it")
     if not is_batched:
         given = tuple(state.unsqueeze(1) for state in given)
-    for name, state, shape in zip(sizes, given, shapes, strict=True):
-        check_dtype(state, x, f"hx: {name}", "the input has")
-        is_of_one_mode = modes > 1 and state.shape[1] * modes == shape[1]
-        if state.shape != shape and not is_of_one_mode:
-            raise ValueError(f"hx: {name} has shape {tuple(state.shape)}, but {shape} is needed; reshape it")
     given = tuple(state if state.shape[1] == samples else state.repeat(1, modes, 1) for state in given)
     return list(zip(*(state.unbind(0) for state in given), strict=True))
+
+
+def named_states(hx: State, names: Sequence[str], x: Tensor) -> tuple[Tensor, ...]:
+    """Given states as a tuple; raise unless they are one tensor for each name, of the dtype and device of ``x``."""
+    if not isinstance(hx, Iterable):
+        raise TypeError(f"hx={hx!r}, but tensors are needed: {', '.join(names)}; pass one of each")
+    given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+    if len(given) != len(names):
+        raise ValueError(f"hx has {len(given)} tensors, but the states are {', '.join(names)}; pass one of each")
+    for name, state in zip(names, given, strict=True):
+        if not isinstance(state, Tensor):
+            raise TypeError(
+                f"hx: {name} is a {type(state).__name__}, but a tensor is needed; pass one, or leave hx out"
+            )
+        check_dtype(state, x, f"hx: {name}", "the input has")
+    return given
 
 
 def unwrap(states: tuple[Tensor, ...]) -> State:

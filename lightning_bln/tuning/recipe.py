@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from lightning_bln._checks import check_choice
 from lightning_bln.cli.lightning import CLI, NOISE, RECIPE
-from lightning_bln.functional import check_choice
 from lightning_bln.sweep.result import Direction, check_direction
 from lightning_bln.tuning.space import Distribution
 
