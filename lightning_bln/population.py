@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_bln._torch import own_buffers
+from lightning_bln._torch import is_packed, own_buffers
 from lightning_bln.distributed import in_step, is_distributed
 from lightning_bln.equation import Statistics
 from lightning_bln.functional import check_choice
@@ -390,7 +390,7 @@ def recompute_population(
             if predict is not None:
                 predict(batch)
             else:
-                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+                model(batch[0] if isinstance(batch, (tuple, list)) and not is_packed(batch) else batch)
             seen += 1
         # one rank may have no batch: its population is merged from the other ranks'
         if not seen and not is_distributed():
