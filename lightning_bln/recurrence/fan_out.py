@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bln._scoped import setting
-from lightning_bln.modes import FanOut, mode_layers, using_mode
+from lightning_bln.modes import FanOut, mode_layers
 from lightning_bln.recurrence.sequences import lengths_of
 
 Sequences = Tensor | PackedSequence
@@ -29,10 +29,11 @@ def run_each_mode(layer: nn.Module, input: Sequences, hx: Any, fan: FanOut, batc
         parts = list(input.chunk(number, batch_dim))
     fan.is_fanned = True
     states = split_states(hx, number, samples_of(parts[0], batch_dim))
-    with setting(mode_layers(layer), fan=None):
-        results = []
+    layers, results = mode_layers(layer), []
+    with setting(layers, fan=None):
         for mode, part, state in zip(fan.modes, parts, states, strict=True):
-            with using_mode(layer, mode):
+            # not by name: within a joint evaluation the layers have no mode to restore, but a sentinel
+            with setting(layers, _mode=mode):
                 results.append(layer(part, state))
     outputs, last = zip(*results, strict=True)
     if not isinstance(input, PackedSequence):
@@ -85,7 +86,7 @@ def split_packed(packed: PackedSequence, number: int) -> list[PackedSequence]:
     axis.
 
     Raises:
-        ValueError: Modes have sequences of other lengths, or there are no parts of equal size.
+        ValueError: Modes have sequences of other lengths, there are no parts of equal size, or the order is not given.
     """
     rows = rows_of_modes(packed, number)
     sizes = torch.div(packed.batch_sizes, number, rounding_mode="floor")
@@ -99,9 +100,12 @@ def split_packed(packed: PackedSequence, number: int) -> list[PackedSequence]:
 
 def rows_of_modes(packed: PackedSequence, number: int) -> Tensor:
     """The rows of ``packed.data`` that are each mode's, in order: ``(number, rows)``; raises as :func:`split_packed`."""
+    if packed.sorted_indices is None:
+        # sequences of equal lengths may follow one another by mode or, from join_packed, by place in the batch
+        raise ValueError("a packed input was fanned out before it was packed; run each mode on its own")
     sizes = packed.batch_sizes
     total = int(sizes[0])
-    order = order_of(packed).cpu()
+    order = packed.sorted_indices.cpu()
     lengths = torch.empty_like(order)
     lengths[order] = lengths_of(sizes)
     if total % number or (lengths.view(number, -1) != lengths[: total // number]).any():

@@ -29,7 +29,7 @@ class Form(NamedTuple):
         if isinstance(input, PackedSequence):
             if not torch.compiler.is_compiling():
                 check_packed(input)
-            x, _ = pad_packed_sequence(input._replace(sorted_indices=None, unsorted_indices=None))
+            x, _ = pad_packed_sequence(PackedSequence(input.data, input.batch_sizes))
             sizes = input.batch_sizes.tolist()
             return cls(x, None if sizes[-1] == sizes[0] else sizes, True, False, input)
         is_batched = input.ndim == 3
