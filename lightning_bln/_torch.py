@@ -17,9 +17,8 @@ from torch.utils.data import DataLoader
 from lightning_bln._scoped import setting
 
 
-
 def is_packed(value: Any) -> bool:
-    """Whether ``value`` is a packed batch of sequences: a tuple by type, but one value, as its tensors need each other."""
+    """Whether ``value`` is a packed batch of sequences: by type a tuple of tensors, but one value."""
     return isinstance(value, PackedSequence)
 
 

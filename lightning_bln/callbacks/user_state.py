@@ -125,7 +125,7 @@ def rebuild(value: Any, memo: dict[int, tuple[Any, Any]], part: int | None) -> A
     elif kind in SEQUENCES:
         copied = kind(rebuild(one, memo, part) for one in value)
     elif isinstance(value, tuple) and hasattr(kind, "_fields"):
-        copied = value._replace(**{name: rebuild(one, memo, part) for name, one in value._asdict().items()})
+        copied = tuple.__new__(kind, (rebuild(one, memo, part) for one in value))
     elif kind is deque:
         copied = deque((rebuild(one, memo, part) for one in value), value.maxlen)
     elif kind in DICTIONARIES:

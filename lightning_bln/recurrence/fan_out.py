@@ -79,6 +79,27 @@ def join_packed(parts: list[PackedSequence]) -> PackedSequence:
     )
 
 
+def is_joined(packed: PackedSequence, number: int) -> bool:
+    """Whether a packed batch has the form that :func:`join_packed` gives, in which modes keep the order of one."""
+    if packed.sorted_indices is None or (packed.batch_sizes % number).any():
+        return False
+    order = packed.sorted_indices.view(-1, number)
+    offset = torch.arange(number, device=order.device) * len(order)
+    return torch.equal(order, order[:, :1] + offset)
+
+
+def part_of_joined(packed: PackedSequence, number: int, position: int) -> PackedSequence:
+    """One of the parts given to :func:`join_packed`."""
+    sizes = torch.div(packed.batch_sizes, number, rounding_mode="floor")
+    assert packed.sorted_indices is not None
+    return PackedSequence(rows_of_joined(packed, number)[position], sizes, packed.sorted_indices[::number])
+
+
+def rows_of_joined(packed: PackedSequence, number: int) -> Tensor:
+    """The data of all parts given to :func:`join_packed`, along a first axis."""
+    return packed.data.unflatten(0, (-1, number)).movedim(1, 0).contiguous()
+
+
 def split_packed(packed: PackedSequence, number: int) -> list[PackedSequence]:
     """The packed batch of each mode, from one whose sequences, unpacked, are those of one mode after the other.
 
@@ -91,15 +112,13 @@ def split_packed(packed: PackedSequence, number: int) -> list[PackedSequence]:
     rows = rows_of_modes(packed, number)
     sizes = torch.div(packed.batch_sizes, number, rounding_mode="floor")
     samples, order = int(sizes[0]), order_of(packed)
-    parts = []
-    for mode, own in enumerate(rows):
-        own_order = order[order // samples == mode] - mode * samples
-        parts.append(PackedSequence(packed.data.index_select(0, own), sizes, own_order))
-    return parts
+    orders = [order[order // samples == mode] - mode * samples for mode in range(number)]
+    data = packed.data
+    return [PackedSequence(data.index_select(0, own), sizes, one) for own, one in zip(rows, orders, strict=True)]
 
 
 def rows_of_modes(packed: PackedSequence, number: int) -> Tensor:
-    """The rows of ``packed.data`` that are each mode's, in order: ``(number, rows)``; raises as :func:`split_packed`."""
+    """Each mode's rows of ``packed.data``, in order: ``(number, rows)``; raises as :func:`split_packed`."""
     if packed.sorted_indices is None:
         # sequences of equal lengths may follow one another by mode or, from join_packed, by place in the batch
         raise ValueError("a packed input was fanned out before it was packed; run each mode on its own")

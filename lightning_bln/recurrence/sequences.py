@@ -65,8 +65,8 @@ def check_packed(packed: PackedSequence) -> None:
         raise ValueError(f"packed.batch_sizes is a {type(sizes).__name__}, but a tensor is needed; {mend}")
     if sizes.ndim != 1 or sizes.dtype != torch.int64 or sizes.device.type != "cpu":
         raise ValueError(
-            f"packed.batch_sizes has shape {tuple(sizes.shape)} and dtype {sizes.dtype} on {sizes.device}, but one axis "
-            f"of torch.int64 on the CPU is needed; {mend}"
+            f"packed.batch_sizes has shape {tuple(sizes.shape)} and dtype {sizes.dtype} on {sizes.device}, but one "
+            f"axis of torch.int64 on the CPU is needed; {mend}"
         )
     running = sizes.tolist()
     if not running or running[-1] < 1 or running != sorted(running, reverse=True):
@@ -94,7 +94,8 @@ def check_order(name: str, indices: Tensor | None, samples: int) -> None:
         )
     if indices.device.type == "cpu" and sorted(indices.tolist()) != list(range(samples)):
         raise ValueError(
-            f"packed.{name}={indices.tolist()}, but each of 0 to {samples - 1} is needed once; pack again, or leave it None"
+            f"packed.{name}={indices.tolist()}, but each of 0 to {samples - 1} is needed once; pack again, or leave it "
+            "None"
         )
 
 

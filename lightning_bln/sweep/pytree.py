@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bln import _torch
 from lightning_bln._torch import tree_flatten
-from lightning_bln.recurrence.fan_out import join_packed, order_of, rows_of_modes, split_packed
+from lightning_bln.recurrence.fan_out import is_joined, join_packed, order_of, part_of_joined, rows_of_joined
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -137,12 +137,9 @@ def have_parts(leaves: list[Any], axes: list[int | None], size: int) -> bool:
 
 
 def has_parts(leaf: Any, axis: int, size: int) -> bool:
-    """:func:`have_parts` of one leaf."""
+    """:func:`have_parts` of one leaf; a packed batch has them if each mode's sequences are in the order of one mode."""
     if isinstance(leaf, PackedSequence):
-        try:
-            return len(rows_of_modes(leaf, size)) == size
-        except ValueError:
-            return False
+        return is_joined(leaf, size)
     return isinstance(leaf, Tensor) and leaf.ndim > axis and leaf.shape[axis] % size == 0
 
 
@@ -151,7 +148,7 @@ def part_of(leaf: Any, axis: int | None, size: int, position: int) -> Any:
     if axis is None:
         return leaf
     if isinstance(leaf, PackedSequence):
-        return split_packed(leaf, size)[position]
+        return part_of_joined(leaf, size, position)
     length = leaf.shape[axis] // size
     return leaf.narrow(axis, position % size * length, length).contiguous()
 
@@ -161,8 +158,7 @@ def stack_of(leaf: Any, axis: int | None, size: int) -> Any:
     if axis is None:
         return leaf
     if isinstance(leaf, PackedSequence):
-        parts = split_packed(leaf, size)
-        return parts[0]._replace(data=torch.stack([part.data for part in parts]))
+        return part_of_joined(leaf, size, 0)._replace(data=rows_of_joined(leaf, size))
     return leaf.unflatten(axis, (size, -1)).movedim(axis, 0).contiguous()
 
 
