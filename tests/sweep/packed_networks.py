@@ -154,7 +154,11 @@ NETWORKS: dict[str, tuple[Callable[[], Net], Callable[[tuple[int, ...]], tuple[A
         in_dict,
         True,
     ),
-    "in a named tuple": (lambda: Net(lambda net, batch: batch._replace(x=net.rnn(batch.x)[0]), rnn=lstm()), in_named_tuple, True),
+    "in a named tuple": (
+        lambda: Net(lambda net, batch: batch._replace(x=net.rnn(batch.x)[0]), rnn=lstm()),
+        in_named_tuple,
+        True,
+    ),
     "packed after a norm": (
         lambda: Net(lambda net, x, n: net.rnn(pack(net.first(x), n))[1], first=norm(), rnn=lstm()),
         padded,
@@ -210,9 +214,7 @@ NETWORKS: dict[str, tuple[Callable[[], Net], Callable[[tuple[int, ...]], tuple[A
         False,
     ),
     "states in sorted order": (
-        lambda: Net(
-            lambda net, x: net.second(net.rnn(x)[0])[1][0, x.sorted_indices], rnn=lstm(), second=BLNGRU(3, 2)
-        ),
+        lambda: Net(lambda net, x: net.second(net.rnn(x)[0])[1][0, x.sorted_indices], rnn=lstm(), second=BLNGRU(3, 2)),
         packed_only,
         False,
     ),
