@@ -71,11 +71,12 @@ def join_packed(parts: list[PackedSequence]) -> PackedSequence:
     At each step the rows of one sequence in all parts stand side by side, so that lengths still fall.
     """
     first, number = parts[0], len(parts)
-    offset = torch.arange(number, device=first.data.device) * int(first.batch_sizes[0])
+    order = order_of(first)
+    offset = torch.arange(number, device=order.device) * len(order)
     return PackedSequence(
         torch.stack([part.data for part in parts], 1).flatten(0, 1),
         first.batch_sizes * number,
-        (order_of(first)[:, None] + offset).flatten(),
+        (order[:, None] + offset).flatten(),
     )
 
 

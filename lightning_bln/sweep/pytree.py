@@ -70,7 +70,7 @@ def is_equal(a: Any, b: Any) -> bool:
 
 def has_same_order(a: PackedSequence, b: PackedSequence) -> bool:
     """Whether two packed batches hold sequences of the same lengths in the same order, given or implied."""
-    return torch.equal(a.batch_sizes, b.batch_sizes) and torch.equal(order_of(a), order_of(b))
+    return torch.equal(a.batch_sizes, b.batch_sizes) and torch.equal(order_of(a).cpu(), order_of(b).cpu())
 
 
 def is_identical(a: Any, b: Any) -> bool:
