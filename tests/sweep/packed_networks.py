@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import (
 
 from lightning_bln import BLNGRU, BLNLSTM, BatchLayerNorm
 
-LENGTHS = ((4, 2, 5, 1), (3, 3, 3), (6,), (1, 7, 2, 2, 5))
+LENGTHS = ((4, 2, 5, 1), (6,), (1, 3, 2, 2, 3), (3, 3, 3))
 
 
 class Net(nn.Module):

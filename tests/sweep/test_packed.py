@@ -68,11 +68,11 @@ def compared_with_each_mode_alone(model: nn.Module, batches: list[tuple[Any, ...
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("first", [0, 1])
 def test_every_mode_gets_what_it_gives_alone(name: str, first: int) -> None:
     make, batch_of, shares = NETWORKS[name]
     torch.manual_seed(first)
-    batches = [batch_of(LENGTHS[(first + step) % len(LENGTHS)]) for step in range(len(LENGTHS))]
+    batches = [batch_of(LENGTHS[first + step]) for step in range(3)]
     model = make()
     with_population(model, [*batches[:2]], lambda batch: model(*batch))
     shared = compared_with_each_mode_alone(model, batches)
