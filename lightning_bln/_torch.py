@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree
 from torch.utils.data import DataLoader
 
 from lightning_bln._scoped import setting
 
-tree_flatten, tree_map, tree_unflatten = _pytree.tree_flatten, _pytree.tree_map, _pytree.tree_unflatten
-"""Walk nested batches, outputs and loaders, with the types that libraries have registered; torch has no public name."""
+
+def is_packed(value: Any) -> bool:
+    """Whether ``value`` is a packed batch of sequences: by type a tuple of tensors, but one value."""
+    return isinstance(value, PackedSequence)
+
+
+tree_flatten = partial(_pytree.tree_flatten, is_leaf=is_packed)
+tree_map = partial(_pytree.tree_map, is_leaf=is_packed)
+tree_unflatten = _pytree.tree_unflatten
+"""Walk nested batches, outputs and loaders, with the types that libraries have registered; torch has no public name.
+
+Packed sequences are leaves, which they would be in some versions of torch only."""
 
 HAS_CUSTOM_OPS = hasattr(torch.library, "custom_op")
 """torch 2.3 has none: there the compiled kernels are plain autograd functions, at which torch.compile breaks."""

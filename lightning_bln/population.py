@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bln._checks import check_bool, check_choice, check_floating, check_int, check_momentum
-from lightning_bln._torch import is_batched, is_capturing, lasting, own_buffers
+from lightning_bln._torch import is_batched, is_capturing, is_packed, lasting, own_buffers
 from lightning_bln.distributed import in_step, is_distributed
 from lightning_bln.equation import Statistics
 from lightning_bln.moments import Moments, merge_grown, position_mismatch
@@ -385,7 +385,7 @@ def recompute_population(
             if predict is not None:
                 predict(batch)
             else:
-                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+                model(batch[0] if isinstance(batch, (tuple, list)) and not is_packed(batch) else batch)
             seen += 1
         # one rank may have no batch: its population is merged from the other ranks'
         if not seen and not is_distributed():

@@ -10,6 +10,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bln.callbacks.evaluation import Evaluation
 from lightning_bln.modes import StatisticsMode
@@ -133,10 +134,11 @@ def dissect(batch: Any, dataloader_idx: int | None) -> Kept:
     own = apply_to_collection(batch, Tensor, torch.clone)
     tensors: list[Tensor] = []
     others: list[Any] = []
-    apply_to_collection(own, Tensor, tensors.append)
+    apply_to_collection(own, PackedSequence, others.append)
     apply_to_collection(own, object, others.append, wrong_dtype=(Tensor, Mapping, list, tuple, type(None)))
     if others:
         raise NotRegroupable(f"a batch holds a {type(others[0]).__name__} beside its tensors")
+    apply_to_collection(own, Tensor, tensors.append)
     sizes = {tensor.shape[0] if tensor.ndim else None for tensor in tensors}
     size = sizes.pop() if len(sizes) == 1 else None
     if not size:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.user_state import Snapshot, UserState, own
@@ -97,15 +98,26 @@ class Copies:
         self.renew()
 
     def renew(self) -> None:
-        self.shared = apply_to_collection(self.original, Tensor, torch.clone)
+        self.shared = map_tensors(self.original, torch.clone)
         self.tensors: list[Tensor] = []
-        apply_to_collection(self.shared, Tensor, self.tensors.append)
+        map_tensors(self.shared, self.tensors.append)
         self.versions = versions(self.tensors)
 
     def next(self) -> Any:
         if self.versions is None or self.versions != versions(self.tensors):
             self.renew()
-        return apply_to_collection(self.shared, Tensor, lambda tensor: tensor)
+        return map_tensors(self.shared, lambda tensor: tensor)
+
+
+def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
+    """``batch`` in new containers, with ``function`` of each tensor; of a packed batch, of its tensors."""
+
+    def apply(value: Any) -> Any:
+        if not isinstance(value, PackedSequence):
+            return function(value)
+        return value._replace(**{name: apply(one) for name, one in value._asdict().items() if one is not None})
+
+    return apply_to_collection(batch, (Tensor, PackedSequence), apply)
 
 
 class RandomState:

@@ -124,6 +124,8 @@ def rebuild(value: Any, memo: dict[int, tuple[Any, Any]], part: int | None) -> A
         copied = value.copy()
     elif kind in SEQUENCES:
         copied = kind(rebuild(one, memo, part) for one in value)
+    elif isinstance(value, tuple) and hasattr(kind, "_fields"):
+        copied = tuple.__new__(kind, (rebuild(one, memo, part) for one in value))
     elif kind is deque:
         copied = deque((rebuild(one, memo, part) for one in value), value.maxlen)
     elif kind in DICTIONARIES:

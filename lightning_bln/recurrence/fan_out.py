@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bln._scoped import setting
-from lightning_bln.modes import FanOut, mode_layers, using_mode
+from lightning_bln.modes import FanOut, mode_layers
+from lightning_bln.recurrence.sequences import lengths_of
 
 Sequences = Tensor | PackedSequence
 
@@ -18,24 +19,30 @@ def run_each_mode(layer: nn.Module, input: Sequences, hx: Any, fan: FanOut, batc
     """Outputs and states of ``layer`` in every mode of ``fan``, mode by mode along the batch axis.
 
     Raises:
-        ValueError: A packed input was fanned out by anything but a recurrent layer, so its order is unknown.
+        ValueError: A packed input holds other sequences than those of every mode, one mode after the other.
     """
-    number = len(fan.modes)
+    number, is_fanned = len(fan.modes), fan.is_fanned
     parts: list[Any] = [input] * number
-    if fan.is_fanned and isinstance(input, PackedSequence):
+    if is_fanned and isinstance(input, PackedSequence):
         parts = split_packed(input, number)
-    elif fan.is_fanned and isinstance(input, Tensor):
+    elif is_fanned and isinstance(input, Tensor):
         parts = list(input.chunk(number, batch_dim))
     fan.is_fanned = True
     states = split_states(hx, number, samples_of(parts[0], batch_dim))
-    with setting(mode_layers(layer), fan=None):
-        results = []
+    layers, results = mode_layers(layer), []
+    with setting(layers, fan=None):
         for mode, part, state in zip(fan.modes, parts, states, strict=True):
-            with using_mode(layer, mode):
+            # not by name: within a joint evaluation the layers have no mode to restore, but a sentinel
+            with setting(layers, _mode=mode):
                 results.append(layer(part, state))
     outputs, last = zip(*results, strict=True)
-    packed = isinstance(outputs[0], PackedSequence)
-    output = join_packed(list(outputs)) if packed else torch.cat(outputs, batch_dim)
+    if not isinstance(input, PackedSequence):
+        output: Sequences = torch.cat(outputs, batch_dim)
+    elif is_fanned:
+        back = rows_of_modes(input, number).flatten().argsort()
+        output = input._replace(data=torch.cat([part.data for part in outputs]).index_select(0, back))
+    else:
+        output = join_packed(list(outputs))
     if isinstance(last[0], Tensor):
         return output, torch.cat(last, 1)
     return output, tuple(torch.cat(parts, 1) for parts in zip(*last, strict=True))
@@ -64,26 +71,75 @@ def join_packed(parts: list[PackedSequence]) -> PackedSequence:
     At each step the rows of one sequence in all parts stand side by side, so that lengths still fall.
     """
     first, number = parts[0], len(parts)
-    samples = int(first.batch_sizes[0])
-    identity = torch.arange(samples, device=first.data.device)
-    sorted_indices = identity if first.sorted_indices is None else first.sorted_indices
-    unsorted_indices = identity if first.unsorted_indices is None else first.unsorted_indices
-    offset = torch.arange(number, device=first.data.device)
+    order = order_of(first)
+    offset = torch.arange(number, device=order.device) * len(order)
     return PackedSequence(
         torch.stack([part.data for part in parts], 1).flatten(0, 1),
         first.batch_sizes * number,
-        (sorted_indices[:, None] + offset * samples).flatten(),
-        (unsorted_indices * number + offset[:, None]).flatten(),
+        (order[:, None] + offset).flatten(),
     )
 
 
-def split_packed(packed: PackedSequence, number: int) -> list[PackedSequence]:
-    """The inverse of :func:`join_packed`."""
-    if packed.sorted_indices is None or packed.unsorted_indices is None:
-        raise ValueError("a packed input was fanned out before it was packed; run each mode on its own")
-    samples = int(packed.batch_sizes[0]) // number
+def is_joined(packed: PackedSequence, number: int) -> bool:
+    """Whether a packed batch has the form that :func:`join_packed` gives, in which modes keep the order of one."""
+    if packed.sorted_indices is None or (packed.batch_sizes % number).any():
+        return False
+    order = packed.sorted_indices.view(-1, number)
+    offset = torch.arange(number, device=order.device) * len(order)
+    return torch.equal(order, order[:, :1] + offset)
+
+
+def part_of_joined(packed: PackedSequence, number: int, position: int) -> PackedSequence:
+    """One of the parts given to :func:`join_packed`."""
     sizes = torch.div(packed.batch_sizes, number, rounding_mode="floor")
-    return [
-        PackedSequence(data, sizes, packed.sorted_indices[::number], packed.unsorted_indices[:samples] // number)
-        for data in packed.data.unflatten(0, (-1, number)).unbind(1)
-    ]
+    assert packed.sorted_indices is not None
+    return PackedSequence(rows_of_joined(packed, number)[position], sizes, packed.sorted_indices[::number])
+
+
+def rows_of_joined(packed: PackedSequence, number: int) -> Tensor:
+    """The data of all parts given to :func:`join_packed`, along a first axis."""
+    return packed.data.unflatten(0, (-1, number)).movedim(1, 0).contiguous()
+
+
+def split_packed(packed: PackedSequence, number: int) -> list[PackedSequence]:
+    """The packed batch of each mode, from one whose sequences, unpacked, are those of one mode after the other.
+
+    Besides what :func:`join_packed` returns, such a batch comes from packing a tensor that has modes along its batch
+    axis.
+
+    Raises:
+        ValueError: Modes have sequences of other lengths, there are no parts of equal size, or the order is not given.
+    """
+    rows = rows_of_modes(packed, number)
+    sizes = torch.div(packed.batch_sizes, number, rounding_mode="floor")
+    samples, order = int(sizes[0]), order_of(packed)
+    orders = [order[order // samples == mode] - mode * samples for mode in range(number)]
+    data = packed.data
+    return [PackedSequence(data.index_select(0, own), sizes, one) for own, one in zip(rows, orders, strict=True)]
+
+
+def rows_of_modes(packed: PackedSequence, number: int) -> Tensor:
+    """Each mode's rows of ``packed.data``, in order: ``(number, rows)``; raises as :func:`split_packed`."""
+    if packed.sorted_indices is None:
+        # sequences of equal lengths may follow one another by mode or, from join_packed, by place in the batch
+        raise ValueError("a packed input was fanned out before it was packed; run each mode on its own")
+    sizes = packed.batch_sizes
+    total = int(sizes[0])
+    order = packed.sorted_indices.cpu()
+    lengths = torch.empty_like(order)
+    lengths[order] = lengths_of(sizes)
+    if total % number or (lengths.view(number, -1) != lengths[: total // number]).any():
+        raise ValueError(
+            f"{total} packed sequences of lengths {lengths.tolist()} are not the same lengths once for each of "
+            f"{number} modes; pack before the first layer with a mode, or run each mode on its own"
+        )
+    running = torch.arange(total) < sizes[:, None]
+    mode = (order // (total // number)).expand_as(running)[running]
+    return mode.argsort(stable=True).view(number, -1).to(packed.data.device)
+
+
+def order_of(packed: PackedSequence) -> Tensor:
+    """The index that each sequence, longest first, has in the batch."""
+    if packed.sorted_indices is not None:
+        return packed.sorted_indices
+    return torch.arange(int(packed.batch_sizes[0]), device=packed.data.device)

@@ -48,7 +48,9 @@ class Form(NamedTuple):
     def of(cls, input: Tensor | PackedSequence, batch_first: bool) -> Form:
         """The form of a layer's input."""
         if isinstance(input, PackedSequence):
-            x, _ = pad_packed_sequence(input._replace(sorted_indices=None, unsorted_indices=None))
+            if not torch.compiler.is_compiling():
+                check_packed(input)
+            x, _ = pad_packed_sequence(PackedSequence(input.data, input.batch_sizes))
             sizes = input.batch_sizes.tolist()
             return cls(x, None if sizes[-1] == sizes[0] else sizes, True, False, input)
         is_batched = input.ndim == 3
@@ -76,6 +78,51 @@ class Form(NamedTuple):
             data = pack_padded_sequence(outputs, lengths_of(self.packed.batch_sizes)).data
             return self.packed._replace(data=data), unwrap(states)
         return outputs.transpose(0, 1) if self.batch_first else outputs, unwrap(states)
+
+
+def check_packed(packed: PackedSequence) -> None:
+    """Raise ValueError where the parts of a packed batch, as ``_replace`` may leave them, contradict each other.
+
+    Indices on other devices than the CPU are checked for their number alone: to read them would wait for the device.
+    """
+    sizes = packed.batch_sizes
+    mend = "keep those of pack_sequence or pack_padded_sequence"
+    if not isinstance(sizes, Tensor):
+        raise ValueError(f"packed.batch_sizes is a {type(sizes).__name__}, but a tensor is needed; {mend}")
+    if sizes.ndim != 1 or sizes.dtype != torch.int64 or sizes.device.type != "cpu":
+        raise ValueError(
+            f"packed.batch_sizes has shape {tuple(sizes.shape)} and dtype {sizes.dtype} on {sizes.device}, but one "
+            f"axis of torch.int64 on the CPU is needed; {mend}"
+        )
+    running = sizes.tolist()
+    if not running or running[-1] < 1 or running != sorted(running, reverse=True):
+        raise ValueError(
+            f"packed.batch_sizes={running}, but the sequences running at each step are at least one and never become "
+            f"more; {mend}"
+        )
+    if sum(running) != len(packed.data):
+        raise ValueError(
+            f"packed.data has {len(packed.data)} rows, but packed.batch_sizes={running} has a sum of {sum(running)}; "
+            "replace the data by as many rows, or pack again"
+        )
+    for name in ("sorted_indices", "unsorted_indices"):
+        check_order(name, getattr(packed, name), running[0])
+
+
+def check_order(name: str, indices: Tensor | None, samples: int) -> None:
+    """Raise ValueError where the indices of a packed batch are no order of its sequences."""
+    if indices is None:
+        return
+    if indices.shape != (samples,) or indices.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"packed.{name} has shape {tuple(indices.shape)} and dtype {indices.dtype}, but an integer for each of "
+            f"{samples} sequences is needed; pack again, or leave it None"
+        )
+    if indices.device.type == "cpu" and sorted(indices.tolist()) != list(range(samples)):
+        raise ValueError(
+            f"packed.{name}={indices.tolist()}, but each of 0 to {samples - 1} is needed once; pack again, or leave it "
+            "None"
+        )
 
 
 def reordered(state: list[LayerState], order: Tensor | None) -> list[LayerState]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_bln._torch import is_packed
 from lightning_bln.modes import ALL_MODES, StatisticsMode, require_mode_layers, using_mode
 from lightning_bln.sweep.result import Direction, SweepResult, check_direction
 from lightning_bln.sweep.shared_forward import SharedForward
@@ -103,8 +104,9 @@ class ScoredMode:
         self.samples = 0
 
     def add(self, predicted: Any) -> None:
-        arguments = predicted if isinstance(predicted, tuple) else (predicted,)
-        size = len(arguments[0])
+        arguments = predicted if isinstance(predicted, tuple) and not is_packed(predicted) else (predicted,)
+        first = arguments[0]
+        size = int(first.batch_sizes[0]) if is_packed(first) else len(first)
         self.samples += size
         for name, metric in self.metrics.items():
             if hasattr(metric, "update"):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bln._torch import make_wrapper_subclass, tree_flatten, tree_unflatten
 
@@ -311,11 +312,42 @@ def join(results: list[Any], func: Any) -> Any:
 def join_trees(trees: Sequence[Any]) -> Any:
     """The outputs of all modes, of one structure, as one; a tensor that is the same object in all stays plain."""
     flat = [tree_flatten(tree) for tree in trees]
-    leaves: list[Any] = []
-    for column in zip(*(leaves for leaves, _ in flat), strict=True):
-        is_shared = all(leaf is column[0] for leaf in column)
-        leaves.append(PerMode(column) if isinstance(column[0], Tensor) and not is_shared else column[0])
-    return tree_unflatten(leaves, flat[0][1])
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    return tree_unflatten([join_leaves(column) for column in columns], flat[0][1])
+
+
+def join_leaves(column: Sequence[Any]) -> Any:
+    first = column[0]
+    if all(leaf is first for leaf in column):
+        return first
+    if isinstance(first, PackedSequence):
+        return packed_as(column, PerMode([leaf.data for leaf in column]))
+    return PerMode(column) if isinstance(first, Tensor) else first
+
+
+def join_stacks(stacks: Sequence[Any], number: int) -> Any:
+    """The first ``number`` parts of tensors, or packed batches of tensors, that have a first axis of modes."""
+    if isinstance(stacks[0], PackedSequence):
+        return packed_as(stacks, join_stacks([stack.data for stack in stacks], number))
+    stack = stacks[0] if len(stacks) == 1 else torch.cat(list(stacks))
+    return PerMode.of_stack(stack[:number])
+
+
+def packed_as(column: Sequence[PackedSequence], data: PerMode) -> PackedSequence:
+    """``data``, packed as all of ``column`` are."""
+    first = column[0]
+    for other in column[1:]:
+        for one, another in zip(first[1:], other[1:], strict=True):
+            if one is not another and (one is None or another is None or not torch.equal(one, another)):
+                raise NotTogether("sequences are packed in another order in one mode than in another")
+    return first._replace(data=data)
+
+
+def first_part(leaf: Any) -> Any:
+    """The leaf of the first mode."""
+    if isinstance(leaf, PackedSequence):
+        return leaf._replace(data=first_part(leaf.data))
+    return leaf.parts[0] if isinstance(leaf, PerMode) else leaf
 
 
 def reason_of(error: Exception) -> str:

@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bln import _torch
 from lightning_bln._torch import tree_flatten
+from lightning_bln.recurrence.fan_out import is_joined, join_packed, order_of, part_of_joined, rows_of_joined
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """The tensors in a nested value."""
-    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
+    """The tensors in a nested value, those of a packed batch among them."""
+    leaves = tree_flatten(value)[0]
+    parts = [part for leaf in leaves for part in (leaf if isinstance(leaf, PackedSequence) else (leaf,))]
+    return [part for part in parts if isinstance(part, Tensor)]
 
 
 def versions(value: Any) -> list[int] | None:
@@ -34,6 +38,8 @@ def is_same_input(a: Any, b: Any) -> bool:
     """Whether a module computes the same from either leaf; objects of unknown types have to be one object."""
     if a is b:
         return True
+    if isinstance(a, PackedSequence) and isinstance(b, PackedSequence):
+        return all(map(is_same_input, a, b))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
     return type(a) is type(b) and isinstance(a, (int, float, str, bytes, tuple)) and a == b
@@ -41,8 +47,10 @@ def is_same_input(a: Any, b: Any) -> bool:
 
 def is_close(a: Any, b: Any) -> bool:
     """Whether two leaves are equal up to rounding."""
-    if not isinstance(a, Tensor):
-        return a is b or a == b
+    if isinstance(a, PackedSequence) and isinstance(b, PackedSequence):
+        return is_close(a.data, b.data) and has_same_order(a, b)
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return is_equal(a, b)
     if a.shape != b.shape:
         return False
     if not a.is_floating_point():
@@ -50,6 +58,19 @@ def is_close(a: Any, b: Any) -> bool:
     tolerance = max(1e-5, 8 * torch.finfo(a.dtype).eps)
     scale = float(a.abs().amax()) if a.numel() else 0.0
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+def is_equal(a: Any, b: Any) -> bool:
+    """Whether two objects of unknown types are equal; those that compare element by element have to be one object."""
+    try:
+        return a is b or bool(a == b)
+    except (RuntimeError, ValueError):
+        return False
+
+
+def has_same_order(a: PackedSequence, b: PackedSequence) -> bool:
+    """Whether two packed batches hold sequences of the same lengths in the same order, given or implied."""
+    return torch.equal(a.batch_sizes, b.batch_sizes) and torch.equal(order_of(a).cpu(), order_of(b).cpu())
 
 
 def is_identical(a: Any, b: Any) -> bool:
@@ -75,29 +96,74 @@ def is_identical(a: Any, b: Any) -> bool:
 
 
 def find_axes(plain: Any, fanned: Any, size: int) -> list[int | None] | None:
-    """For each leaf, the axis along which ``fanned`` is ``size`` times as long; None where the trees do not fit."""
+    """For each leaf, the axis along which ``fanned`` is ``size`` times as long; None where the trees do not fit.
+
+    The axis of a packed batch is that of its sequences.
+    """
     (leaves, spec), (many, other) = tree_flatten(plain), tree_flatten(fanned)
     if spec != other:
         return None
     axes: list[int | None] = []
     for one, all_modes in zip(leaves, many, strict=True):
-        if not isinstance(one, Tensor):
-            if one is not all_modes and one != all_modes:
-                return None
-            axes.append(None)
-            continue
-        if one.ndim != all_modes.ndim:
+        fits, axis = find_axis(one, all_modes, size)
+        if not fits:
             return None
-        differing = [axis for axis in range(one.ndim) if one.shape[axis] != all_modes.shape[axis]]
-        if not differing:
-            axes.append(None)
-        elif len(differing) == 1 and one.shape[differing[0]] * size == all_modes.shape[differing[0]]:
-            axes.append(differing[0])
-        else:
-            return None
+        axes.append(axis)
     return axes
 
 
+def find_axis(one: Any, fanned: Any, size: int) -> tuple[bool, int | None]:
+    """Whether a leaf fits its counterpart in :func:`find_axes`, and the axis."""
+    if isinstance(one, PackedSequence) and isinstance(fanned, PackedSequence):
+        if has_same_order(one, fanned):
+            return one.data.shape == fanned.data.shape, None
+        return torch.equal(one.batch_sizes * size, fanned.batch_sizes) and has_parts(fanned, 0, size), 0
+    if not isinstance(one, Tensor) or not isinstance(fanned, Tensor):
+        return is_equal(one, fanned), None
+    if one.ndim != fanned.ndim:
+        return False, None
+    differing = [axis for axis in range(one.ndim) if one.shape[axis] != fanned.shape[axis]]
+    if not differing:
+        return True, None
+    axis = differing[0]
+    return len(differing) == 1 and one.shape[axis] * size == fanned.shape[axis], axis
+
+
+def have_parts(leaves: list[Any], axes: list[int | None], size: int) -> bool:
+    """Whether each leaf is made of a part for each of ``size`` modes along its axis, if it has one."""
+    return len(leaves) == len(axes) and all(
+        axis is None or has_parts(leaf, axis, size) for leaf, axis in zip(leaves, axes, strict=True)
+    )
+
+
+def has_parts(leaf: Any, axis: int, size: int) -> bool:
+    """:func:`have_parts` of one leaf; a packed batch has them if each mode's sequences are in the order of one mode."""
+    if isinstance(leaf, PackedSequence):
+        return is_joined(leaf, size)
+    return isinstance(leaf, Tensor) and leaf.ndim > axis and leaf.shape[axis] % size == 0
+
+
+def part_of(leaf: Any, axis: int | None, size: int, position: int) -> Any:
+    """The part at ``position`` among those of ``size`` modes along ``axis``; the leaf itself if that is None."""
+    if axis is None:
+        return leaf
+    if isinstance(leaf, PackedSequence):
+        return part_of_joined(leaf, size, position)
+    length = leaf.shape[axis] // size
+    return leaf.narrow(axis, position % size * length, length).contiguous()
+
+
+def stack_of(leaf: Any, axis: int | None, size: int) -> Any:
+    """All parts along a first axis of modes, that of the data for a packed batch."""
+    if axis is None:
+        return leaf
+    if isinstance(leaf, PackedSequence):
+        return part_of_joined(leaf, size, 0)._replace(data=rows_of_joined(leaf, size))
+    return leaf.unflatten(axis, (size, -1)).movedim(axis, 0).contiguous()
+
+
 def repeated(value: Any, times: int) -> Any:
-    """``value`` ``times`` times along its first axis, if it is a tensor that has one."""
+    """``value`` ``times`` times along its first axis, if it is a tensor that has one, or along its sequences."""
+    if isinstance(value, PackedSequence):
+        return join_packed([value] * times)
     return value.repeat(times, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value

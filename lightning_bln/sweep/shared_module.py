@@ -14,9 +14,19 @@ from lightning_bln._scoped import setting
 from lightning_bln._torch import MODULE_INTERNALS, OutOfMemoryError, tree_flatten, tree_map, tree_unflatten
 from lightning_bln.modes import FanOut, assign_modes, fan_out, mode_layers
 from lightning_bln.sweep.forward_state import ForwardState, SharedOutput
-from lightning_bln.sweep.per_mode_tensor import NotTogether, PerMode, holds, join_trees, reason_of
+from lightning_bln.sweep.per_mode_tensor import NotTogether, first_part, holds, join_stacks, join_trees, reason_of
 from lightning_bln.sweep.prefix_cache import Prefix, replacing_forward
-from lightning_bln.sweep.pytree import find_axes, is_close, is_same_input, repeated, tensors, trees_match
+from lightning_bln.sweep.pytree import (
+    find_axes,
+    have_parts,
+    is_close,
+    is_same_input,
+    part_of,
+    repeated,
+    stack_of,
+    tensors,
+    trees_match,
+)
 
 BYTES = 2**28
 """Upper bound of the largest activation, fanned out for all modes of a chunk."""
@@ -158,16 +168,16 @@ class SharedModule:
             raise NotTogether(
                 state.failure or self.refusal("it is called in another way than on the verification batch")
             )
-        leaves = []
-        for axis, *parts in zip(self.axes[call], *self.chunk_outputs(call, args, kwargs), strict=True):
-            stack = parts[0] if len(parts) == 1 or axis is None else torch.cat(parts)
-            leaves.append(stack if axis is None else PerMode.of_stack(stack[: len(modes)]))
+        leaves = [
+            parts[0] if axis is None else join_stacks(parts, len(modes))
+            for axis, *parts in zip(self.axes[call], *self.chunk_outputs(call, args, kwargs), strict=True)
+        ]
         spec = state.shared[self, call].spec
         if state.is_verifying:
             assign_modes(state.layers, modes[:1] * len(state.layers))
             plain = self.run_plain(args, kwargs)
             assign_modes(state.layers, [UNDECIDED] * len(state.layers))
-            first = [leaf.parts[0] if isinstance(leaf, PerMode) else leaf for leaf in leaves]
+            first = [first_part(leaf) for leaf in leaves]
             if not trees_match(plain, tree_unflatten(first, spec), is_close):
                 self.give_up(OUTPUT_DIFFERS)
                 raise NotTogether(self.refusal(OUTPUT_DIFFERS))
@@ -193,20 +203,13 @@ class SharedModule:
     def stacks(self, call: int) -> list[Any]:
         """The leaves of the chunk's output, tensors with a first axis of modes."""
         shared = self.state.shared[self, call]
-        return [
-            leaf if axis is None else leaf.unflatten(axis, (shared.size, -1)).movedim(axis, 0).contiguous()
-            for leaf, axis in zip(shared.leaves, self.axes[call], strict=True)
-        ]
+        return [stack_of(*pair, shared.size) for pair in zip(shared.leaves, self.axes[call], strict=True)]
 
     def part(self, call: int, position: int) -> Any:
         """The output in the mode at ``position`` in the chunk."""
-        shared, leaves = self.state.shared[self, call], []
-        for leaf, axis in zip(shared.leaves, self.axes[call], strict=True):
-            if axis is not None:
-                length = leaf.shape[axis] // shared.size
-                leaf = leaf.narrow(axis, position % shared.size * length, length).contiguous()
-            leaves.append(leaf)
-        return tree_unflatten(leaves, shared.spec)
+        shared = self.state.shared[self, call]
+        pairs = zip(shared.leaves, self.axes[call], strict=True)
+        return tree_unflatten([part_of(*pair, shared.size, position) for pair in pairs], shared.spec)
 
     def run_plain(self, args: tuple, kwargs: dict) -> Any:
         """The unshared forward."""
@@ -222,7 +225,10 @@ class SharedModule:
                     fan.is_fanned = True
                     args, kwargs = tree_map(lambda one: repeated(one, len(modes)), inputs)
                 output = self.run_plain(args, kwargs)
-            state.shared[self, call] = SharedOutput(inputs, *tree_flatten(output), len(modes))
+            leaves, spec = tree_flatten(output)
+            if not state.is_learning and not have_parts(leaves, self.axes[call], len(modes)):
+                raise ValueError("its output has another form than on the verification batch")
+            state.shared[self, call] = SharedOutput(inputs, leaves, spec, len(modes))
             return output
         except Exception as error:
             # fall back to unshared forwards; user errors resurface there

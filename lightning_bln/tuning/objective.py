@@ -14,6 +14,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_bln._torch import is_packed
 from lightning_bln.callbacks import BLNStatsCallback
 from lightning_bln.sweep.result import Direction, SweepResult
 
@@ -129,7 +130,7 @@ def measure_latency(model: nn.Module, batch: Any, repeats: int = 20) -> float:
     """
     device = next(model.parameters()).device
     inputs = apply_to_collection(batch, Tensor, lambda one: one.to(device))
-    inputs = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
+    inputs = inputs[0] if isinstance(inputs, (tuple, list)) and not is_packed(inputs) else inputs
     was_training = model.training
     model.eval()
     times = []
