@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from lightning_bln import (
     BLNGRU,
@@ -19,6 +20,8 @@ from lightning_bln import (
     batch_layer_norm,
     freeze_population,
 )
+from lightning_bln.kernels.library import CELLS
+from lightning_bln.kernels.recurrent import RECURRENCE, Constants, Inputs, Settings
 from tests.kernels.helpers import built, flat
 
 pytestmark = built
@@ -64,7 +67,7 @@ def test_without_memory_a_layer_gives_shapes(name) -> None:
     assert output_of(LAYERS[name](device="meta"), x.to("meta")).shape == output_of(LAYERS[name](), x).shape
 
 
-@pytest.mark.parametrize("name", set(LAYERS) - {"bln"})
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "bln"])
 @pytest.mark.parametrize(("value", "error"), [(torch.zeros(1, 2, 5, device="meta"), RuntimeError)], ids=["meta"])
 def test_first_states_elsewhere_are_refused(name, value, error) -> None:
     layer = LAYERS[name]()
@@ -207,3 +210,30 @@ def test_gradients_of_both_biases_are_two() -> None:
     one, other = torch.autograd.grad(layer(x)[0].sum(), [layer.bias_ih_l0, layer.bias_hh_l0])
     assert torch.equal(one, other)
     assert one.data_ptr() != other.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "sizes", [[2, 3, 1], [3, 4, -1], [3, 3, 2], [0, 3, 3], [3, 2, 0], [2, 2, 2]], ids=lambda sizes: str(sizes)
+)
+def test_running_sequences_that_contradict_the_rows_never_reach_memory(sizes) -> None:
+    layer = BLNGRU(4, 5)
+    state, rows = torch.zeros(3, 5), torch.zeros(7, 4)
+    inputs = Inputs(rows, layer.weight_ih_l0, layer.weight_hh_l0, None, None, state, None, None, None, None, None)
+    constants = Constants(torch.tensor(sizes), *[None] * 6)
+    settings = Settings(CELLS.index("gru"), 3, 0, 0, 0, 0, 0, 0.0, 1.0, 1.0, 1.0, 1e-3)
+    with pytest.raises(ValueError, match="batch_sizes does not fit"):
+        RECURRENCE.forward(inputs, constants, settings)
+    assert RECURRENCE.forward(inputs, constants._replace(batch_sizes=torch.tensor([3, 3, 1])), settings)
+
+
+@each_layer
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_forward_pass_repeated_for_the_gradient_gathers_nothing(name, use_reentrant) -> None:
+    layer, twin = LAYERS[name](), LAYERS[name]()
+    twin.load_state_dict(layer.state_dict())
+    data = x.clone().requires_grad_()
+    checkpoint(lambda data: output_of(layer, data), data, use_reentrant=use_reentrant).square().sum().backward()
+    output_of(twin, x).square().sum().backward()
+    for (key, value), other in zip(layer.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(value, other), key
+    assert_same([p.grad for p in layer.parameters()], [p.grad for p in twin.parameters()])

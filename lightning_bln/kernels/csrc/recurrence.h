@@ -12,7 +12,7 @@ enum Cell : int64_t { kLstm, kGru, kRnnTanh, kRnnRelu };
 // `input_part` are computed anew in the gradient where they are null, as the gates always are.
 template <class T>
 struct RecurrenceArgs {
-  int64_t cell, steps, batch, inputs, units, threads;
+  int64_t cell, steps, batch, rows, inputs, units, threads;  // rows of all steps together
   int64_t row_teams, column_teams;  // how many threads, as a grid that shares rows and units; 0: chosen here
   int64_t chunk_rows;               // rows whose products with the input weights are taken together; 0: chosen here
   int64_t keep;                     // forward: a gradient will follow
