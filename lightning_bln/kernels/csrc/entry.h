@@ -163,24 +163,24 @@ BLN_EXPORT uint64_t bln_layout_hash() {
 }
 
 // One entry point for each dtype.
-#define BLN_ENTRIES(T)                                                                                      \
-  BLN_EXPORT int bln_forward_##T(const bln::RecurrenceArgs<T>* args) {                                      \
-    return bln::run<T, bln::Forward, bln::ForwardBuffers>(*args);                                           \
-  }                                                                                                         \
-  BLN_EXPORT int bln_forward_each_##T(const bln::RecurrenceArgs<T>* calls, int64_t count, int64_t threads) {\
-    return bln::run_each(calls, count, threads);                                                            \
-  }                                                                                                         \
-  BLN_EXPORT int bln_backward_##T(const bln::RecurrenceArgs<T>* args) {                                     \
-    return bln::run<T, bln::Backward, bln::BackwardBuffers>(*args);                                         \
-  }                                                                                                         \
-  BLN_EXPORT int bln_dense_forward_##T(const bln::DenseArgs<T>* args) {                                     \
-    return bln::run_dense<T, bln::DenseForward>(*args);                                                     \
-  }                                                                                                         \
-  BLN_EXPORT int bln_dense_backward_##T(const bln::DenseArgs<T>* args) {                                    \
-    return bln::run_dense<T, bln::DenseBackward>(*args);                                                    \
-  }                                                                                                         \
-  BLN_EXPORT int bln_gather_##T(const bln::GatherArgs<T>* args) { return bln::run_gather(*args); }          \
-  BLN_EXPORT int bln_program_##T(const bln::ProgramArgs* args) { return bln::run_program<T>(*args); }       \
+#define BLN_ENTRIES(T)                                                                                       \
+  BLN_EXPORT int bln_forward_##T(const bln::RecurrenceArgs<T>* args) {                                       \
+    return bln::run<T, bln::Forward, bln::ForwardBuffers>(*args);                                            \
+  }                                                                                                          \
+  BLN_EXPORT int bln_forward_each_##T(const bln::RecurrenceArgs<T>* calls, int64_t count, int64_t threads) { \
+    return bln::run_each(calls, count, threads);                                                             \
+  }                                                                                                          \
+  BLN_EXPORT int bln_backward_##T(const bln::RecurrenceArgs<T>* args) {                                      \
+    return bln::run<T, bln::Backward, bln::BackwardBuffers>(*args);                                          \
+  }                                                                                                          \
+  BLN_EXPORT int bln_dense_forward_##T(const bln::DenseArgs<T>* args) {                                      \
+    return bln::run_dense<T, bln::DenseForward>(*args);                                                      \
+  }                                                                                                          \
+  BLN_EXPORT int bln_dense_backward_##T(const bln::DenseArgs<T>* args) {                                     \
+    return bln::run_dense<T, bln::DenseBackward>(*args);                                                     \
+  }                                                                                                          \
+  BLN_EXPORT int bln_gather_##T(const bln::GatherArgs<T>* args) { return bln::run_gather(*args); }           \
+  BLN_EXPORT int bln_program_##T(const bln::ProgramArgs* args) { return bln::run_program<T>(*args); }        \
   BLN_EXPORT int bln_product_##T(const bln::ProductArgs* args) { return bln::run_product<T>(*args); }
 
 BLN_ENTRIES(float)
