@@ -1,4 +1,4 @@
-// The normalisation of one step: moments over the batch and over the features, as an affine map, and its gradient.
+// The normalisation of one step: moments over the batch and over the features, the equation, and its gradient.
 #pragma once
 #include <cmath>
 #include <vector>
@@ -31,7 +31,19 @@ struct NormArgs {
   T* grad_bias;             // [D] or null
 };
 
-// Row and column coefficients of y = x * (weight[j] * alpha[b] + p[j]) + (q[j] - weight[j] * beta[b]).
+// One gate of a row x, normalised. Each mean is taken away before anything is multiplied: an affine map of x itself, or
+// one distance for both parts, would lose as many digits as the means are larger than the deviations.
+template <class T, bool Feature>
+struct Normalized {
+  const T *x, *weight, *slope, *mean, *bias;
+  T row_slope, row_mean;
+
+  BLN_INLINED T operator[](int j) const {
+    const T y = (x[j] - mean[j]) * slope[j] + bias[j];
+    return Feature ? (x[j] - row_mean) * (weight[j] * row_slope) + y : y;
+  }
+};
+
 template <class T>
 class Norm {
  public:
@@ -41,21 +53,21 @@ class Norm {
 
   Norm(const NormArgs<T>& args, Shared& shared, const Member& member, int gates, int units, int batch, Range own_units)
       : a(args), shared_(shared), member_(member), gates_(gates), units_(units), batch_(batch), own_(own_units),
-        groups_(args.joint ? 1 : gates), D(gates * units), row_size_(size_t(groups_) * batch), columns_(size_t(D) * 12),
-        rows_(row_size_ * 7) {
+        groups_(args.joint ? 1 : gates), D(gates * units), row_size_(size_t(groups_) * batch), columns_(size_t(D) * 11),
+        rows_(row_size_ * 6) {
     T* at = columns_.get();
-    for (T** to : {&weight, &p, &q, &mean_, &var_, &used_mean_, &inverse_, &c1_, &c2_, &c3_, &bias_sum_, &bias_})
+    for (T** to : {&weight_, &slope_, &mean_, &var_, &used_mean_, &inverse_, &scratch_, &c2_, &c3_, &bias_sum_, &bias_})
       *to = at, at += D;
     at = rows_.get();
-    for (T** to : {&alpha, &beta, &row_mean_, &row_used_, &row_inverse_, &r2_, &r3_}) *to = at, at += row_size_;
+    for (T** to : {&row_slope_, &row_mean_, &row_used_, &row_inverse_, &r2_, &r3_}) *to = at, at += row_size_;
     weight_sum_.allocate(D);
     for (int j = 0; j < D; j++) {
-      weight[j] = a.enabled ? T(a.scale) * (a.weight ? a.weight[j] : T(1)) : T(0);
-      p[j] = T(1);
-      q[j] = bias_[j] = a.bias ? a.bias[j] : T(0);
-      mean_[j] = bias_sum_[j] = weight_sum_[j] = T(0);
+      weight_[j] = a.enabled ? T(a.scale) * (a.weight ? a.weight[j] : T(1)) : T(0);
+      slope_[j] = T(1);
+      bias_[j] = a.bias ? a.bias[j] : T(0);
+      mean_[j] = used_mean_[j] = bias_sum_[j] = weight_sum_[j] = T(0);
     }
-    for (size_t i = 0; i < row_size_; i++) alpha[i] = beta[i] = row_mean_[i] = T(0);
+    for (size_t i = 0; i < row_size_; i++) row_slope_[i] = row_mean_[i] = row_used_[i] = T(0);
   }
 
   static void allocate(Shared& shared, const NormArgs<T>& args, int gates, int units, int batch, int rows,
@@ -66,10 +78,16 @@ class Norm {
   }
 
   const NormArgs<T>& a;
-  T *weight, *p, *q, *alpha, *beta;
 
-  T* alpha_of(int gate) const { return alpha + size_t(group(gate)) * batch_; }
-  T* beta_of(int gate) const { return beta + size_t(group(gate)) * batch_; }
+  // Row b of a gate, from its first column in `x`, once the step's coefficients are there.
+  template <bool Feature = true>
+  Normalized<T, Feature> normalized(int gate, int b, const T* x) const {
+    const size_t j = size_t(gate) * units_, i = size_t(group(gate)) * batch_ + b;
+    return {x, weight_ + j, slope_ + j, used_mean_ + j, bias_ + j, row_slope_[i], row_used_[i]};
+  }
+
+  // Whether the step has a part over features; without one, numbers that overflowed are not to become NaN.
+  bool has_feature(int t) const { return a.enabled && a.w_feature[t] != 0; }
 
   // Whether the step needs the other members' moments, and so a meeting between measure() and settle().
   bool meets(int t) const {
@@ -198,7 +216,7 @@ class Norm {
             sum = own[j] + other[j], dot = own_dot[j] + other_dot[j];
           });
         else {
-          T *sums = c1_, *dots = c2_;
+          T *sums = scratch_, *dots = c2_;
           for (int j = j0; j < j1; j++) sums[j] = dots[j] = T(0);
           for (int k = 0; k < member_.rows; k++) {
             const T* some = column_slot(k);
@@ -224,27 +242,30 @@ class Norm {
       }
 #pragma omp simd
       for (size_t i = first; i < end; i++) {
-        const T curve = alpha[i] * row_inverse_[i] * dot[i] * var_share;
-        r2_[i] = alpha[i] * sum[i] * mean_share - curve * row_mean_[i];
+        const T curve = row_slope_[i] * row_inverse_[i] * dot[i] * var_share;
+        r2_[i] = sum[i] * mean_share;
         r3_[i] = curve;
       }
     }
   }
 
-  // The gradient of x, to `out` (or added to it), once its coefficients are there.
+  // The gradient of x, to `out` (or added to it), once its coefficients are there. The variances' part has distances to
+  // the current means, also where the values are normalised by given ones.
   template <bool Add>
   void apply(const T* grad, ptrdiff_t ldg, const T* x, ptrdiff_t ldx, T* out, ptrdiff_t ldo, Range rows) const {
     for (int g = 0; g < gates_; g++) {
       const int j0 = g * units_ + own_.begin, n = own_.size();
       const size_t at = size_t(group(g)) * batch_;
-      const T *w = weight + j0, *c1 = c1_ + j0, *c2 = c2_ + j0, *c3 = c3_ + j0;
+      const T *w = weight_ + j0, *slope = slope_ + j0, *mean = mean_ + j0, *c2 = c2_ + j0, *c3 = c3_ + j0;
       for (int b = rows.begin; b < rows.end; b++) {
         const T *y = grad + b * ldg + j0, *v = x + b * ldx + j0;
         T* to = out + b * ldo + j0;
-        const T r1 = alpha[at + b], r2 = r2_[at + b], r3 = r3_[at + b];
+        const T row_slope = row_slope_[at + b], row_mean = row_mean_[at + b], r2 = r2_[at + b], r3 = r3_[at + b];
 #pragma omp simd
         for (int j = 0; j < n; j++) {
-          const T value = y[j] * (w[j] * r1 + c1[j]) - v[j] * (r3 + c3[j]) - (r2 + c2[j]);
+          const T of_batch = (y[j] * slope[j] - c2[j]) - (v[j] - mean[j]) * c3[j];
+          const T of_row = (y[j] * w[j] - r2) * row_slope - (v[j] - row_mean) * r3;
+          const T value = of_batch + of_row;
           to[j] = Add ? to[j] + value : value;
         }
       }
@@ -280,18 +301,19 @@ class Norm {
  private:
   int group(int gate) const { return groups_ == 1 ? 0 : gate; }
   int features() const { return groups_ == 1 ? D : units_; }
+  int own_features() const { return (groups_ == 1 ? gates_ : 1) * own_.size(); }
   bool current_batch(int t) const { return a.enabled && a.w_batch[t] != 0 && !(a.batch_mean && a.batch_var); }
   bool current_feature(int t) const { return a.enabled && a.w_feature[t] != 0 && !(a.feature_mean && a.feature_var); }
   T* column_slot(int k) const { return shared_.columns.get() + (size_t(slot_) * member_.rows + k) * 2 * D; }
   T* row_slot(int k) const { return shared_.rows.get() + (size_t(slot_) * member_.columns + k) * 2 * row_size_; }
 
   template <class F>
-  void for_own(F body) {
+  void for_own(F body) const {
     for (int g = 0; g < gates_; g++) body(g * units_ + own_.begin, g * units_ + own_.end);
   }
 
-  // One pass: sums of distances, and of their squares, to a number of x itself: the first row for columns, the first
-  // number of a row for rows. That lies within sqrt(n) deviations of the mean, so that little cancels.
+  // One pass: sums of distances, and of their squares, to an anchor: the mean of the first rows for columns, the first
+  // number of a row for rows. Where that turns out to lie far from the mean, a second pass takes distances to the mean.
   template <bool Batch, bool Feature>
   void measure(const T* x, ptrdiff_t ld, Range rows) {
     T *mean = column_slot(member_.row), *spread = mean + D;
@@ -305,33 +327,91 @@ class Norm {
         for (int b = rows.begin; b < rows.end; b++)
           row_mean[size_t(g) * batch_ + b] = row_spread[size_t(g) * batch_ + b] = T(0);
     if (rows.size() == 0 || own_.size() == 0) return;
-    const T *anchor = x + rows.begin * ld, *first = x + own_.begin;
+    if (Batch) set_anchor(x + rows.begin * ld, ld, rows.size() < stripe ? rows.size() : stripe);
+    total<Batch, Feature>(x, ld, rows);
+    if (Batch && centre(mean, spread, rows.size())) {
+      for_own([&](int j0, int j1) {
+        for (int j = j0; j < j1; j++) scratch_[j] = mean[j], mean[j] = spread[j] = T(0);
+      });
+      total<true, false>(x, ld, rows);
+      centre(mean, spread, rows.size());
+    }
+    if (Feature)
+      for (int g = 0; g < groups_; g++) {
+        const size_t at = size_t(g) * batch_;
+        for (int b = rows.begin; b < rows.end; b++) {
+          const T* row = x + b * ld + g * units_ + own_.begin;
+          if (centre(row[0], row_mean[at + b], row_spread[at + b])) centre_again(row, row_mean[at + b], row_spread[at + b]);
+        }
+      }
+  }
+
+  void set_anchor(const T* x, ptrdiff_t ld, int rows) {
+    const T share = T(1) / T(rows);
+    for_own([&](int j0, int j1) {
+#pragma omp simd
+      for (int j = j0; j < j1; j++) {
+        T sum = 0;
+        for (int b = 0; b < rows; b++) sum += x[b * ld + j];
+        scratch_[j] = sum * share;
+      }
+    });
+  }
+
+  // Whether so much cancels in `rest` that it lacks digits.
+  static bool cancels(T spread, T rest) { return spread > T(8) * rest; }
+
+  // From sums of the columns' distances to the anchor and of their squares to mean and spread; whether an anchor lay far.
+  bool centre(T* mean, T* spread, int rows) const {
+    const T share = T(1) / T(rows), *anchor = scratch_;
+    int far = 0;
+    for_own([&](int j0, int j1) {
+#pragma omp simd reduction(| : far)
+      for (int j = j0; j < j1; j++) {
+        const T distance = mean[j] * share, rest = spread[j] - mean[j] * distance;
+        far |= cancels(spread[j], rest);
+        mean[j] = anchor[j] + distance;
+        spread[j] = rest < T(0) ? T(0) : rest;
+      }
+    });
+    return far;
+  }
+
+  // The same for a row of a group.
+  bool centre(T anchor, T& mean, T& spread) const {
+    const T distance = mean / T(own_features()), rest = spread - mean * distance;
+    const bool far = cancels(spread, rest);
+    mean = anchor + distance;
+    spread = rest < T(0) ? T(0) : rest;
+    return far;
+  }
+
+  void centre_again(const T* row, T& mean, T& spread) const {
+    const T anchor = mean;
+    T sum = 0, squares = 0;
+    for (int g = 0; g < (groups_ == 1 ? gates_ : 1); g++) {
+      const T* x = row + g * units_;
+#pragma omp simd reduction(+ : sum, squares)
+      for (int j = 0; j < own_.size(); j++) {
+        const T distance = x[j] - anchor;
+        sum += distance, squares += distance * distance;
+      }
+    }
+    mean = sum, spread = squares;
+    centre(anchor, mean, spread);
+  }
+
+  // Distances, and their squares, of all rows.
+  template <bool Batch, bool Feature>
+  void total(const T* x, ptrdiff_t ld, Range rows) {
+    T *mean = column_slot(member_.row), *spread = mean + D;
+    T *row_mean = row_slot(member_.column), *row_spread = row_mean + row_size_;
     for (int b = rows.begin; b < rows.end; b += stripe)
       for (int g = 0; g < gates_; g++) {
         const int j0 = g * units_ + own_.begin;
         const size_t at = size_t(group(g)) * batch_;
-        total<Batch, Feature>(x + j0, ld, clipped({b, b + stripe}, rows.end), own_.size(), anchor + j0, mean + j0,
-                              spread + j0, first + group(g) * units_, row_mean + at, row_spread + at);
-      }
-    if (Batch)
-      for_own([&](int j0, int j1) {
-        const T share = T(1) / T(rows.size());
-#pragma omp simd
-        for (int j = j0; j < j1; j++) {
-          const T distance = mean[j] * share, rest = spread[j] - mean[j] * distance;
-          mean[j] = anchor[j] + distance;
-          spread[j] = rest < T(0) ? T(0) : rest;
-        }
-      });
-    if (Feature)
-      for (int g = 0; g < groups_; g++) {
-        const T share = T(1) / T((groups_ == 1 ? gates_ : 1) * own_.size());
-        const size_t at = size_t(g) * batch_;
-        for (int b = rows.begin; b < rows.end; b++) {
-          const T distance = row_mean[at + b] * share, rest = row_spread[at + b] - row_mean[at + b] * distance;
-          row_mean[at + b] = first[b * ld + g * units_] + distance;
-          row_spread[at + b] = rest < T(0) ? T(0) : rest;
-        }
+        total<Batch, Feature>(x + j0, ld, clipped({b, b + stripe}, rows.end), own_.size(), scratch_ + j0, mean + j0,
+                              spread + j0, x + group(g) * units_ + own_.begin, row_mean + at, row_spread + at);
       }
   }
 
@@ -393,7 +473,7 @@ class Norm {
       const int j0 = g * units_ + own_.begin, n = own_.size();
       const size_t at = size_t(group(g)) * batch_;
       T *S = sum + j0, *E = dot + j0, *F = c3_ + j0;
-      const T *w = weight + j0, *mu = used_mean_ + j0;
+      const T *w = weight_ + j0, *mu = used_mean_ + j0;
       int b = rows.begin;
       for (; b + 4 <= rows.end; b += 4) {
         const T *y0 = grad + b * ldg + j0, *y1 = y0 + ldg, *y2 = y1 + ldg, *y3 = y2 + ldg;
@@ -511,7 +591,7 @@ class Norm {
   void given_columns(int t, int j0, int j1) {
     if (a.w_batch[t] != 0)
       return column_coefficients(t, j0, j1, [](int, T& mean, T& var) BLN_INLINED { mean = var = T(0); });
-    for (int j = j0; j < j1; j++) used_mean_[j] = mean_[j] = inverse_[j] = p[j] = T(0), q[j] = bias_[j];
+    for (int j = j0; j < j1; j++) used_mean_[j] = mean_[j] = inverse_[j] = slope_[j] = T(0);
   }
 
   // moments(j, mean, var) gives those of the current batch.
@@ -527,13 +607,12 @@ class Norm {
       T mean, var;
       moments(j, mean, var);
       const T used = has_mean ? given_mean[j] : mean;
-      const T inverse = T(1) / std::sqrt((has_var ? given_var[j] : var) + eps), slope = weight[j] * wb * inverse;
+      const T inverse = T(1) / std::sqrt((has_var ? given_var[j] : var) + eps);
       mean_[j] = mean;
       var_[j] = var;
       used_mean_[j] = used;
       inverse_[j] = inverse;
-      p[j] = slope;
-      q[j] = bias_[j] - slope * used;
+      slope_[j] = weight_[j] * wb * inverse;
     }
   }
 
@@ -547,12 +626,11 @@ class Norm {
     for (int j = j0; j < j1; j++) {
       T sum, dot;
       totals(j, sum, dot);
-      const T inverse = inverse_[j], slope = weight[j] * wb * inverse;
+      const T inverse = inverse_[j], slope = slope_[j];
       const T curve = slope * inverse * inverse * dot * var_share;
       bias_sum_[j] += own[j];
       gain[j] += scale * (wb * inverse * own_dot[j] + wf * c3_[j]);
-      c1_[j] = slope;
-      c2_[j] = slope * sum * mean_share - curve * mean_[j];
+      c2_[j] = slope * sum * mean_share;
       c3_[j] = curve;
     }
   }
@@ -563,7 +641,7 @@ class Norm {
     for (int g = 0; g < groups_; g++) {
       const size_t first = size_t(g) * batch_ + rows.begin, end = first + rows.size();
       if (wf == T(0)) {
-        for (size_t i = first; i < end; i++) row_used_[i] = row_mean_[i] = row_inverse_[i] = alpha[i] = beta[i] = T(0);
+        for (size_t i = first; i < end; i++) row_used_[i] = row_mean_[i] = row_inverse_[i] = row_slope_[i] = T(0);
         continue;
       }
       const bool has_mean = a.feature_mean, has_var = a.feature_var;
@@ -575,8 +653,7 @@ class Norm {
         const T inverse = T(1) / std::sqrt((has_var ? fixed_var : row_inverse_[i]) + eps);
         row_used_[i] = m;
         row_inverse_[i] = inverse;
-        alpha[i] = wf * inverse;
-        beta[i] = wf * inverse * m;
+        row_slope_[i] = wf * inverse;
       }
     }
   }
@@ -598,8 +675,8 @@ class Norm {
   size_t row_size_;
   bool has_batch_ = false, has_feature_ = false;  // parts that the step's gradient has
   Buffer<T> columns_, rows_, weight_sum_;
-  T *mean_, *var_, *used_mean_, *inverse_, *c1_, *c2_, *c3_, *bias_sum_, *bias_;
-  T *row_mean_, *row_used_, *row_inverse_, *r2_, *r3_;
+  T *weight_, *slope_, *mean_, *var_, *used_mean_, *inverse_, *scratch_, *c2_, *c3_, *bias_sum_, *bias_;
+  T *row_slope_, *row_mean_, *row_used_, *row_inverse_, *r2_, *r3_;
 };
 
 }  // namespace bln
