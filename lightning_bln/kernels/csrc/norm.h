@@ -73,8 +73,8 @@ class Norm {
   static void allocate(Shared& shared, const NormArgs<T>& args, int gates, int units, int batch, int rows,
                        int columns) {
     if (!args.enabled && !args.grad_bias) return;
-    shared.columns.allocate(size_t(2) * rows * 2 * gates * units);
-    shared.rows.allocate(size_t(2) * columns * 2 * (args.joint ? 1 : gates) * batch);
+    shared.columns.allocate(size_t(2) * rows * 3 * gates * units);
+    shared.rows.allocate(size_t(2) * columns * 3 * (args.joint ? 1 : gates) * batch);
   }
 
   const NormArgs<T>& a;
@@ -148,6 +148,7 @@ class Norm {
         for (size_t i = first; i < end; i++) row_mean_[i] = saved_rows[i], row_inverse_[i] = saved_rows[row_size_ + i];
       }
     }
+    note_far_means(t, rows);
     row_coefficients(t, rows);
   }
 
@@ -169,11 +170,12 @@ class Norm {
     T* sum = column_slot(member_.row);
     for_own([&](int j0, int j1) {
       for (int j = j0; j < j1; j++) sum[j] = sum[D + j] = c3_[j] = T(0);
+      for (int j = j0; j < j1 && far_columns_; j++) sum[2 * D + j] = T(0);
     });
     T* row_sum = row_slot(member_.column);
     for (int g = 0; g < groups_; g++)
       for (int b = rows.begin; b < rows.end; b++)
-        row_sum[size_t(g) * batch_ + b] = row_sum[row_size_ + size_t(g) * batch_ + b] = T(0);
+        for (int k = 0; k < 3; k++) row_sum[k * row_size_ + size_t(g) * batch_ + b] = T(0);
   }
 
   void add_sums(const T* grad, ptrdiff_t ldg, const T* x, ptrdiff_t ldx, Range rows) {
@@ -193,6 +195,7 @@ class Norm {
       accumulate<true, false>(grad, ldg, x, ldx, rows);
     else
       accumulate<false, true>(grad, ldg, x, ldx, rows);
+    if (far_columns_ || far_rows_) add_rests(x, ldx, rows);
   }
 
   // Takes in this member's sums, and sets the coefficients of x's gradient from all members'.
@@ -226,6 +229,11 @@ class Norm {
           column_gradients(t, j0, j1, mean_share, var_share,
                            [=](int j, T& sum, T& dot) BLN_INLINED { sum = sums[j], dot = dots[j]; });
         }
+        for (int k = 0; k < member_.rows && far_columns_; k++) {
+          const T* rest = column_slot(k) + 2 * D;
+#pragma omp simd
+          for (int j = j0; j < j1; j++) c2_[j] -= c3_[j] * rest[j] * share;
+        }
       }
     });
     const bool row_mean = wf != T(0) && !a.feature_mean, row_var = wf != T(0) && !a.feature_var;
@@ -242,9 +250,13 @@ class Norm {
       }
 #pragma omp simd
       for (size_t i = first; i < end; i++) {
-        const T curve = row_slope_[i] * row_inverse_[i] * dot[i] * var_share;
         r2_[i] = sum[i] * mean_share;
-        r3_[i] = curve;
+        r3_[i] = row_inverse_[i] * dot[i] * var_share;
+      }
+      for (int k = 0; k < member_.columns && far_rows_; k++) {
+        const T* rest = row_slot(k) + 2 * row_size_;
+#pragma omp simd
+        for (size_t i = first; i < end; i++) r2_[i] -= r3_[i] * rest[i] * var_share;
       }
     }
   }
@@ -264,8 +276,8 @@ class Norm {
 #pragma omp simd
         for (int j = 0; j < n; j++) {
           const T of_batch = (y[j] * slope[j] - c2[j]) - (v[j] - mean[j]) * c3[j];
-          const T of_row = (y[j] * w[j] - r2) * row_slope - (v[j] - row_mean) * r3;
-          const T value = of_batch + of_row;
+          const T of_row = (y[j] * w[j] - r2) - (v[j] - row_mean) * r3;
+          const T value = of_batch + of_row * row_slope;
           to[j] = Add ? to[j] + value : value;
         }
       }
@@ -304,8 +316,8 @@ class Norm {
   int own_features() const { return (groups_ == 1 ? gates_ : 1) * own_.size(); }
   bool current_batch(int t) const { return a.enabled && a.w_batch[t] != 0 && !(a.batch_mean && a.batch_var); }
   bool current_feature(int t) const { return a.enabled && a.w_feature[t] != 0 && !(a.feature_mean && a.feature_var); }
-  T* column_slot(int k) const { return shared_.columns.get() + (size_t(slot_) * member_.rows + k) * 2 * D; }
-  T* row_slot(int k) const { return shared_.rows.get() + (size_t(slot_) * member_.columns + k) * 2 * row_size_; }
+  T* column_slot(int k) const { return shared_.columns.get() + (size_t(slot_) * member_.rows + k) * 3 * D; }
+  T* row_slot(int k) const { return shared_.rows.get() + (size_t(slot_) * member_.columns + k) * 3 * row_size_; }
 
   template <class F>
   void for_own(F body) const {
@@ -518,6 +530,53 @@ class Norm {
     }
   }
 
+  // A mean is rounded, and the distances to one that is many deviations from zero have a mean of their own. The gradient
+  // of a variance takes it away: else a column's gradient would not add up to zero, nor its product with such an input.
+  void note_far_means(int t, Range rows) {
+    const auto is_far = [](T mean, T var) BLN_INLINED { return mean * mean > T(16) * var; };
+    int far = 0;
+    if (current_batch(t) && !a.batch_var) {
+      const T *mean = a.batch_moments + size_t(t) * 2 * D, *var = mean + D;
+      for_own([&](int j0, int j1) {
+#pragma omp simd reduction(| : far)
+        for (int j = j0; j < j1; j++) far |= is_far(mean[j], var[j]);
+      });
+    }
+    far_columns_ = far;
+    far = 0;
+    if (current_feature(t) && !a.feature_var)
+      for (int g = 0; g < groups_; g++) {
+        const size_t first = size_t(g) * batch_ + rows.begin;
+        const T *mean = a.feature_moments + size_t(t) * 2 * row_size_ + first, *var = mean + row_size_;
+#pragma omp simd reduction(| : far)
+        for (int b = 0; b < rows.size(); b++) far |= is_far(mean[b], var[b]);
+      }
+    far_rows_ = far;
+  }
+
+  // The sums of some rows' distances to the means.
+  void add_rests(const T* x, ptrdiff_t ld, Range rows) {
+    T *rest = column_slot(member_.row) + 2 * D, *row_rest = row_slot(member_.column) + 2 * row_size_;
+    for (int g = 0; g < gates_; g++) {
+      const int j0 = g * units_ + own_.begin, n = own_.size();
+      const T* mean = mean_ + j0;
+      for (int b = rows.begin; b < rows.end; b++) {
+        const T *from = x + b * ld + j0, row_mean = row_mean_[size_t(group(g)) * batch_ + b];
+        if (far_columns_) {
+          T* to = rest + j0;
+#pragma omp simd
+          for (int j = 0; j < n; j++) to[j] += from[j] - mean[j];
+        }
+        if (far_rows_) {
+          T sum = 0;
+#pragma omp simd reduction(+ : sum)
+          for (int j = 0; j < n; j++) sum += from[j] - row_mean;
+          row_rest[size_t(group(g)) * batch_ + b] += sum;
+        }
+      }
+    }
+  }
+
   static T square(T x) { return x * x; }
 
   // The coefficients of the columns [j0, j1) from Chan's merge of the members' moments.
@@ -674,6 +733,7 @@ class Norm {
   int groups_, D, slot_ = 0;
   size_t row_size_;
   bool has_batch_ = false, has_feature_ = false;  // parts that the step's gradient has
+  bool far_columns_ = false, far_rows_ = false;   // whether some means of the step are far from zero
   Buffer<T> columns_, rows_, weight_sum_;
   T *weight_, *slope_, *mean_, *var_, *used_mean_, *inverse_, *scratch_, *c2_, *c3_, *bias_sum_, *bias_;
   T *row_slope_, *row_mean_, *row_used_, *row_inverse_, *r2_, *r3_;
