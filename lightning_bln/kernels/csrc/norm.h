@@ -324,8 +324,8 @@ class Norm {
     for (int g = 0; g < gates_; g++) body(g * units_ + own_.begin, g * units_ + own_.end);
   }
 
-  // One pass: sums of distances, and of their squares, to an anchor: the mean of the first rows for columns, the first
-  // number of a row for rows. Where that turns out to lie far from the mean, a second pass takes distances to the mean.
+  // One pass: sums of distances, and of their squares, to an anchor: the mean of the first rows for columns, of two numbers
+  // for rows. Where an anchor turns out to lie far from the mean, a second pass takes distances to the mean.
   template <bool Batch, bool Feature>
   void measure(const T* x, ptrdiff_t ld, Range rows) {
     T *mean = column_slot(member_.row), *spread = mean + D;
@@ -353,7 +353,8 @@ class Norm {
         const size_t at = size_t(g) * batch_;
         for (int b = rows.begin; b < rows.end; b++) {
           const T* row = x + b * ld + g * units_ + own_.begin;
-          if (centre(row[0], row_mean[at + b], row_spread[at + b])) centre_again(row, row_mean[at + b], row_spread[at + b]);
+          T &mean = row_mean[at + b], &spread = row_spread[at + b];
+          if (centre(row_anchor(row), mean, spread)) centre_again(row, mean, spread);
         }
       }
   }
@@ -370,10 +371,10 @@ class Norm {
     });
   }
 
-  // Whether so much cancels in `rest` that it lacks digits.
-  static bool cancels(T spread, T rest) { return spread > T(8) * rest; }
+  T row_anchor(const T* row) const { return (row[0] + row[own_.size() / 2]) * T(0.5); }
 
-  // From sums of the columns' distances to the anchor and of their squares to mean and spread; whether an anchor lay far.
+  // From sums of the columns' distances to the anchor and of their squares to mean and spread; whether an anchor lay so
+  // far that the spread lacks digits. Random numbers of any count hardly ever have one.
   bool centre(T* mean, T* spread, int rows) const {
     const T share = T(1) / T(rows), *anchor = scratch_;
     int far = 0;
@@ -381,7 +382,7 @@ class Norm {
 #pragma omp simd reduction(| : far)
       for (int j = j0; j < j1; j++) {
         const T distance = mean[j] * share, rest = spread[j] - mean[j] * distance;
-        far |= cancels(spread[j], rest);
+        far |= spread[j] > T(8) * rest;
         mean[j] = anchor[j] + distance;
         spread[j] = rest < T(0) ? T(0) : rest;
       }
@@ -392,7 +393,7 @@ class Norm {
   // The same for a row of a group.
   bool centre(T anchor, T& mean, T& spread) const {
     const T distance = mean / T(own_features()), rest = spread - mean * distance;
-    const bool far = cancels(spread, rest);
+    const bool far = spread > T(4) * rest;
     mean = anchor + distance;
     spread = rest < T(0) ? T(0) : rest;
     return far;
@@ -429,12 +430,13 @@ class Norm {
 
   // Adds the distances, and their squares, of some rows of a gate's columns.
   template <bool Batch, bool Feature>
-  static void total(const T* x, ptrdiff_t ld, Range rows, int n, const T* anchor, T* column, T* squares, const T* first,
-                    T* row, T* row_squares) {
+  void total(const T* x, ptrdiff_t ld, Range rows, int n, const T* anchor, T* column, T* squares, const T* first, T* row,
+             T* row_squares) const {
     int b = rows.begin;
     for (; b + 4 <= rows.end; b += 4) {
       const T *x0 = x + b * ld, *x1 = x0 + ld, *x2 = x1 + ld, *x3 = x2 + ld;
-      const T m0 = first[b * ld], m1 = first[(b + 1) * ld], m2 = first[(b + 2) * ld], m3 = first[(b + 3) * ld];
+      const T m0 = row_anchor(first + b * ld), m1 = row_anchor(first + (b + 1) * ld);
+      const T m2 = row_anchor(first + (b + 2) * ld), m3 = row_anchor(first + (b + 3) * ld);
       T s0 = 0, s1 = 0, s2 = 0, s3 = 0, q0 = 0, q1 = 0, q2 = 0, q3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3, q0, q1, q2, q3)
       for (int j = 0; j < n; j++) {
@@ -455,7 +457,7 @@ class Norm {
     }
     for (; b < rows.end; b++) {
       const T* x0 = x + b * ld;
-      const T m0 = first[b * ld];
+      const T m0 = row_anchor(first + b * ld);
       T s0 = 0, q0 = 0;
 #pragma omp simd reduction(+ : s0, q0)
       for (int j = 0; j < n; j++) {
