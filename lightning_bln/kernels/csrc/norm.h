@@ -361,13 +361,13 @@ class Norm {
 
   void set_anchor(const T* x, ptrdiff_t ld, int rows) {
     const T share = T(1) / T(rows);
+    // in place of a row that is not there stands the one before it, with no weight
+    const T *x1 = x + (rows > 1) * ld, *x2 = x1 + (rows > 2) * ld, *x3 = x2 + (rows > 3) * ld;
+    const T share1 = rows > 1 ? share : T(0), share2 = rows > 2 ? share : T(0), share3 = rows > 3 ? share : T(0);
     for_own([&](int j0, int j1) {
 #pragma omp simd
-      for (int j = j0; j < j1; j++) {
-        T sum = 0;
-        for (int b = 0; b < rows; b++) sum += x[b * ld + j];
-        scratch_[j] = sum * share;
-      }
+      for (int j = j0; j < j1; j++)
+        scratch_[j] = (x[j] * share + x1[j] * share1) + (x2[j] * share2 + x3[j] * share3);
     });
   }
 
