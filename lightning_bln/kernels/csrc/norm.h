@@ -201,7 +201,7 @@ class Norm {
   // Takes in this member's sums, and sets the coefficients of x's gradient from all members'.
   void end_sums(int t, int running, Range rows) {
     if (!a.enabled) return;
-    const T wb = T(a.w_batch[t]), wf = T(a.w_feature[t]);
+    const T wb = T(a.w_batch[t]), wf = T(a.w_feature[t]), scale = T(a.scale);
     const T *own = column_slot(member_.row), *other = column_slot(member_.row ^ 1);
     const T *own_dot = own + D, *other_dot = other + D;
     for_own([&](int j0, int j1) {
@@ -229,11 +229,7 @@ class Norm {
           column_gradients(t, j0, j1, mean_share, var_share,
                            [=](int j, T& sum, T& dot) BLN_INLINED { sum = sums[j], dot = dots[j]; });
         }
-        for (int k = 0; k < member_.rows && far_columns_; k++) {
-          const T* rest = column_slot(k) + 2 * D;
-#pragma omp simd
-          for (int j = j0; j < j1; j++) c2_[j] -= c3_[j] * rest[j] * share;
-        }
+        if (far_columns_) correct(j0, j1, share, a.batch_mean ? T(0) : scale * wb, var_share > T(0) ? T(1) : T(0));
       }
     });
     const bool row_mean = wf != T(0) && !a.feature_mean, row_var = wf != T(0) && !a.feature_var;
@@ -351,10 +347,11 @@ class Norm {
     if (Feature)
       for (int g = 0; g < groups_; g++) {
         const size_t at = size_t(g) * batch_;
+        const T share = T(1) / T(own_features());
         for (int b = rows.begin; b < rows.end; b++) {
           const T* row = x + b * ld + g * units_ + own_.begin;
           T &mean = row_mean[at + b], &spread = row_spread[at + b];
-          if (centre(row_anchor(row), mean, spread)) centre_again(row, mean, spread);
+          if (centre(row_anchor(row), share, mean, spread)) centre_again(row, mean, spread);
         }
       }
   }
@@ -391,8 +388,8 @@ class Norm {
   }
 
   // The same for a row of a group.
-  bool centre(T anchor, T& mean, T& spread) const {
-    const T distance = mean / T(own_features()), rest = spread - mean * distance;
+  static bool centre(T anchor, T share, T& mean, T& spread) {
+    const T distance = mean * share, rest = spread - mean * distance;
     const bool far = spread > T(4) * rest;
     mean = anchor + distance;
     spread = rest < T(0) ? T(0) : rest;
@@ -411,7 +408,7 @@ class Norm {
       }
     }
     mean = sum, spread = squares;
-    centre(anchor, mean, spread);
+    centre(anchor, T(1) / T(own_features()), mean, spread);
   }
 
   // Distances, and their squares, of all rows.
@@ -537,7 +534,7 @@ class Norm {
   void note_far_means(int t, Range rows) {
     const auto is_far = [](T mean, T var) BLN_INLINED { return mean * mean > T(16) * var; };
     int far = 0;
-    if (current_batch(t) && !a.batch_var) {
+    if (current_batch(t)) {
       const T *mean = a.batch_moments + size_t(t) * 2 * D, *var = mean + D;
       for_own([&](int j0, int j1) {
 #pragma omp simd reduction(| : far)
@@ -554,6 +551,24 @@ class Norm {
         for (int b = 0; b < rows.size(); b++) far |= is_far(mean[b], var[b]);
       }
     far_rows_ = far;
+  }
+
+  // Of the columns' gradients; `gain` and `curve` are zero where nothing that lies in those hangs on the current mean.
+  void correct(int j0, int j1, T share, T gain, T curve) {
+    T *rest = scratch_, *weights = weight_sum_.get();
+    const T* own = column_slot(member_.row);
+    for (int j = j0; j < j1; j++) rest[j] = T(0);
+    for (int k = 0; k < member_.rows; k++) {
+      const T* some = column_slot(k) + 2 * D;
+#pragma omp simd
+      for (int j = j0; j < j1; j++) rest[j] += some[j] * share;
+    }
+#pragma omp simd
+    for (int j = j0; j < j1; j++) {
+      weights[j] -= gain * inverse_[j] * own[j] * rest[j];
+      c3_[j] -= curve * square(inverse_[j]) * c2_[j] * rest[j];
+      c2_[j] -= c3_[j] * rest[j];
+    }
   }
 
   // The sums of some rows' distances to the means.
