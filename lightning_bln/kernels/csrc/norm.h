@@ -115,7 +115,7 @@ class Norm {
       const T* other = column_slot(k);
       for (int g = 0; g < gates_; g++)
         for (int j = g * units_ + own_.begin; j < g * units_ + own_.end; j += int(64 / sizeof(T)))
-          __builtin_prefetch(other + j), __builtin_prefetch(other + D + j);
+          for (int i = 0; i < 3; i++) __builtin_prefetch(other + i * D + j);
     }
   }
 
@@ -328,7 +328,7 @@ class Norm {
     T *row_mean = row_slot(member_.column), *row_spread = row_mean + row_size_;
     if (Batch)
       for_own([&](int j0, int j1) {
-        for (int j = j0; j < j1; j++) mean[j] = spread[j] = T(0);
+        for (int j = j0; j < j1; j++) mean[j] = spread[j] = spread[D + j] = T(0);
       });
     if (Feature)
       for (int g = 0; g < groups_; g++)
@@ -374,6 +374,7 @@ class Norm {
   // far that the spread lacks digits. Random numbers of any count hardly ever have one.
   bool centre(T* mean, T* spread, int rows) const {
     const T share = T(1) / T(rows), *anchor = scratch_;
+    T* rest_of_mean = spread + D;
     int far = 0;
     for_own([&](int j0, int j1) {
 #pragma omp simd reduction(| : far)
@@ -381,6 +382,7 @@ class Norm {
         const T distance = mean[j] * share, rest = spread[j] - mean[j] * distance;
         far |= spread[j] > T(8) * rest;
         mean[j] = anchor[j] + distance;
+        rest_of_mean[j] = (anchor[j] - mean[j]) + distance;
         spread[j] = rest < T(0) ? T(0) : rest;
       }
     });
@@ -596,30 +598,33 @@ class Norm {
 
   static T square(T x) { return x * x; }
 
-  // The coefficients of the columns [j0, j1) from Chan's merge of the members' moments.
+  // The coefficients of the columns [j0, j1) from Chan's merge of the members' moments. Distances between means are small
+  // beside what rounding takes from means far from zero, hence the rests.
   void merge_columns(int t, int running, int j0, int j1) {
     if (!current_batch(t)) return given_columns(t, j0, j1);
     const T inverse = T(1) / T(running);
     const T *own = column_slot(0), *other = column_slot(1), *own_spread = own + D, *other_spread = other + D;
+    const T *own_rest = own_spread + D, *other_rest = other_spread + D;
     if (member_.rows == 1)
       column_coefficients(t, j0, j1,
                           [=](int j, T& mean, T& var) BLN_INLINED { mean = own[j], var = own_spread[j] * inverse; });
     else if (member_.rows == 2) {
       const T share = T(clipped(part(batch_, 1, 2), running).size()) * inverse, between = share * (T(1) - share);
       column_coefficients(t, j0, j1, [=](int j, T& mean, T& var) BLN_INLINED {
-        const T distance = other[j] - own[j];
-        mean = own[j] + share * distance;
+        const T distance = (other[j] - own[j]) + (other_rest[j] - own_rest[j]);
+        mean = own[j] + (own_rest[j] + share * distance);
         var = (own_spread[j] + other_spread[j]) * inverse + between * square(distance);
       });
     } else {
-      T *mean = mean_, *var = inverse_;
-      for (int j = j0; j < j1; j++) mean[j] = var[j] = T(0);
+      T *mean = mean_, *var = inverse_, *shift = scratch_;  // of the mean from the first member's
+      for (int j = j0; j < j1; j++) shift[j] = var[j] = T(0);
       for (int k = 0; k < member_.rows; k++) {
         const T share = T(clipped(part(batch_, k, member_.rows), running).size()) * inverse;
         const T* some = column_slot(k);
         if (share > T(0)) {
 #pragma omp simd
-          for (int j = j0; j < j1; j++) mean[j] += share * some[j];
+          for (int j = j0; j < j1; j++)
+            shift[j] += share * ((some[j] - own[j]) + some[2 * D + j]);
         }
       }
       for (int k = 0; k < member_.rows; k++) {
@@ -627,9 +632,11 @@ class Norm {
         const T* some = column_slot(k);
         if (share > T(0)) {
 #pragma omp simd
-          for (int j = j0; j < j1; j++) var[j] += share * square(some[j] - mean[j]) + some[D + j] * inverse;
+          for (int j = j0; j < j1; j++)
+            var[j] += share * square((some[j] - own[j]) + some[2 * D + j] - shift[j]) + some[D + j] * inverse;
         }
       }
+      for (int j = j0; j < j1; j++) mean[j] = own[j] + shift[j];
       column_coefficients(t, j0, j1,
                           [=](int j, T& to_mean, T& to_var) BLN_INLINED { to_mean = mean[j], to_var = var[j]; });
     }
