@@ -320,8 +320,8 @@ class Norm {
     for (int g = 0; g < gates_; g++) body(g * units_ + own_.begin, g * units_ + own_.end);
   }
 
-  // One pass: sums of distances, and of their squares, to an anchor: the mean of the first rows for columns, of two numbers
-  // for rows. Where an anchor turns out to lie far from the mean, a second pass takes distances to the mean.
+  // One pass: sums of distances, and of their squares, to an anchor: the mean of the first rows for columns, of two
+  // numbers for rows. Where an anchor turns out to lie far from the mean, a second pass takes distances to the mean.
   template <bool Batch, bool Feature>
   void measure(const T* x, ptrdiff_t ld, Range rows) {
     T *mean = column_slot(member_.row), *spread = mean + D;
@@ -429,8 +429,8 @@ class Norm {
 
   // Adds the distances, and their squares, of some rows of a gate's columns.
   template <bool Batch, bool Feature>
-  void total(const T* x, ptrdiff_t ld, Range rows, int n, const T* anchor, T* column, T* squares, const T* first, T* row,
-             T* row_squares) const {
+  void total(const T* x, ptrdiff_t ld, Range rows, int n, const T* anchor, T* column, T* squares, const T* first,
+             T* row, T* row_squares) const {
     int b = rows.begin;
     for (; b + 4 <= rows.end; b += 4) {
       const T *x0 = x + b * ld, *x1 = x0 + ld, *x2 = x1 + ld, *x3 = x2 + ld;
@@ -531,8 +531,8 @@ class Norm {
     }
   }
 
-  // A mean is rounded, and the distances to one that is many deviations from zero have a mean of their own. The gradient
-  // of a variance takes it away: else a column's gradient would not add up to zero, nor its product with such an input.
+  // A mean far from zero is rounded, and the distances to it have a mean of their own. The gradient takes that away too:
+  // else a column's gradient would not add up to zero, and its product with an input far from zero would show it.
   void note_far_means(int t, Range rows) {
     const auto is_far = [](T mean, T var) BLN_INLINED { return mean * mean > T(16) * var; };
     int far = 0;
@@ -598,8 +598,8 @@ class Norm {
 
   static T square(T x) { return x * x; }
 
-  // The coefficients of the columns [j0, j1) from Chan's merge of the members' moments. Distances between means are small
-  // beside what rounding takes from means far from zero, hence the rests.
+  // The coefficients of the columns [j0, j1) from Chan's merge of the members' moments. Distances between means may be
+  // small beside what rounding takes from these, hence the rests.
   void merge_columns(int t, int running, int j0, int j1) {
     if (!current_batch(t)) return given_columns(t, j0, j1);
     const T inverse = T(1) / T(running);
