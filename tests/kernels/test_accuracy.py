@@ -31,11 +31,12 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
 FAR = {"lstm": "1e3", "gru": "1e3", "tanh": "1e3", "relu": "1e1"}
 """An input for each, which leaves relu's products exact enough to say which units are on."""
 
-TIMES = 4
-"""How many times the error of torch operations a kernel may have."""
+TIMES, TIMES_OVER_STEPS = 4, 8
+"""How many times the error of torch operations a kernel may have, and a recurrence, where roundings grow with time."""
 
-FLOOR = 1e-6
-"""What it may have besides, as a share of the largest number: sums in another order differ by a few roundings."""
+FLOOR = 4e-6
+"""What it may have besides, as a share of the largest number: a sum in another order has other roundings, the more the
+fewer numbers the processor adds at once."""
 
 
 def draw(data: str, *shape: int) -> Tensor:
@@ -48,11 +49,13 @@ def draw(data: str, *shape: int) -> Tensor:
     return x
 
 
-def assert_as_accurate(found: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], case: Any) -> None:
+def assert_as_accurate(
+    found: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], times: int, case: Any
+) -> None:
     for name, value in exact.items():
         size = value.abs().max().item()
         error, usual = ((other[name].double() - value).abs().max().item() for other in (found, plain))
-        assert error <= TIMES * usual + FLOOR * size, (
+        assert error <= times * usual + FLOOR * size, (
             f"{name} is off by {error / size:.2g} of its size, torch operations by {usual / size:.2g}; {case}"
         )
 
@@ -98,7 +101,7 @@ def compare_arrays(monkeypatch: pytest.MonkeyPatch, number: int, *case: Any) -> 
         patch.setattr("lightning_bln.norm.runs_fused", lambda *_: False)
         plain = run_array(layer, x, grad, False)
         exact = run_array(wide, x.double(), grad.double(), False)
-    assert_as_accurate(found, plain, exact, (number, case))
+    assert_as_accurate(found, plain, exact, TIMES, (number, case))
 
 
 @pytest.mark.parametrize("data", DATA)
@@ -146,7 +149,7 @@ def compare_layers(cell: str, norm: str, data: str, mode: str, number: int, *siz
     samples, units = sizes
     kind, options = CELLS[cell]
     every: list[list[dict[str, Tensor]]] = [[], [], []]
-    for _ in range(3):
+    for _ in range(2):
         oracle, layer = pair(kind, 6, units, dtype=torch.float32, norm=norm, momentum=1.0, **options)
         x, hx = draw(data, 4, samples, 6), states_of(oracle, samples)
         if mode != "train":
@@ -161,7 +164,7 @@ def compare_layers(cell: str, norm: str, data: str, mode: str, number: int, *siz
         every[1].append(run_layer(oracle, x, hx))
         every[2].append(run_layer(wide, x, hx))
     together = [{name: torch.stack([one[name] for one in runs]) for name in runs[0]} for runs in every]
-    assert_as_accurate(*together, (cell, norm, data, mode, number, sizes))
+    assert_as_accurate(*together, TIMES_OVER_STEPS, (cell, norm, data, mode, number, sizes))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +178,7 @@ def test_recurrences_in_training_are_as_accurate(norm, cell, data) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_recurrences_in_every_mode_are_as_accurate(cell) -> None:
     for mode in ALL_MODES:
-        compare_layers(cell, "bln", FAR[cell], mode, 1, 2, 5)
+        compare_layers(cell, "bln", FAR[cell], mode, 1, 8, 20)
 
 
 @pytest.mark.parametrize("cell", CELLS)

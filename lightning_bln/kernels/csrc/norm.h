@@ -403,10 +403,14 @@ class Norm {
     T sum = 0, squares = 0;
     for (int g = 0; g < (groups_ == 1 ? gates_ : 1); g++) {
       const T* x = row + g * units_;
-#pragma omp simd reduction(+ : sum, squares)
-      for (int j = 0; j < own_.size(); j++) {
-        const T distance = x[j] - anchor;
-        sum += distance, squares += distance * distance;
+      for (int j0 = 0; j0 < own_.size(); j0 += 64) {  // many small squares are not to be added one by one to a large one
+        T part_sum = 0, part_squares = 0;
+#pragma omp simd reduction(+ : part_sum, part_squares)
+        for (int j = j0; j < clipped({0, j0 + 64}, own_.size()).end; j++) {
+          const T distance = x[j] - anchor;
+          part_sum += distance, part_squares += distance * distance;
+        }
+        sum += part_sum, squares += part_squares;
       }
     }
     mean = sum, spread = squares;
@@ -531,8 +535,8 @@ class Norm {
     }
   }
 
-  // A mean far from zero is rounded, and the distances to it have a mean of their own. The gradient takes that away too:
-  // else a column's gradient would not add up to zero, and its product with an input far from zero would show it.
+  // A mean far from zero is rounded, and the distances to it have a mean of their own. The gradient takes that away
+  // too: else a column's gradient would not add up to zero, and its product with an input far from zero would show it.
   void note_far_means(int t, Range rows) {
     const auto is_far = [](T mean, T var) BLN_INLINED { return mean * mean > T(16) * var; };
     int far = 0;
