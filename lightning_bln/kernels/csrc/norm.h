@@ -169,8 +169,8 @@ class Norm {
     has_batch_ = a.w_batch[t] != 0, has_feature_ = a.w_feature[t] != 0;
     T* sum = column_slot(member_.row);
     for_own([&](int j0, int j1) {
-      for (int j = j0; j < j1; j++) sum[j] = sum[D + j] = c3_[j] = T(0);
-      for (int j = j0; j < j1 && far_columns_; j++) sum[2 * D + j] = T(0);
+      clear(sum, j0, j1), clear(sum + D, j0, j1), clear(c3_, j0, j1);
+      if (far_columns_) clear(sum + 2 * D, j0, j1);
     });
     T* row_sum = row_slot(member_.column);
     for (int g = 0; g < groups_; g++)
@@ -328,7 +328,7 @@ class Norm {
     T *row_mean = row_slot(member_.column), *row_spread = row_mean + row_size_;
     if (Batch)
       for_own([&](int j0, int j1) {
-        for (int j = j0; j < j1; j++) mean[j] = spread[j] = spread[D + j] = T(0);
+        clear(mean, j0, j1), clear(spread, j0, j1), clear(spread + D, j0, j1);
       });
     if (Feature)
       for (int g = 0; g < groups_; g++)
@@ -339,7 +339,8 @@ class Norm {
     total<Batch, Feature>(x, ld, rows);
     if (Batch && centre(mean, spread, rows.size())) {
       for_own([&](int j0, int j1) {
-        for (int j = j0; j < j1; j++) scratch_[j] = mean[j], mean[j] = spread[j] = T(0);
+        for (int j = j0; j < j1; j++) scratch_[j] = mean[j];
+        clear(mean, j0, j1), clear(spread, j0, j1);
       });
       total<true, false>(x, ld, rows);
       centre(mean, spread, rows.size());
@@ -601,6 +602,9 @@ class Norm {
   }
 
   static T square(T x) { return x * x; }
+  static void clear(T* values, int begin, int end) {
+    for (int j = begin; j < end; j++) values[j] = T(0);
+  }
 
   // The coefficients of the columns [j0, j1) from Chan's merge of the members' moments. Distances between means may be
   // small beside what rounding takes from these, hence the rests.
@@ -627,8 +631,7 @@ class Norm {
         const T* some = column_slot(k);
         if (share > T(0)) {
 #pragma omp simd
-          for (int j = j0; j < j1; j++)
-            shift[j] += share * ((some[j] - own[j]) + some[2 * D + j]);
+          for (int j = j0; j < j1; j++) shift[j] += share * ((some[j] - own[j]) + some[2 * D + j]);
         }
       }
       for (int k = 0; k < member_.rows; k++) {
