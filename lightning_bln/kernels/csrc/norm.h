@@ -363,9 +363,11 @@ class Norm {
     const T *x1 = x + (rows > 1) * ld, *x2 = x1 + (rows > 2) * ld, *x3 = x2 + (rows > 3) * ld;
     const T share1 = rows > 1 ? share : T(0), share2 = rows > 2 ? share : T(0), share3 = rows > 3 ? share : T(0);
     for_own([&](int j0, int j1) {
+      // loops from zero: where integers wrap, others gather and scatter
+      const T *y0 = x + j0, *y1 = x1 + j0, *y2 = x2 + j0, *y3 = x3 + j0;
+      T* to = scratch_ + j0;
 #pragma omp simd
-      for (int j = j0; j < j1; j++)
-        scratch_[j] = (x[j] * share + x1[j] * share1) + (x2[j] * share2 + x3[j] * share3);
+      for (int j = 0; j < j1 - j0; j++) to[j] = (y0[j] * share + y1[j] * share1) + (y2[j] * share2 + y3[j] * share3);
     });
   }
 
@@ -374,20 +376,23 @@ class Norm {
   // From sums of the columns' distances to the anchor and of their squares to mean and spread; whether an anchor lay so
   // far that the spread lacks digits. Random numbers of any count hardly ever have one.
   bool centre(T* mean, T* spread, int rows) const {
-    const T share = T(1) / T(rows), *anchor = scratch_;
-    T* rest_of_mean = spread + D;
-    int far = 0;
+    const T share = T(1) / T(rows);
+    bool any = false;
     for_own([&](int j0, int j1) {
+      const T* anchor = scratch_ + j0;
+      T *of_mean = mean + j0, *of_spread = spread + j0, *rest_of_mean = of_spread + D;
+      int far = 0;
 #pragma omp simd reduction(| : far)
-      for (int j = j0; j < j1; j++) {
-        const T distance = mean[j] * share, rest = spread[j] - mean[j] * distance;
-        far |= spread[j] > T(8) * rest;
-        mean[j] = anchor[j] + distance;
-        rest_of_mean[j] = (anchor[j] - mean[j]) + distance;
-        spread[j] = rest < T(0) ? T(0) : rest;
+      for (int j = 0; j < j1 - j0; j++) {
+        const T distance = of_mean[j] * share, rest = of_spread[j] - of_mean[j] * distance;
+        far |= of_spread[j] > T(8) * rest;
+        of_mean[j] = anchor[j] + distance;
+        rest_of_mean[j] = (anchor[j] - of_mean[j]) + distance;
+        of_spread[j] = rest < T(0) ? T(0) : rest;
       }
+      any |= far != 0;
     });
-    return far;
+    return any;
   }
 
   // The same for a row of a group.
