@@ -409,7 +409,7 @@ class Norm {
     T sum = 0, squares = 0;
     for (int g = 0; g < (groups_ == 1 ? gates_ : 1); g++) {
       const T* x = row + g * units_;
-      for (int j0 = 0; j0 < own_.size(); j0 += 64) {  // many small squares are not to be added one by one to a large one
+      for (int j0 = 0; j0 < own_.size(); j0 += 64) {  // small squares are not added one by one to a large one
         T part_sum = 0, part_squares = 0;
 #pragma omp simd reduction(+ : part_sum, part_squares)
         for (int j = j0; j < clipped({0, j0 + 64}, own_.size()).end; j++) {
