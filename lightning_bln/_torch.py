@@ -100,9 +100,10 @@ def is_exporting() -> bool:
     return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
 
-def is_in_backward() -> bool:
-    """Whether a backward pass runs in this thread, in which activation checkpointing repeats forward passes."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def is_repetition() -> bool:
+    """Whether a forward pass is not one of its own: activation checkpointing repeats it in a backward pass, or
+    ``torch.jit.trace`` runs it to see its operations."""
+    return not torch.compiler.is_compiling() and (torch._C._current_graph_task_id() != -1 or torch._C._is_tracing())
 
 
 def is_batched(value: Tensor) -> bool:

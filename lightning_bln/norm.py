@@ -141,9 +141,11 @@ class Normalization(HasMode):
                     f"shape ({self.num_features},)"
                 )
         check_dtype(x, self.weight)
-        if x.device != self.population.mean.device:
-            device = self.population.mean.device
-            raise RuntimeError(f"x is on {x.device}, but the layer's population is on {device}; move one with .to()")
+        for owner, value in (("bias", self.bias), ("population", self.population.mean)):
+            if value is not None and value.device != x.device:
+                raise RuntimeError(
+                    f"x is on {x.device}, but the layer's {owner} is on {value.device}; move one with .to()"
+                )
 
     def _normalize(self, x: Tensor, fan: FanOut | None) -> Tensor:
         """Normalise ``x``, shaped ``(m, *positions, d)``, or ``(modes, m, *positions, d)`` under a fan-out."""

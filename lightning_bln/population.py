@@ -14,8 +14,8 @@ from lightning_bln._checks import check_bool, check_choice, check_floating, chec
 from lightning_bln._torch import (
     is_capturing,
     is_fake,
-    is_in_backward,
     is_packed,
+    is_repetition,
     lasting,
     own_buffers,
 )
@@ -116,7 +116,7 @@ class Population(nn.Module):
     @property
     def takes_batch(self) -> bool:
         """Whether a batch that comes now is gathered, and not the repetition of one that was."""
-        return self.takes_part and not is_in_backward()
+        return self.takes_part and not is_repetition()
 
     @property
     def positions(self) -> tuple[int, ...]:
