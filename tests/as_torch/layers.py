@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -121,27 +122,30 @@ class Case:
 
     def module(self, dtype: torch.dtype = torch.float64) -> Flat:
         """The layer with parameters and a population of its own, the same at each call."""
-        return self.prepared(self.bare(), dtype)
+        return copy.deepcopy(prepared(self, self.build)).to(dtype)
 
     def reference(self) -> Flat:
         """What the layer has to equal: plain torch operations in float64, or torch's own layer."""
-        return self.prepared(self.bare(self.oracle), torch.float64)
-
-    def prepared(self, module: Flat, dtype: torch.dtype) -> Flat:
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.6)
-        if self.situation != TRAIN:
-            if populations(module):
-                recompute_population(module, [0, 1], predict=lambda seed: module(*self.inputs(10 + seed)))
-            if self.situation in MODES:
-                set_mode(module, self.situation)
-        return module.to(dtype).train(self.situation == TRAIN)
+        return copy.deepcopy(prepared(self, self.oracle))
 
     def expected(self) -> Found:
         """What a forward and a backward pass have to find."""
         return expected(self)
+
+
+@cache
+def prepared(case: Case, make: Callable[..., nn.Module]) -> Flat:
+    """A layer with parameters, a population and a mode."""
+    module, generator = case.bare(make), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.6)
+    if case.situation != TRAIN:
+        if populations(module):
+            recompute_population(module, [0, 1], predict=lambda seed: module(*case.inputs(10 + seed)))
+        if case.situation in MODES:
+            set_mode(module, case.situation)
+    return module.train(case.situation == TRAIN)
 
 
 @cache
@@ -153,7 +157,7 @@ def weighted(outputs: Sequence[Tensor]) -> Tensor:
     """A number that depends on each entry of the outputs in a way of its own, and not linearly."""
     total = outputs[0].new_zeros(())
     for value in outputs:
-        weights = torch.arange(value.numel(), device=value.device).cos().to(value.dtype)
+        weights = torch.arange(value.numel(), dtype=torch.float64, device=value.device).cos().to(value.dtype)
         total = total + ((value + value * value) * weights.view(value.shape)).sum()
     return total
 
@@ -193,30 +197,31 @@ def agree(found: Found, wanted: Found, tolerance: float = 1e-9) -> None:
         same(found.buffers.values(), wanted.buffers.values(), tolerance)
 
 
+NORM_VARIANTS = (
+    *[("separate", situation, "auto") for situation in (TRAIN, *MODES)],
+    ("shared", TRAIN, "auto"),
+    ("shared", "ppcc", "auto"),
+    ("separate", TRAIN, "reference"),
+    ("shared", "pppp", "reference"),
+)
+"""Positions, situation and backend."""
+
+
 def norm_cases(kind: str, layer: type[nn.Module], arguments: tuple[Any, ...], shape: tuple[int, ...]) -> list[Case]:
     """Cases of a layer with positions."""
     cases = []
-    for positions in ("separate", "shared"):
-        for situation in (TRAIN, *MODES):
-            for backend in ("auto", "reference"):
-                options = {"positions": positions}
-                cases.append(
-                    Case(
-                        kind,
-                        partial_of(layer, *arguments, backend=backend, **options),
-                        partial_of(layer, *arguments, backend="reference", **options),
-                        (shape,),
-                        0,
-                        # the last axis that is no feature; separate positions of images are fixed
-                        (1 if layer is BatchLayerNorm else len(shape) - 1) if situation != "pppp" else None,
-                        "bln",
-                        situation,
-                        backend,
-                        positions=positions,
-                        few=(backend == "auto" and (positions, situation) in {("separate", TRAIN), ("shared", "ppcc")}),
-                    )
-                )
+    for positions, situation, backend in NORM_VARIANTS:
+        make = partial_of(layer, *arguments, positions=positions, backend=backend)
+        oracle = partial_of(layer, *arguments, positions=positions, backend="reference")
+        # the population of separate positions fixes the size of images
+        grows = layer is BatchLayerNorm or positions == "shared"
+        time_axis = (1 if layer is BatchLayerNorm else len(shape) - 1) if grows else None
+        case = Case(kind, make, oracle, (shape,), 0, time_axis, "bln", situation, backend, positions=positions)
+        cases.append(replace(case, few=backend == "auto" and (positions, situation) in NORM_FEW))
     return cases
+
+
+NORM_FEW = {("separate", TRAIN), ("shared", "ppcc")}
 
 
 class partial_of:
@@ -239,29 +244,46 @@ TORCHS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 TORCH_CELLS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}
 
 
+RECURRENT_VARIANTS: tuple[tuple[str | None, str, str, bool], ...] = (
+    *[("bln", situation, "auto", False) for situation in (TRAIN, *MODES)],
+    ("bln", TRAIN, "reference", False),
+    ("bln", "pppp", "reference", False),
+    ("bln", TRAIN, "auto", True),
+    ("bln", "pppp", "auto", True),
+    ("layer", TRAIN, "auto", False),
+    ("layer", "ppcc", "auto", False),
+    ("batch", TRAIN, "auto", False),
+    ("batch", "pppp", "reference", False),
+    (None, TRAIN, "auto", False),
+    (None, EVAL, "auto", False),
+    (None, EVAL, "auto", True),
+    (None, EVAL, "reference", False),
+)
+"""Norm, situation, backend, and whether the input is packed."""
+
+RECURRENT_FEW = {
+    ("bln", TRAIN, "auto", False),
+    ("layer", "ppcc", "auto", False),
+    (None, EVAL, "auto", False),
+    ("bln", "pppp", "auto", True),
+}
+
+
 def recurrent_cases(kind: str, cell: str, layer: type[nn.Module] = Recurrent) -> list[Case]:
     """Cases of a recurrent layer."""
     name = (cell,) if layer is Recurrent else ()
-    shapes = ((STEPS, SAMPLES, INPUTS), *[(1, SAMPLES, UNITS)] * states_of(cell))
+    states = [(1, SAMPLES, UNITS)] * states_of(cell)
     cases = []
-    for norm in ("bln", "layer", "batch", None):
-        for situation in (TRAIN, EVAL) if norm is None else (TRAIN, *MODES):
-            for backend in ("auto", "reference"):
-                for packed in (False, True) if backend == "auto" and situation in (TRAIN, EVAL, "pppp") else (False,):
-                    oracle = partial_of(Recurrent, cell, INPUTS, UNITS, norm=norm, backend="reference")
-                    if norm is None and cell in TORCHS:
-                        oracle = partial_of(TORCHS[cell], INPUTS, UNITS)
-                    few = backend == "auto" and (norm, situation, packed) in {
-                        ("bln", TRAIN, False),
-                        ("layer", "ppcc", False),
-                        (None, EVAL, False),
-                        ("bln", "pppp", True),
-                    }
-                    make = partial_of(layer, *name, INPUTS, UNITS, norm=norm, backend=backend)
-                    own = ((sum(LENGTHS), INPUTS), *shapes[1:]) if packed else shapes
-                    time_axis = None if packed else 0
-                    case = Case(kind, make, oracle, own, 1, time_axis, norm, situation, backend, packed, few=few)
-                    cases.append(case)
+    for variant in RECURRENT_VARIANTS:
+        norm, situation, backend, packed = variant
+        oracle = partial_of(Recurrent, cell, INPUTS, UNITS, norm=norm, backend="reference")
+        if norm is None and cell in TORCHS:
+            oracle = partial_of(TORCHS[cell], INPUTS, UNITS)
+        make = partial_of(layer, *name, INPUTS, UNITS, norm=norm, backend=backend)
+        shapes = ((sum(LENGTHS), INPUTS) if packed else (STEPS, SAMPLES, INPUTS), *states)
+        axis = None if packed else 0
+        case = Case(kind, make, oracle, shapes, 1, axis, norm, situation, backend, packed, few=variant in RECURRENT_FEW)
+        cases.append(case)
     return cases
 
 
@@ -282,20 +304,23 @@ def one_step(**options: Any) -> OneStep:
     return OneStep(Recurrent(**options))
 
 
+CELL_VARIANTS = [variant[:2] for variant in RECURRENT_VARIANTS if variant[2] == "auto" and not variant[3]]
+CELL_FEW = {("bln", TRAIN), ("layer", "ppcc"), (None, EVAL)}
+
+
 def cell_cases(kind: str, cell: str, layer: type[nn.Module] = RecurrentCell) -> list[Case]:
     """Cases of a single step."""
     name = (cell,) if layer is RecurrentCell else ()
     shapes = ((SAMPLES, INPUTS), *[(SAMPLES, UNITS)] * states_of(cell))
+    sizes = {"cell": cell, "input_size": INPUTS, "hidden_size": UNITS}
     cases = []
-    for norm in ("bln", "layer", "batch", None):
-        for situation in (TRAIN, EVAL) if norm is None else (TRAIN, *MODES):
-            sizes = {"cell": cell, "input_size": INPUTS, "hidden_size": UNITS}
-            oracle = partial_of(one_step, **sizes, norm=norm, time_statistics="shared", backend="reference")
-            if norm is None and cell in TORCH_CELLS:
-                oracle = partial_of(TORCH_CELLS[cell], INPUTS, UNITS)
-            few = (norm, situation) in {("bln", TRAIN), ("layer", "ppcc"), (None, EVAL)}
-            make = partial_of(layer, *name, INPUTS, UNITS, norm=norm)
-            cases.append(Case(kind, make, oracle, shapes, 0, None, norm, situation, few=few))
+    for norm, situation in CELL_VARIANTS:
+        oracle = partial_of(one_step, **sizes, norm=norm, time_statistics="shared", backend="reference")
+        if norm is None and cell in TORCH_CELLS:
+            oracle = partial_of(TORCH_CELLS[cell], INPUTS, UNITS)
+        make = partial_of(layer, *name, INPUTS, UNITS, norm=norm)
+        few = (norm, situation) in CELL_FEW
+        cases.append(Case(kind, make, oracle, shapes, 0, None, norm, situation, few=few))
     return cases
 
 
