@@ -77,6 +77,11 @@ def is_exporting() -> bool:
     return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
 
+def is_in_backward() -> bool:
+    """Whether a backward pass runs in this thread, in which activation checkpointing repeats forward passes."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def is_batched(value: Tensor) -> bool:
     """Whether ``torch.vmap`` runs over the tensor."""
     functorch = torch._C._functorch

@@ -140,7 +140,7 @@ class Normalization(HasMode):
                     f"{name} has shape {tuple(parameter.shape)}, but num_features={self.num_features}; assign one of "
                     f"shape ({self.num_features},)"
                 )
-            check_dtype(x, parameter)
+        check_dtype(x, self.weight)
         if x.device != self.population.mean.device:
             device = self.population.mean.device
             raise RuntimeError(f"x is on {x.device}, but the layer's population is on {device}; move one with .to()")

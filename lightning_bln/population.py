@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bln._checks import check_bool, check_choice, check_floating, check_int, check_momentum
-from lightning_bln._torch import is_batched, is_capturing, is_packed, lasting, own_buffers
+from lightning_bln._torch import is_batched, is_capturing, is_in_backward, is_packed, lasting, own_buffers
 from lightning_bln.distributed import in_step, is_distributed
 from lightning_bln.equation import Statistics
 from lightning_bln.moments import Moments, merge_grown, position_mismatch
@@ -107,6 +107,11 @@ class Population(nn.Module):
         return self.count.shape[0] > 0
 
     @property
+    def takes_batch(self) -> bool:
+        """Whether a batch that comes now is gathered, and not the repetition of one that was."""
+        return self.takes_part and (torch.compiler.is_compiling() or not is_in_backward())
+
+    @property
     def positions(self) -> tuple[int, ...]:
         """Shape of the positions seen so far."""
         seen = self.count if self.is_gathering else self.feature_mean
@@ -118,7 +123,7 @@ class Population(nn.Module):
         Raises:
             RuntimeError: ``torch.vmap`` runs over the statistics, so that there is one batch for each of its entries.
         """
-        if not self.takes_part:
+        if not self.takes_batch:
             return
         if not torch.compiler.is_compiling() and any(map(is_batched, observed)):
             raise RuntimeError(

@@ -48,7 +48,7 @@ class RecurrenceArgs(ctypes.Structure):
     """``RecurrenceArgs`` of ``csrc/recurrence.h``."""
 
     _fields_ = (
-        *fields(_INTEGER, "cell steps batch inputs units threads row_teams column_teams chunk_rows keep"),
+        *fields(_INTEGER, "cell steps batch rows inputs units threads row_teams column_teams chunk_rows keep"),
         *fields(_NUMBER, "zoneout_h zoneout_c"),
         *fields(_POINTER, "batch_sizes input weight_ih weight_hh h0 c0 hidden_mask zoneout_mask_h zoneout_mask_c"),
         *fields(_POINTER, "output hn cn input_part hidden_part cells"),
@@ -143,7 +143,7 @@ def load() -> ctypes.CDLL | None:
 
 
 def call(name: str, args: ctypes.Structure | ctypes.Array[Any], dtype: torch.dtype, *numbers: int) -> None:
-    """Call an entry point of the library; it records no gradient and checks nothing.
+    """Call an entry point of the library; it records no gradient, and checks of all arrays ``batch_sizes`` alone.
 
     Args:
         name: Of the entry point, without prefix and dtype.
@@ -153,11 +153,18 @@ def call(name: str, args: ctypes.Structure | ctypes.Array[Any], dtype: torch.dty
 
     Raises:
         MemoryError: The kernel's buffers could not be allocated.
+        ValueError: ``batch_sizes`` does not fit the other arrays.
     """
     library = load()
     assert library is not None, "the compiled kernels are not there; check lightning_bln.kernels.available()"
-    if getattr(library, f"bln_{name}_{DTYPES[dtype]}")(ctypes.byref(args), *map(_INTEGER, numbers)):
+    status = getattr(library, f"bln_{name}_{DTYPES[dtype]}")(ctypes.byref(args), *map(_INTEGER, numbers))
+    if status == 1:
         raise MemoryError(f"no memory for the buffers of {name}; shorten the sequences, or pass fewer rows at a time")
+    if status:
+        raise ValueError(
+            "batch_sizes does not fit the data: the running sequences start with all, never become more, and are as "
+            "many as the rows together; keep those of pack_sequence or pack_padded_sequence"
+        )
 
 
 def pointer(tensor: Tensor | None) -> int | None:

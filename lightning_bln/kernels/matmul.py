@@ -67,7 +67,7 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of what needs one; with ``create_graph`` by torch's product, which has a gradient itself."""
-        x, weight = ctx.saved_tensors
+        x, weight = (value.to(gradient.dtype) for value in ctx.saved_tensors)  # hooks may have changed theirs
         rows = gradient.reshape(-1, gradient.shape[-1])
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         product = torch.mm if torch.is_grad_enabled() else multiply

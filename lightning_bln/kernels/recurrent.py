@@ -182,10 +182,10 @@ def admitted(inputs: Inputs, constants: Constants, settings: Settings) -> tuple[
 
 def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs: Outputs) -> RecurrenceArgs:
     """The library's structure, complete for the forward pass."""
-    _, samples, features, units, columns, groups = Sizes.of(inputs, settings)
+    rows, samples, features, units, columns, groups = Sizes.of(inputs, settings)
     steps, masks = settings.steps, constants.zoneout_mask
     args = RecurrenceArgs(
-        settings.cell, steps, samples, features, units, torch.get_num_threads(), *TEAMS, 0, settings.keep,
+        settings.cell, steps, samples, rows, features, units, torch.get_num_threads(), *TEAMS, 0, settings.keep,
         settings.zoneout, settings.zoneout,
         pointer(constants.batch_sizes), pointer(inputs.x), pointer(inputs.weight_ih), pointer(inputs.weight_hh),
         pointer(inputs.h), pointer(inputs.c), pointer(constants.hidden_mask),

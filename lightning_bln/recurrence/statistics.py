@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from lightning_bln._torch import is_plain
 from lightning_bln.equation import Statistics, is_zero, observation
 from lightning_bln.kernels.gate import admit
-from lightning_bln.kernels.library import GatherArgs, load, pointer
+from lightning_bln.kernels.library import GatherArgs, call, pointer
 from lightning_bln.moments import Moments
 from lightning_bln.population import Population
 from lightning_bln.recurrence.gate_norm import GateNorm, SequenceNorm
@@ -48,7 +46,7 @@ def can_merge(population: Population, moments: Tensor, positions: tuple[int, ...
 
 def merge_fused(population: Population, norm: SequenceNorm, moments: Tensor, running: Running) -> None:
     """Merge into new buffers, since a snapshot may hold those before."""
-    if not population.takes_part:
+    if not population.takes_batch:
         return
     equation, width, dtype = norm.equation, population.num_features, moments.dtype
     (steps, samples, sizes), groups = running, norm.groups
@@ -67,10 +65,7 @@ def merge_fused(population: Population, norm: SequenceNorm, moments: Tensor, run
         moments.data_ptr() + steps * 2 * groups * width * moments.element_size(),
         *map(pointer, old), pointer(count), pointer(mean), pointer(m2),
     )  # fmt: skip
-    library = load()
-    assert library is not None
-    merge = library.bln_gather_float if dtype == torch.float32 else library.bln_gather_double
-    merge(ctypes.byref(args))
+    call("gather", args, dtype)
     population.assign(Moments(count, mean, m2))
 
 

@@ -7,7 +7,13 @@
 namespace bln {
 
 // Adding 1.5 * 2^(mantissa bits) leaves the nearest integer in the low bits, without a conversion or a rounding mode.
-BLN_INLINE float exponential(float x) {
+// exp(x) as power * (1 + rest).
+template <class T>
+struct Exponential {
+  T power, rest;
+};
+
+BLN_INLINE Exponential<float> split_exponential(float x) {
   x = x < -87.0f ? -87.0f : x;
   x = x > 87.0f ? 87.0f : x;
   union {
@@ -23,12 +29,11 @@ BLN_INLINE float exponential(float x) {
   p = p * r + 1.6666667e-1f;
   p = p * r + 0.5f;
   p = p * r + 1.0f;
-  p = p * r + 1.0f;
   power.bits = static_cast<int32_t>(static_cast<uint32_t>(shifted.bits + 127) << 23);
-  return p * power.value;
+  return {power.value, p * r};
 }
 
-BLN_INLINE double exponential(double x) {
+BLN_INLINE Exponential<double> split_exponential(double x) {
   x = x < -700.0 ? -700.0 : x;
   x = x > 700.0 ? 700.0 : x;
   union {
@@ -51,9 +56,14 @@ BLN_INLINE double exponential(double x) {
   p = p * r + 1.0 / 6;
   p = p * r + 0.5;
   p = p * r + 1.0;
-  p = p * r + 1.0;
   power.bits = static_cast<int64_t>(static_cast<uint64_t>(shifted.bits + 1023) << 52);
-  return p * power.value;
+  return {power.value, p * r};
+}
+
+template <class T>
+BLN_INLINE T exponential(T x) {
+  const Exponential<T> e = split_exponential(x);
+  return e.power * e.rest + e.power;
 }
 
 template <class T>
@@ -63,7 +73,9 @@ BLN_INLINE T sigmoid(T x) {
 
 template <class T>
 BLN_INLINE T hyperbolic_tangent(T x) {
-  return T(1) - T(2) / (T(1) + exponential(T(2) * x));
+  const Exponential<T> e = split_exponential(T(2) * x);
+  const T less_one = e.power * e.rest + (e.power - T(1));  // keeps the digits of a small x
+  return less_one / (less_one + T(2));
 }
 
 }  // namespace bln

@@ -115,7 +115,7 @@ class Backward : Walker<T> {
       this->in_stripes(some, [&](Range stripe) {
         this->fetch_ahead(x, D, stripe, some);
         this->fetch_ahead(v, D, stripe, some);
-        this->activate_all(x, v, gates, stripe);
+        this->activate_all(t, x, v, gates, stripe);
         lstm_output(t, gates, stripe);
       });
       if (cell.gradient_meets(t)) me.wait();
@@ -125,7 +125,7 @@ class Backward : Walker<T> {
     hh.begin_sums(t, some);
     ih.begin_sums(t, some);
     this->in_stripes(some, [&](Range stripe) {
-      if (a.cell != kLstm) this->activate_all(x, v, gates, stripe);
+      if (a.cell != kLstm) this->activate_all(t, x, v, gates, stripe);
       if (a.cell == kLstm)
         lstm_state(t, gates, stripe);
       else if (gru)
@@ -211,13 +211,11 @@ class Backward : Walker<T> {
       }
     }
     T* out_grad = buffers.cell_out_grad.get();
-    const T *alpha = cell.alpha_of(0), *beta = cell.beta_of(0), *w = cell.weight, *p = cell.p, *q = cell.q;
     for (int b = some.begin; b < some.end; b++) {
-      const T* from = fresh + size_t(b) * H;
+      const auto y = cell.normalized(0, b, fresh + size_t(b) * H);
       T *o = gates + size_t(b) * D + 3 * H, *to = out_grad + size_t(b) * H;
-      const T al = alpha[b], be = beta[b];
       hidden_gradient(t, b, [=](int j, T grad) {
-        const T squashed = hyperbolic_tangent(from[j] * (w[j] * al + p[j]) + (q[j] - w[j] * be));
+        const T squashed = hyperbolic_tangent(y[j]);
         const T gate = o[j];
         o[j] = grad * squashed * gate * (T(1) - gate);
         to[j] = grad * gate * (T(1) - squashed * squashed);
@@ -254,21 +252,17 @@ class Backward : Walker<T> {
 
   void gru(int t, const T* v, T* gates, T* hidden_gates_grad, Range some) {
     const T* h = previous(t, a.output, a.h0);
-    const int n_gate = 2 * H;
-    const T *w = hh.weight + n_gate, *p = hh.p + n_gate, *q = hh.q + n_gate;
-    const T *alpha = hh.alpha_of(2), *beta = hh.beta_of(2);
     for (int b = some.begin; b < some.end; b++) {
       const T* old = h + size_t(b) * H;
-      const T* hidden = v + size_t(b) * D + n_gate;
+      const auto hidden = hh.normalized(2, b, v + size_t(b) * D + 2 * H);
       T *r = gates + size_t(b) * D, *z = r + H, *n = z + H;
       T *r_too = hidden_gates_grad + size_t(b) * D, *z_too = r_too + H, *n_too = z_too + H;
       T* carried = a.grad_h0 + size_t(b) * H;
-      const T al = alpha[b], be = beta[b];
       hidden_gradient(t, b, [=](int j, T grad) {
         const T reset = r[j], update = z[j], fresh = n[j];
         const T dn = grad * (T(1) - update) * (T(1) - fresh * fresh);
         const T dz = grad * (old[j] - fresh) * update * (T(1) - update);
-        const T dr = dn * (hidden[j] * (w[j] * al + p[j]) + (q[j] - w[j] * be)) * reset * (T(1) - reset);
+        const T dr = dn * hidden[j] * reset * (T(1) - reset);
         r[j] = r_too[j] = dr;
         z[j] = z_too[j] = dz;
         n[j] = dn;

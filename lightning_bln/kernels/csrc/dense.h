@@ -65,20 +65,26 @@ class DenseForward : Dense<T> {
  public:
   using Dense<T>::Dense;
   void run() {
-    const int features = int(a.features);
     for (int t = positions.begin; t < positions.end; t++) {
       const T* x = a.x + t * a.position_stride;
       norm.measure(t, x, a.row_stride, rows);
       if (norm.meets(t)) me.wait();
       norm.settle(t, int(a.rows), rows);
-      const T *w = norm.weight, *p = norm.p, *q = norm.q;
-      for (int b = rows.begin; b < rows.end; b++) {
-        const T* from = x + b * a.row_stride;
-        T* to = a.output + t * a.position_stride + b * a.row_stride;
-        const T alpha = norm.alpha[b], beta = norm.beta[b];
+      if (norm.has_feature(t))
+        write<true>(x, a.output + t * a.position_stride);
+      else
+        write<false>(x, a.output + t * a.position_stride);
+    }
+  }
+
+ private:
+  template <bool Feature>
+  void write(const T* x, T* output) const {
+    for (int b = rows.begin; b < rows.end; b++) {
+      const auto y = norm.template normalized<Feature>(0, b, x + b * a.row_stride);
+      T* to = output + b * a.row_stride;
 #pragma omp simd
-        for (int j = 0; j < features; j++) to[j] = from[j] * (w[j] * alpha + p[j]) + (q[j] - w[j] * beta);
-      }
+      for (int j = 0; j < int(a.features); j++) to[j] = y[j];
     }
   }
 };

@@ -39,10 +39,26 @@ void in_parallel(int threads, F body) {
   runtime.parallel(&Job<F>::run, &job, unsigned(threads), 0);
 }
 
+// What an entry point returns.
+enum Status : int { kDone, kNoMemory, kBadSizes };
+
+// Whether running sequences fit the arrays: from all of them down to one at least, `rows` together unless that is zero.
+inline bool fits(const int64_t* batch_sizes, int64_t steps, int64_t batch, int64_t rows = 0) {
+  if (steps < 1 || batch < 1) return false;
+  if (!batch_sizes) return rows == 0 || rows == steps * batch;
+  int64_t before = batch, total = 0;
+  for (int64_t t = 0; t < steps; t++) {
+    if (batch_sizes[t] < 1 || batch_sizes[t] > before) return false;
+    total += before = batch_sizes[t];
+  }
+  return rows == 0 || rows == total;
+}
+
 // The plan depends on the number of threads, which is known only inside the region. Where fewer threads came than were
 // asked for, as in a nested region, the pass runs on a plan for one.
 template <class T, template <class> class Pass, template <class> class Buffers>
 int run(const RecurrenceArgs<T>& args) {
+  if (!fits(args.batch_sizes, args.steps, args.batch, args.rows)) return kBadSizes;
   try {
     const Teams teams = divide(args);
     Plan<T> plan(args, teams);
@@ -60,9 +76,9 @@ int run(const RecurrenceArgs<T>& args) {
       Buffers<T> own(alone);
       Pass<T>(alone, own, 0).run();
     }
-    return 0;
+    return kDone;
   } catch (const std::bad_alloc&) {
-    return 1;
+    return kNoMemory;
   }
 }
 
@@ -70,10 +86,10 @@ int run(const RecurrenceArgs<T>& args) {
 template <class T>
 int run_each(const RecurrenceArgs<T>* calls, int64_t count, int64_t threads) {
   std::atomic<int64_t> next{0};
-  std::atomic<int> failed{0};
+  std::atomic<int> failed{kDone};
   in_parallel(int(std::min(threads, count)), [&](int, int) {
     for (int64_t k = next++; k < count; k = next++)
-      if (run<T, Forward, ForwardBuffers>(calls[k])) failed = 1;
+      if (const int status = run<T, Forward, ForwardBuffers>(calls[k])) failed = status;
   });
   return failed;
 }
@@ -95,20 +111,20 @@ int run_dense(const DenseArgs<T>& args) {
       DensePlan<T> alone(args, 1);
       Pass<T>(alone, 0).run();
     }
-    return 0;
+    return kDone;
   } catch (const std::bad_alloc&) {
-    return 1;
+    return kNoMemory;
   }
 }
 
 template <class T>
 int run_product(const ProductArgs& args) {
-  std::atomic<bool> failed{false};
+  std::atomic<int> failed{kDone};
   in_parallel(int(args.threads), [&](int id, int members) {
     try {
       product<T>(args, id, members);
     } catch (const std::bad_alloc&) {
-      failed = true;
+      failed = kNoMemory;
     }
   });
   return failed;
@@ -116,13 +132,21 @@ int run_product(const ProductArgs& args) {
 
 template <class T>
 int run_program(const ProgramArgs& args) {
+  if (!fits(args.batch_sizes, args.steps, args.batch)) return kBadSizes;
   try {
     const Program<T> program(args);
     in_parallel(int(args.threads), [&](int id, int members) { program.run(part(int(args.batch), id, members)); });
-    return 0;
+    return kDone;
   } catch (const std::bad_alloc&) {
-    return 1;
+    return kNoMemory;
   }
+}
+
+template <class T>
+int run_gather(const GatherArgs<T>& args) {
+  if (!fits(args.batch_sizes, args.steps, args.samples)) return kBadSizes;
+  gather(args);
+  return kDone;
 }
 
 }  // namespace bln
@@ -139,24 +163,24 @@ BLN_EXPORT uint64_t bln_layout_hash() {
 }
 
 // One entry point for each dtype.
-#define BLN_ENTRIES(T)                                                                                      \
-  BLN_EXPORT int bln_forward_##T(const bln::RecurrenceArgs<T>* args) {                                      \
-    return bln::run<T, bln::Forward, bln::ForwardBuffers>(*args);                                           \
-  }                                                                                                         \
-  BLN_EXPORT int bln_forward_each_##T(const bln::RecurrenceArgs<T>* calls, int64_t count, int64_t threads) {\
-    return bln::run_each(calls, count, threads);                                                            \
-  }                                                                                                         \
-  BLN_EXPORT int bln_backward_##T(const bln::RecurrenceArgs<T>* args) {                                     \
-    return bln::run<T, bln::Backward, bln::BackwardBuffers>(*args);                                         \
-  }                                                                                                         \
-  BLN_EXPORT int bln_dense_forward_##T(const bln::DenseArgs<T>* args) {                                     \
-    return bln::run_dense<T, bln::DenseForward>(*args);                                                     \
-  }                                                                                                         \
-  BLN_EXPORT int bln_dense_backward_##T(const bln::DenseArgs<T>* args) {                                    \
-    return bln::run_dense<T, bln::DenseBackward>(*args);                                                    \
-  }                                                                                                         \
-  BLN_EXPORT void bln_gather_##T(const bln::GatherArgs<T>* args) { bln::gather(*args); }                    \
-  BLN_EXPORT int bln_program_##T(const bln::ProgramArgs* args) { return bln::run_program<T>(*args); }       \
+#define BLN_ENTRIES(T)                                                                                       \
+  BLN_EXPORT int bln_forward_##T(const bln::RecurrenceArgs<T>* args) {                                       \
+    return bln::run<T, bln::Forward, bln::ForwardBuffers>(*args);                                            \
+  }                                                                                                          \
+  BLN_EXPORT int bln_forward_each_##T(const bln::RecurrenceArgs<T>* calls, int64_t count, int64_t threads) { \
+    return bln::run_each(calls, count, threads);                                                             \
+  }                                                                                                          \
+  BLN_EXPORT int bln_backward_##T(const bln::RecurrenceArgs<T>* args) {                                      \
+    return bln::run<T, bln::Backward, bln::BackwardBuffers>(*args);                                          \
+  }                                                                                                          \
+  BLN_EXPORT int bln_dense_forward_##T(const bln::DenseArgs<T>* args) {                                      \
+    return bln::run_dense<T, bln::DenseForward>(*args);                                                      \
+  }                                                                                                          \
+  BLN_EXPORT int bln_dense_backward_##T(const bln::DenseArgs<T>* args) {                                     \
+    return bln::run_dense<T, bln::DenseBackward>(*args);                                                     \
+  }                                                                                                          \
+  BLN_EXPORT int bln_gather_##T(const bln::GatherArgs<T>* args) { return bln::run_gather(*args); }           \
+  BLN_EXPORT int bln_program_##T(const bln::ProgramArgs* args) { return bln::run_program<T>(*args); }        \
   BLN_EXPORT int bln_product_##T(const bln::ProductArgs* args) { return bln::run_product<T>(*args); }
 
 BLN_ENTRIES(float)

@@ -72,7 +72,7 @@ class Forward : Walker<T> {
     T* out = a.output + at(t) * H;
     this->in_stripes(some, [&](Range stripe) {
       T* gates = buffers.gates.get() + (ptrdiff_t(me.row) * Norm<T>::stripe - stripe.begin) * D;
-      this->activate_all(x, v, gates, stripe, out, H);
+      this->activate_all(t, x, v, gates, stripe, out, H);
       if (a.cell == kLstm)
         carry(t, gates, stripe);
       else
@@ -109,14 +109,11 @@ class Forward : Walker<T> {
     if (cell.meets(t)) me.wait();
     cell.fetch(t);
     cell.settle(t, m, some);
-    const T *alpha = cell.alpha_of(0), *beta = cell.beta_of(0), *w = cell.weight, *p = cell.p, *q = cell.q;
     for (int b = some.begin; b < some.end; b++) {
-      const T* from = fresh + size_t(b) * H;
+      const auto y = cell.normalized(0, b, fresh + size_t(b) * H);
       T* to = out + size_t(b) * H;
-      const T al = alpha[b], be = beta[b];
 #pragma omp simd
-      for (int j = units.begin; j < units.end; j++)
-        to[j] *= hyperbolic_tangent(from[j] * (w[j] * al + p[j]) + (q[j] - w[j] * be));
+      for (int j = units.begin; j < units.end; j++) to[j] *= hyperbolic_tangent(y[j]);
       keep_hidden(t, b, h, to);
     }
   }

@@ -72,13 +72,13 @@ constexpr uint64_t layout_hash() {
   ADD(NormArgs, NormArgs<float>, FIELD(enabled), FIELD(joint), FIELD(fixed), FIELD(scale), FIELD(eps), FIELD(w_feature),
       FIELD(w_batch), FIELD(weight), FIELD(bias), FIELD(batch_mean), FIELD(batch_var), FIELD(feature_mean),
       FIELD(feature_var), FIELD(batch_moments), FIELD(feature_moments), FIELD(grad_weight), FIELD(grad_bias))
-  ADD(RecurrenceArgs, RecurrenceArgs<float>, FIELD(cell), FIELD(steps), FIELD(batch), FIELD(inputs), FIELD(units),
-      FIELD(threads), FIELD(row_teams), FIELD(column_teams), FIELD(chunk_rows), FIELD(keep), FIELD(zoneout_h),
-      FIELD(zoneout_c), FIELD(batch_sizes), FIELD(input), FIELD(weight_ih), FIELD(weight_hh), FIELD(h0), FIELD(c0),
-      FIELD(hidden_mask), FIELD(zoneout_mask_h), FIELD(zoneout_mask_c), FIELD(output), FIELD(hn), FIELD(cn),
-      FIELD(input_part), FIELD(hidden_part), FIELD(cells), FIELD(grad_output), FIELD(grad_hn), FIELD(grad_cn),
-      FIELD(grad_input), FIELD(grad_weight_ih), FIELD(grad_weight_hh), FIELD(grad_h0), FIELD(grad_c0), FIELD(norm_ih),
-      FIELD(norm_hh), FIELD(norm_cell))
+  ADD(RecurrenceArgs, RecurrenceArgs<float>, FIELD(cell), FIELD(steps), FIELD(batch), FIELD(rows), FIELD(inputs),
+      FIELD(units), FIELD(threads), FIELD(row_teams), FIELD(column_teams), FIELD(chunk_rows), FIELD(keep),
+      FIELD(zoneout_h), FIELD(zoneout_c), FIELD(batch_sizes), FIELD(input), FIELD(weight_ih), FIELD(weight_hh),
+      FIELD(h0), FIELD(c0), FIELD(hidden_mask), FIELD(zoneout_mask_h), FIELD(zoneout_mask_c), FIELD(output), FIELD(hn),
+      FIELD(cn), FIELD(input_part), FIELD(hidden_part), FIELD(cells), FIELD(grad_output), FIELD(grad_hn),
+      FIELD(grad_cn), FIELD(grad_input), FIELD(grad_weight_ih), FIELD(grad_weight_hh), FIELD(grad_h0), FIELD(grad_c0),
+      FIELD(norm_ih), FIELD(norm_hh), FIELD(norm_cell))
   ADD(DenseArgs, DenseArgs<float>, FIELD(rows), FIELD(positions), FIELD(features), FIELD(threads), FIELD(row_stride),
       FIELD(position_stride), FIELD(grad_row_stride), FIELD(grad_position_stride), FIELD(x), FIELD(output), FIELD(grad),
       FIELD(grad_x), FIELD(norm))

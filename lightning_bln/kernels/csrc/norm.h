@@ -1,4 +1,4 @@
-// The normalisation of one step: moments over the batch and over the features, as an affine map, and its gradient.
+// The normalisation of one step: moments over the batch and over the features, the equation, and its gradient.
 #pragma once
 #include <cmath>
 #include <vector>
@@ -31,7 +31,19 @@ struct NormArgs {
   T* grad_bias;             // [D] or null
 };
 
-// Row and column coefficients of y = x * (weight[j] * alpha[b] + p[j]) + (q[j] - weight[j] * beta[b]).
+// One gate of a row x, normalised. Each mean is taken away before anything is multiplied: an affine map of x itself, or
+// one distance for both parts, would lose as many digits as the means are larger than the deviations.
+template <class T, bool Feature>
+struct Normalized {
+  const T *x, *weight, *slope, *mean, *bias;
+  T row_slope, row_mean;
+
+  BLN_INLINED T operator[](int j) const {
+    const T y = (x[j] - mean[j]) * slope[j] + bias[j];
+    return Feature ? (x[j] - row_mean) * (weight[j] * row_slope) + y : y;
+  }
+};
+
 template <class T>
 class Norm {
  public:
@@ -41,35 +53,41 @@ class Norm {
 
   Norm(const NormArgs<T>& args, Shared& shared, const Member& member, int gates, int units, int batch, Range own_units)
       : a(args), shared_(shared), member_(member), gates_(gates), units_(units), batch_(batch), own_(own_units),
-        groups_(args.joint ? 1 : gates), D(gates * units), row_size_(size_t(groups_) * batch), columns_(size_t(D) * 12),
-        rows_(row_size_ * 7) {
+        groups_(args.joint ? 1 : gates), D(gates * units), row_size_(size_t(groups_) * batch), columns_(size_t(D) * 11),
+        rows_(row_size_ * 6) {
     T* at = columns_.get();
-    for (T** to : {&weight, &p, &q, &mean_, &var_, &used_mean_, &inverse_, &c1_, &c2_, &c3_, &bias_sum_, &bias_})
+    for (T** to : {&weight_, &slope_, &mean_, &var_, &used_mean_, &inverse_, &scratch_, &c2_, &c3_, &bias_sum_, &bias_})
       *to = at, at += D;
     at = rows_.get();
-    for (T** to : {&alpha, &beta, &row_mean_, &row_used_, &row_inverse_, &r2_, &r3_}) *to = at, at += row_size_;
+    for (T** to : {&row_slope_, &row_mean_, &row_used_, &row_inverse_, &r2_, &r3_}) *to = at, at += row_size_;
     weight_sum_.allocate(D);
     for (int j = 0; j < D; j++) {
-      weight[j] = a.enabled ? T(a.scale) * (a.weight ? a.weight[j] : T(1)) : T(0);
-      p[j] = T(1);
-      q[j] = bias_[j] = a.bias ? a.bias[j] : T(0);
-      mean_[j] = bias_sum_[j] = weight_sum_[j] = T(0);
+      weight_[j] = a.enabled ? T(a.scale) * (a.weight ? a.weight[j] : T(1)) : T(0);
+      slope_[j] = T(1);
+      bias_[j] = a.bias ? a.bias[j] : T(0);
+      mean_[j] = used_mean_[j] = bias_sum_[j] = weight_sum_[j] = T(0);
     }
-    for (size_t i = 0; i < row_size_; i++) alpha[i] = beta[i] = row_mean_[i] = T(0);
+    for (size_t i = 0; i < row_size_; i++) row_slope_[i] = row_mean_[i] = row_used_[i] = T(0);
   }
 
   static void allocate(Shared& shared, const NormArgs<T>& args, int gates, int units, int batch, int rows,
                        int columns) {
     if (!args.enabled && !args.grad_bias) return;
-    shared.columns.allocate(size_t(2) * rows * 2 * gates * units);
-    shared.rows.allocate(size_t(2) * columns * 2 * (args.joint ? 1 : gates) * batch);
+    shared.columns.allocate(size_t(2) * rows * 3 * gates * units);
+    shared.rows.allocate(size_t(2) * columns * 3 * (args.joint ? 1 : gates) * batch);
   }
 
   const NormArgs<T>& a;
-  T *weight, *p, *q, *alpha, *beta;
 
-  T* alpha_of(int gate) const { return alpha + size_t(group(gate)) * batch_; }
-  T* beta_of(int gate) const { return beta + size_t(group(gate)) * batch_; }
+  // Row b of a gate, from its first column in `x`, once the step's coefficients are there.
+  template <bool Feature = true>
+  Normalized<T, Feature> normalized(int gate, int b, const T* x) const {
+    const size_t j = size_t(gate) * units_, i = size_t(group(gate)) * batch_ + b;
+    return {x, weight_ + j, slope_ + j, used_mean_ + j, bias_ + j, row_slope_[i], row_used_[i]};
+  }
+
+  // Whether the step has a part over features; without one, numbers that overflowed are not to become NaN.
+  bool has_feature(int t) const { return a.enabled && a.w_feature[t] != 0; }
 
   // Whether the step needs the other members' moments, and so a meeting between measure() and settle().
   bool meets(int t) const {
@@ -97,7 +115,7 @@ class Norm {
       const T* other = column_slot(k);
       for (int g = 0; g < gates_; g++)
         for (int j = g * units_ + own_.begin; j < g * units_ + own_.end; j += int(64 / sizeof(T)))
-          __builtin_prefetch(other + j), __builtin_prefetch(other + D + j);
+          for (int i = 0; i < 3; i++) __builtin_prefetch(other + i * D + j);
     }
   }
 
@@ -130,6 +148,7 @@ class Norm {
         for (size_t i = first; i < end; i++) row_mean_[i] = saved_rows[i], row_inverse_[i] = saved_rows[row_size_ + i];
       }
     }
+    note_far_means(t, rows);
     row_coefficients(t, rows);
   }
 
@@ -150,12 +169,13 @@ class Norm {
     has_batch_ = a.w_batch[t] != 0, has_feature_ = a.w_feature[t] != 0;
     T* sum = column_slot(member_.row);
     for_own([&](int j0, int j1) {
-      for (int j = j0; j < j1; j++) sum[j] = sum[D + j] = c3_[j] = T(0);
+      clear(sum, j0, j1), clear(sum + D, j0, j1), clear(c3_, j0, j1);
+      if (far_columns_) clear(sum + 2 * D, j0, j1);
     });
     T* row_sum = row_slot(member_.column);
     for (int g = 0; g < groups_; g++)
       for (int b = rows.begin; b < rows.end; b++)
-        row_sum[size_t(g) * batch_ + b] = row_sum[row_size_ + size_t(g) * batch_ + b] = T(0);
+        for (int k = 0; k < 3; k++) row_sum[k * row_size_ + size_t(g) * batch_ + b] = T(0);
   }
 
   void add_sums(const T* grad, ptrdiff_t ldg, const T* x, ptrdiff_t ldx, Range rows) {
@@ -175,12 +195,13 @@ class Norm {
       accumulate<true, false>(grad, ldg, x, ldx, rows);
     else
       accumulate<false, true>(grad, ldg, x, ldx, rows);
+    if (far_columns_ || far_rows_) add_rests(x, ldx, rows);
   }
 
   // Takes in this member's sums, and sets the coefficients of x's gradient from all members'.
   void end_sums(int t, int running, Range rows) {
     if (!a.enabled) return;
-    const T wb = T(a.w_batch[t]), wf = T(a.w_feature[t]);
+    const T wb = T(a.w_batch[t]), wf = T(a.w_feature[t]), scale = T(a.scale);
     const T *own = column_slot(member_.row), *other = column_slot(member_.row ^ 1);
     const T *own_dot = own + D, *other_dot = other + D;
     for_own([&](int j0, int j1) {
@@ -198,7 +219,7 @@ class Norm {
             sum = own[j] + other[j], dot = own_dot[j] + other_dot[j];
           });
         else {
-          T *sums = c1_, *dots = c2_;
+          T *sums = scratch_, *dots = c2_;
           for (int j = j0; j < j1; j++) sums[j] = dots[j] = T(0);
           for (int k = 0; k < member_.rows; k++) {
             const T* some = column_slot(k);
@@ -208,6 +229,7 @@ class Norm {
           column_gradients(t, j0, j1, mean_share, var_share,
                            [=](int j, T& sum, T& dot) BLN_INLINED { sum = sums[j], dot = dots[j]; });
         }
+        if (far_columns_) correct(j0, j1, share, a.batch_mean ? T(0) : scale * wb, var_share > T(0) ? T(1) : T(0));
       }
     });
     const bool row_mean = wf != T(0) && !a.feature_mean, row_var = wf != T(0) && !a.feature_var;
@@ -224,27 +246,34 @@ class Norm {
       }
 #pragma omp simd
       for (size_t i = first; i < end; i++) {
-        const T curve = alpha[i] * row_inverse_[i] * dot[i] * var_share;
-        r2_[i] = alpha[i] * sum[i] * mean_share - curve * row_mean_[i];
-        r3_[i] = curve;
+        r2_[i] = sum[i] * mean_share;
+        r3_[i] = row_inverse_[i] * dot[i] * var_share;
+      }
+      for (int k = 0; k < member_.columns && far_rows_; k++) {
+        const T* rest = row_slot(k) + 2 * row_size_;
+#pragma omp simd
+        for (size_t i = first; i < end; i++) r2_[i] -= r3_[i] * rest[i] * var_share;
       }
     }
   }
 
-  // The gradient of x, to `out` (or added to it), once its coefficients are there.
+  // The gradient of x, to `out` (or added to it), once its coefficients are there. The variances' part has distances to
+  // the current means, also where the values are normalised by given ones.
   template <bool Add>
   void apply(const T* grad, ptrdiff_t ldg, const T* x, ptrdiff_t ldx, T* out, ptrdiff_t ldo, Range rows) const {
     for (int g = 0; g < gates_; g++) {
       const int j0 = g * units_ + own_.begin, n = own_.size();
       const size_t at = size_t(group(g)) * batch_;
-      const T *w = weight + j0, *c1 = c1_ + j0, *c2 = c2_ + j0, *c3 = c3_ + j0;
+      const T *w = weight_ + j0, *slope = slope_ + j0, *mean = mean_ + j0, *c2 = c2_ + j0, *c3 = c3_ + j0;
       for (int b = rows.begin; b < rows.end; b++) {
         const T *y = grad + b * ldg + j0, *v = x + b * ldx + j0;
         T* to = out + b * ldo + j0;
-        const T r1 = alpha[at + b], r2 = r2_[at + b], r3 = r3_[at + b];
+        const T row_slope = row_slope_[at + b], row_mean = row_mean_[at + b], r2 = r2_[at + b], r3 = r3_[at + b];
 #pragma omp simd
         for (int j = 0; j < n; j++) {
-          const T value = y[j] * (w[j] * r1 + c1[j]) - v[j] * (r3 + c3[j]) - (r2 + c2[j]);
+          const T of_batch = (y[j] * slope[j] - c2[j]) - (v[j] - mean[j]) * c3[j];
+          const T of_row = (y[j] * w[j] - r2) - (v[j] - row_mean) * r3;
+          const T value = of_batch + of_row * row_slope;
           to[j] = Add ? to[j] + value : value;
         }
       }
@@ -280,69 +309,143 @@ class Norm {
  private:
   int group(int gate) const { return groups_ == 1 ? 0 : gate; }
   int features() const { return groups_ == 1 ? D : units_; }
+  int own_features() const { return (groups_ == 1 ? gates_ : 1) * own_.size(); }
   bool current_batch(int t) const { return a.enabled && a.w_batch[t] != 0 && !(a.batch_mean && a.batch_var); }
   bool current_feature(int t) const { return a.enabled && a.w_feature[t] != 0 && !(a.feature_mean && a.feature_var); }
-  T* column_slot(int k) const { return shared_.columns.get() + (size_t(slot_) * member_.rows + k) * 2 * D; }
-  T* row_slot(int k) const { return shared_.rows.get() + (size_t(slot_) * member_.columns + k) * 2 * row_size_; }
+  T* column_slot(int k) const { return shared_.columns.get() + (size_t(slot_) * member_.rows + k) * 3 * D; }
+  T* row_slot(int k) const { return shared_.rows.get() + (size_t(slot_) * member_.columns + k) * 3 * row_size_; }
 
   template <class F>
-  void for_own(F body) {
+  void for_own(F body) const {
     for (int g = 0; g < gates_; g++) body(g * units_ + own_.begin, g * units_ + own_.end);
   }
 
-  // One pass: sums of distances, and of their squares, to a number of x itself: the first row for columns, the first
-  // number of a row for rows. That lies within sqrt(n) deviations of the mean, so that little cancels.
+  // One pass: sums of distances, and of their squares, to an anchor: the mean of the first rows for columns, of two
+  // numbers for rows. Where an anchor turns out to lie far from the mean, a second pass takes distances to the mean.
   template <bool Batch, bool Feature>
   void measure(const T* x, ptrdiff_t ld, Range rows) {
     T *mean = column_slot(member_.row), *spread = mean + D;
     T *row_mean = row_slot(member_.column), *row_spread = row_mean + row_size_;
     if (Batch)
       for_own([&](int j0, int j1) {
-        for (int j = j0; j < j1; j++) mean[j] = spread[j] = T(0);
+        clear(mean, j0, j1), clear(spread, j0, j1), clear(spread + D, j0, j1);
       });
     if (Feature)
       for (int g = 0; g < groups_; g++)
         for (int b = rows.begin; b < rows.end; b++)
           row_mean[size_t(g) * batch_ + b] = row_spread[size_t(g) * batch_ + b] = T(0);
     if (rows.size() == 0 || own_.size() == 0) return;
-    const T *anchor = x + rows.begin * ld, *first = x + own_.begin;
+    if (Batch) set_anchor(x + rows.begin * ld, ld, rows.size() < stripe ? rows.size() : stripe);
+    total<Batch, Feature>(x, ld, rows);
+    if (Batch && centre(mean, spread, rows.size())) {
+      for_own([&](int j0, int j1) {
+        for (int j = j0; j < j1; j++) scratch_[j] = mean[j];
+        clear(mean, j0, j1), clear(spread, j0, j1);
+      });
+      total<true, false>(x, ld, rows);
+      centre(mean, spread, rows.size());
+    }
+    if (Feature)
+      for (int g = 0; g < groups_; g++) {
+        const size_t at = size_t(g) * batch_;
+        const T share = T(1) / T(own_features());
+        for (int b = rows.begin; b < rows.end; b++) {
+          const T* row = x + b * ld + g * units_ + own_.begin;
+          T &mean = row_mean[at + b], &spread = row_spread[at + b];
+          if (centre(row_anchor(row), share, mean, spread)) centre_again(row, mean, spread);
+        }
+      }
+  }
+
+  void set_anchor(const T* x, ptrdiff_t ld, int rows) {
+    const T share = T(1) / T(rows);
+    // in place of a row that is not there stands the one before it, with no weight
+    const T *x1 = x + (rows > 1) * ld, *x2 = x1 + (rows > 2) * ld, *x3 = x2 + (rows > 3) * ld;
+    const T share1 = rows > 1 ? share : T(0), share2 = rows > 2 ? share : T(0), share3 = rows > 3 ? share : T(0);
+    for_own([&](int j0, int j1) {
+      // loops from zero: where integers wrap, others gather and scatter
+      const T *y0 = x + j0, *y1 = x1 + j0, *y2 = x2 + j0, *y3 = x3 + j0;
+      T* to = scratch_ + j0;
+#pragma omp simd
+      for (int j = 0; j < j1 - j0; j++) to[j] = (y0[j] * share + y1[j] * share1) + (y2[j] * share2 + y3[j] * share3);
+    });
+  }
+
+  T row_anchor(const T* row) const { return (row[0] + row[own_.size() / 2]) * T(0.5); }
+
+  // From sums of the columns' distances to the anchor and of their squares to mean and spread; whether an anchor lay so
+  // far that the spread lacks digits. Random numbers of any count hardly ever have one.
+  bool centre(T* mean, T* spread, int rows) const {
+    const T share = T(1) / T(rows);
+    bool any = false;
+    for_own([&](int j0, int j1) {
+      const T* anchor = scratch_ + j0;
+      T *of_mean = mean + j0, *of_spread = spread + j0, *rest_of_mean = of_spread + D;
+      int far = 0;
+#pragma omp simd reduction(| : far)
+      for (int j = 0; j < j1 - j0; j++) {
+        const T distance = of_mean[j] * share, rest = of_spread[j] - of_mean[j] * distance;
+        far |= of_spread[j] > T(8) * rest;
+        of_mean[j] = anchor[j] + distance;
+        rest_of_mean[j] = (anchor[j] - of_mean[j]) + distance;
+        of_spread[j] = rest < T(0) ? T(0) : rest;
+      }
+      any |= far != 0;
+    });
+    return any;
+  }
+
+  // The same for a row of a group.
+  static bool centre(T anchor, T share, T& mean, T& spread) {
+    const T distance = mean * share, rest = spread - mean * distance;
+    const bool far = spread > T(4) * rest;
+    mean = anchor + distance;
+    spread = rest < T(0) ? T(0) : rest;
+    return far;
+  }
+
+  void centre_again(const T* row, T& mean, T& spread) const {
+    const T anchor = mean;
+    T sum = 0, squares = 0;
+    for (int g = 0; g < (groups_ == 1 ? gates_ : 1); g++) {
+      const T* x = row + g * units_;
+      for (int j0 = 0; j0 < own_.size(); j0 += 64) {  // small squares are not added one by one to a large one
+        T part_sum = 0, part_squares = 0;
+#pragma omp simd reduction(+ : part_sum, part_squares)
+        for (int j = j0; j < clipped({0, j0 + 64}, own_.size()).end; j++) {
+          const T distance = x[j] - anchor;
+          part_sum += distance, part_squares += distance * distance;
+        }
+        sum += part_sum, squares += part_squares;
+      }
+    }
+    mean = sum, spread = squares;
+    centre(anchor, T(1) / T(own_features()), mean, spread);
+  }
+
+  // Distances, and their squares, of all rows.
+  template <bool Batch, bool Feature>
+  void total(const T* x, ptrdiff_t ld, Range rows) {
+    T *mean = column_slot(member_.row), *spread = mean + D;
+    T *row_mean = row_slot(member_.column), *row_spread = row_mean + row_size_;
     for (int b = rows.begin; b < rows.end; b += stripe)
       for (int g = 0; g < gates_; g++) {
         const int j0 = g * units_ + own_.begin;
         const size_t at = size_t(group(g)) * batch_;
-        total<Batch, Feature>(x + j0, ld, clipped({b, b + stripe}, rows.end), own_.size(), anchor + j0, mean + j0,
-                              spread + j0, first + group(g) * units_, row_mean + at, row_spread + at);
-      }
-    if (Batch)
-      for_own([&](int j0, int j1) {
-        const T share = T(1) / T(rows.size());
-#pragma omp simd
-        for (int j = j0; j < j1; j++) {
-          const T distance = mean[j] * share, rest = spread[j] - mean[j] * distance;
-          mean[j] = anchor[j] + distance;
-          spread[j] = rest < T(0) ? T(0) : rest;
-        }
-      });
-    if (Feature)
-      for (int g = 0; g < groups_; g++) {
-        const T share = T(1) / T((groups_ == 1 ? gates_ : 1) * own_.size());
-        const size_t at = size_t(g) * batch_;
-        for (int b = rows.begin; b < rows.end; b++) {
-          const T distance = row_mean[at + b] * share, rest = row_spread[at + b] - row_mean[at + b] * distance;
-          row_mean[at + b] = first[b * ld + g * units_] + distance;
-          row_spread[at + b] = rest < T(0) ? T(0) : rest;
-        }
+        total<Batch, Feature>(x + j0, ld, clipped({b, b + stripe}, rows.end), own_.size(), scratch_ + j0, mean + j0,
+                              spread + j0, x + group(g) * units_ + own_.begin, row_mean + at, row_spread + at);
       }
   }
 
   // Adds the distances, and their squares, of some rows of a gate's columns.
   template <bool Batch, bool Feature>
-  static void total(const T* x, ptrdiff_t ld, Range rows, int n, const T* anchor, T* column, T* squares, const T* first,
-                    T* row, T* row_squares) {
+  void total(const T* x, ptrdiff_t ld, Range rows, int n, const T* anchor, T* column, T* squares, const T* first,
+             T* row, T* row_squares) const {
     int b = rows.begin;
     for (; b + 4 <= rows.end; b += 4) {
       const T *x0 = x + b * ld, *x1 = x0 + ld, *x2 = x1 + ld, *x3 = x2 + ld;
-      const T m0 = first[b * ld], m1 = first[(b + 1) * ld], m2 = first[(b + 2) * ld], m3 = first[(b + 3) * ld];
+      const T m0 = row_anchor(first + b * ld), m1 = row_anchor(first + (b + 1) * ld);
+      const T m2 = row_anchor(first + (b + 2) * ld), m3 = row_anchor(first + (b + 3) * ld);
       T s0 = 0, s1 = 0, s2 = 0, s3 = 0, q0 = 0, q1 = 0, q2 = 0, q3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3, q0, q1, q2, q3)
       for (int j = 0; j < n; j++) {
@@ -363,7 +466,7 @@ class Norm {
     }
     for (; b < rows.end; b++) {
       const T* x0 = x + b * ld;
-      const T m0 = first[b * ld];
+      const T m0 = row_anchor(first + b * ld);
       T s0 = 0, q0 = 0;
 #pragma omp simd reduction(+ : s0, q0)
       for (int j = 0; j < n; j++) {
@@ -393,7 +496,7 @@ class Norm {
       const int j0 = g * units_ + own_.begin, n = own_.size();
       const size_t at = size_t(group(g)) * batch_;
       T *S = sum + j0, *E = dot + j0, *F = c3_ + j0;
-      const T *w = weight + j0, *mu = used_mean_ + j0;
+      const T *w = weight_ + j0, *mu = used_mean_ + j0;
       int b = rows.begin;
       for (; b + 4 <= rows.end; b += 4) {
         const T *y0 = grad + b * ldg + j0, *y1 = y0 + ldg, *y2 = y1 + ldg, *y3 = y2 + ldg;
@@ -438,32 +541,102 @@ class Norm {
     }
   }
 
-  static T square(T x) { return x * x; }
+  // A mean far from zero is rounded, and the distances to it have a mean of their own. The gradient takes that away
+  // too: else a column's gradient would not add up to zero, and its product with an input far from zero would show it.
+  void note_far_means(int t, Range rows) {
+    const auto is_far = [](T mean, T var) BLN_INLINED { return mean * mean > T(16) * var; };
+    int far = 0;
+    if (current_batch(t)) {
+      const T *mean = a.batch_moments + size_t(t) * 2 * D, *var = mean + D;
+      for_own([&](int j0, int j1) {
+#pragma omp simd reduction(| : far)
+        for (int j = j0; j < j1; j++) far |= is_far(mean[j], var[j]);
+      });
+    }
+    far_columns_ = far;
+    far = 0;
+    if (current_feature(t) && !a.feature_var)
+      for (int g = 0; g < groups_; g++) {
+        const size_t first = size_t(g) * batch_ + rows.begin;
+        const T *mean = a.feature_moments + size_t(t) * 2 * row_size_ + first, *var = mean + row_size_;
+#pragma omp simd reduction(| : far)
+        for (int b = 0; b < rows.size(); b++) far |= is_far(mean[b], var[b]);
+      }
+    far_rows_ = far;
+  }
 
-  // The coefficients of the columns [j0, j1) from Chan's merge of the members' moments.
+  // Of the columns' gradients; `gain` and `curve` are zero where nothing that lies in those hangs on the current mean.
+  void correct(int j0, int j1, T share, T gain, T curve) {
+    T *rest = scratch_, *weights = weight_sum_.get();
+    const T* own = column_slot(member_.row);
+    for (int j = j0; j < j1; j++) rest[j] = T(0);
+    for (int k = 0; k < member_.rows; k++) {
+      const T* some = column_slot(k) + 2 * D;
+#pragma omp simd
+      for (int j = j0; j < j1; j++) rest[j] += some[j] * share;
+    }
+#pragma omp simd
+    for (int j = j0; j < j1; j++) {
+      weights[j] -= gain * inverse_[j] * own[j] * rest[j];
+      c3_[j] -= curve * square(inverse_[j]) * c2_[j] * rest[j];
+      c2_[j] -= c3_[j] * rest[j];
+    }
+  }
+
+  // The sums of some rows' distances to the means.
+  void add_rests(const T* x, ptrdiff_t ld, Range rows) {
+    T *rest = column_slot(member_.row) + 2 * D, *row_rest = row_slot(member_.column) + 2 * row_size_;
+    for (int g = 0; g < gates_; g++) {
+      const int j0 = g * units_ + own_.begin, n = own_.size();
+      const T* mean = mean_ + j0;
+      for (int b = rows.begin; b < rows.end; b++) {
+        const T *from = x + b * ld + j0, row_mean = row_mean_[size_t(group(g)) * batch_ + b];
+        if (far_columns_) {
+          T* to = rest + j0;
+#pragma omp simd
+          for (int j = 0; j < n; j++) to[j] += from[j] - mean[j];
+        }
+        if (far_rows_) {
+          T sum = 0;
+#pragma omp simd reduction(+ : sum)
+          for (int j = 0; j < n; j++) sum += from[j] - row_mean;
+          row_rest[size_t(group(g)) * batch_ + b] += sum;
+        }
+      }
+    }
+  }
+
+  static T square(T x) { return x * x; }
+  static void clear(T* values, int begin, int end) {
+    for (int j = begin; j < end; j++) values[j] = T(0);
+  }
+
+  // The coefficients of the columns [j0, j1) from Chan's merge of the members' moments. Distances between means may be
+  // small beside what rounding takes from these, hence the rests.
   void merge_columns(int t, int running, int j0, int j1) {
     if (!current_batch(t)) return given_columns(t, j0, j1);
     const T inverse = T(1) / T(running);
     const T *own = column_slot(0), *other = column_slot(1), *own_spread = own + D, *other_spread = other + D;
+    const T *own_rest = own_spread + D, *other_rest = other_spread + D;
     if (member_.rows == 1)
       column_coefficients(t, j0, j1,
                           [=](int j, T& mean, T& var) BLN_INLINED { mean = own[j], var = own_spread[j] * inverse; });
     else if (member_.rows == 2) {
       const T share = T(clipped(part(batch_, 1, 2), running).size()) * inverse, between = share * (T(1) - share);
       column_coefficients(t, j0, j1, [=](int j, T& mean, T& var) BLN_INLINED {
-        const T distance = other[j] - own[j];
-        mean = own[j] + share * distance;
+        const T distance = (other[j] - own[j]) + (other_rest[j] - own_rest[j]);
+        mean = own[j] + (own_rest[j] + share * distance);
         var = (own_spread[j] + other_spread[j]) * inverse + between * square(distance);
       });
     } else {
-      T *mean = mean_, *var = inverse_;
-      for (int j = j0; j < j1; j++) mean[j] = var[j] = T(0);
+      T *mean = mean_, *var = inverse_, *shift = scratch_;  // of the mean from the first member's
+      for (int j = j0; j < j1; j++) shift[j] = var[j] = T(0);
       for (int k = 0; k < member_.rows; k++) {
         const T share = T(clipped(part(batch_, k, member_.rows), running).size()) * inverse;
         const T* some = column_slot(k);
         if (share > T(0)) {
 #pragma omp simd
-          for (int j = j0; j < j1; j++) mean[j] += share * some[j];
+          for (int j = j0; j < j1; j++) shift[j] += share * ((some[j] - own[j]) + some[2 * D + j]);
         }
       }
       for (int k = 0; k < member_.rows; k++) {
@@ -471,9 +644,11 @@ class Norm {
         const T* some = column_slot(k);
         if (share > T(0)) {
 #pragma omp simd
-          for (int j = j0; j < j1; j++) var[j] += share * square(some[j] - mean[j]) + some[D + j] * inverse;
+          for (int j = j0; j < j1; j++)
+            var[j] += share * square((some[j] - own[j]) + some[2 * D + j] - shift[j]) + some[D + j] * inverse;
         }
       }
+      for (int j = j0; j < j1; j++) mean[j] = own[j] + shift[j];
       column_coefficients(t, j0, j1,
                           [=](int j, T& to_mean, T& to_var) BLN_INLINED { to_mean = mean[j], to_var = var[j]; });
     }
@@ -511,7 +686,7 @@ class Norm {
   void given_columns(int t, int j0, int j1) {
     if (a.w_batch[t] != 0)
       return column_coefficients(t, j0, j1, [](int, T& mean, T& var) BLN_INLINED { mean = var = T(0); });
-    for (int j = j0; j < j1; j++) used_mean_[j] = mean_[j] = inverse_[j] = p[j] = T(0), q[j] = bias_[j];
+    for (int j = j0; j < j1; j++) used_mean_[j] = mean_[j] = inverse_[j] = slope_[j] = T(0);
   }
 
   // moments(j, mean, var) gives those of the current batch.
@@ -527,13 +702,12 @@ class Norm {
       T mean, var;
       moments(j, mean, var);
       const T used = has_mean ? given_mean[j] : mean;
-      const T inverse = T(1) / std::sqrt((has_var ? given_var[j] : var) + eps), slope = weight[j] * wb * inverse;
+      const T inverse = T(1) / std::sqrt((has_var ? given_var[j] : var) + eps);
       mean_[j] = mean;
       var_[j] = var;
       used_mean_[j] = used;
       inverse_[j] = inverse;
-      p[j] = slope;
-      q[j] = bias_[j] - slope * used;
+      slope_[j] = weight_[j] * wb * inverse;
     }
   }
 
@@ -547,12 +721,11 @@ class Norm {
     for (int j = j0; j < j1; j++) {
       T sum, dot;
       totals(j, sum, dot);
-      const T inverse = inverse_[j], slope = weight[j] * wb * inverse;
+      const T inverse = inverse_[j], slope = slope_[j];
       const T curve = slope * inverse * inverse * dot * var_share;
       bias_sum_[j] += own[j];
       gain[j] += scale * (wb * inverse * own_dot[j] + wf * c3_[j]);
-      c1_[j] = slope;
-      c2_[j] = slope * sum * mean_share - curve * mean_[j];
+      c2_[j] = slope * sum * mean_share;
       c3_[j] = curve;
     }
   }
@@ -563,7 +736,7 @@ class Norm {
     for (int g = 0; g < groups_; g++) {
       const size_t first = size_t(g) * batch_ + rows.begin, end = first + rows.size();
       if (wf == T(0)) {
-        for (size_t i = first; i < end; i++) row_used_[i] = row_mean_[i] = row_inverse_[i] = alpha[i] = beta[i] = T(0);
+        for (size_t i = first; i < end; i++) row_used_[i] = row_mean_[i] = row_inverse_[i] = row_slope_[i] = T(0);
         continue;
       }
       const bool has_mean = a.feature_mean, has_var = a.feature_var;
@@ -575,8 +748,7 @@ class Norm {
         const T inverse = T(1) / std::sqrt((has_var ? fixed_var : row_inverse_[i]) + eps);
         row_used_[i] = m;
         row_inverse_[i] = inverse;
-        alpha[i] = wf * inverse;
-        beta[i] = wf * inverse * m;
+        row_slope_[i] = wf * inverse;
       }
     }
   }
@@ -597,9 +769,10 @@ class Norm {
   int groups_, D, slot_ = 0;
   size_t row_size_;
   bool has_batch_ = false, has_feature_ = false;  // parts that the step's gradient has
+  bool far_columns_ = false, far_rows_ = false;   // whether some means of the step are far from zero
   Buffer<T> columns_, rows_, weight_sum_;
-  T *mean_, *var_, *used_mean_, *inverse_, *c1_, *c2_, *c3_, *bias_sum_, *bias_;
-  T *row_mean_, *row_used_, *row_inverse_, *r2_, *r3_;
+  T *weight_, *slope_, *mean_, *var_, *used_mean_, *inverse_, *scratch_, *c2_, *c3_, *bias_sum_, *bias_;
+  T *row_slope_, *row_mean_, *row_used_, *row_inverse_, *r2_, *r3_;
 };
 
 }  // namespace bln

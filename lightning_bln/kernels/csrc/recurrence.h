@@ -12,7 +12,7 @@ enum Cell : int64_t { kLstm, kGru, kRnnTanh, kRnnRelu };
 // `input_part` are computed anew in the gradient where they are null, as the gates always are.
 template <class T>
 struct RecurrenceArgs {
-  int64_t cell, steps, batch, inputs, units, threads;
+  int64_t cell, steps, batch, rows, inputs, units, threads;  // rows of all steps together
   int64_t row_teams, column_teams;  // how many threads, as a grid that shares rows and units; 0: chosen here
   int64_t chunk_rows;               // rows whose products with the input weights are taken together; 0: chosen here
   int64_t keep;                     // forward: a gradient will follow
@@ -216,62 +216,60 @@ class Walker {
     }
   }
 
-  // One gate's activation on the sum of both normalised parts, to rows `ldo` apart.
-  template <class F>
-  void activate(int g, const T* x, const T* v, T* out, ptrdiff_t ldo, Range some, F activation) const {
-    const int j0 = g * H + units.begin, n = units.size();
-    const T *wx = ih.weight + j0, *px = ih.p + j0, *qx = ih.q + j0;
-    const T *wv = hh.weight + j0, *pv = hh.p + j0, *qv = hh.q + j0;
-    const T *ax = ih.alpha_of(g), *bx = ih.beta_of(g), *av = hh.alpha_of(g), *bv = hh.beta_of(g);
-    for (int b = some.begin; b < some.end; b++) {
-      const T *from_x = x + size_t(b) * D + j0, *from_v = v + size_t(b) * D + j0;
-      T* to = out + b * ldo + units.begin;
-      const T a0 = ax[b], b0 = bx[b], a1 = av[b], b1 = bv[b];
-#pragma omp simd
-      for (int j = 0; j < n; j++)
-        to[j] = activation((from_x[j] * (wx[j] * a0 + px[j]) + (qx[j] - wx[j] * b0)) +
-                           (from_v[j] * (wv[j] * a1 + pv[j]) + (qv[j] - wv[j] * b1)));
-    }
-  }
-
-  // The new gate of a GRU: its hidden part is multiplied by the reset gate after the normalisation.
-  void activate_new(const T* x, const T* v, T* gates, Range some) const {
-    const int j0 = 2 * H + units.begin, n = units.size();
-    const T *wx = ih.weight + j0, *px = ih.p + j0, *qx = ih.q + j0;
-    const T *wv = hh.weight + j0, *pv = hh.p + j0, *qv = hh.q + j0;
-    const T *ax = ih.alpha_of(2), *bx = ih.beta_of(2), *av = hh.alpha_of(2), *bv = hh.beta_of(2);
-    for (int b = some.begin; b < some.end; b++) {
-      const T *from_x = x + size_t(b) * D + j0, *from_v = v + size_t(b) * D + j0;
-      T* to = gates + size_t(b) * D + j0;
-      const T* reset = to - 2 * H;
-      const T a0 = ax[b], b0 = bx[b], a1 = av[b], b1 = bv[b];
-#pragma omp simd
-      for (int j = 0; j < n; j++)
-        to[j] = hyperbolic_tangent((from_x[j] * (wx[j] * a0 + px[j]) + (qx[j] - wx[j] * b0)) +
-                                   reset[j] * (from_v[j] * (wv[j] * a1 + pv[j]) + (qv[j] - wv[j] * b1)));
-    }
-  }
-
-  void activate_all(const T* x, const T* v, T* gates, Range some) const {
-    activate_all(x, v, gates, some, gates + 3 * H, D);
+  // The gates' activations on the sums of both normalised parts.
+  void activate_all(int t, const T* x, const T* v, T* gates, Range some) const {
+    activate_all(t, x, v, gates, some, gates + 3 * H, D);
   }
 
   // The output gate of an LSTM may have a place of its own.
+  void activate_all(int t, const T* x, const T* v, T* gates, Range some, T* output_gate, ptrdiff_t ldo) const {
+    if (ih.has_feature(t) || hh.has_feature(t))
+      activate_all<true>(x, v, gates, some, output_gate, ldo);
+    else
+      activate_all<false>(x, v, gates, some, output_gate, ldo);
+  }
+
+  template <bool Feature>
   void activate_all(const T* x, const T* v, T* gates, Range some, T* output_gate, ptrdiff_t ldo) const {
     const auto squash = [](T z) { return sigmoid(z); };
     const auto bend = [](T z) { return hyperbolic_tangent(z); };
     switch (a.cell) {
       case kLstm:
-        for (int g : {0, 1}) activate(g, x, v, gates + g * H, D, some, squash);
-        activate(2, x, v, gates + 2 * H, D, some, bend);
-        activate(3, x, v, output_gate, ldo, some, squash);
+        for (int g : {0, 1}) activate<Feature>(g, x, v, gates + g * H, D, some, squash);
+        activate<Feature>(2, x, v, gates + 2 * H, D, some, bend);
+        activate<Feature>(3, x, v, output_gate, ldo, some, squash);
         break;
       case kGru:
-        for (int g : {0, 1}) activate(g, x, v, gates + g * H, D, some, squash);
-        activate_new(x, v, gates, some);
+        for (int g : {0, 1}) activate<Feature>(g, x, v, gates + g * H, D, some, squash);
+        activate_new<Feature>(x, v, gates, some);
         break;
-      case kRnnTanh: activate(0, x, v, gates, D, some, bend); break;
-      default: activate(0, x, v, gates, D, some, [](T z) { return z < T(0) ? T(0) : z; });
+      case kRnnTanh: activate<Feature>(0, x, v, gates, D, some, bend); break;
+      default: activate<Feature>(0, x, v, gates, D, some, [](T z) { return z < T(0) ? T(0) : z; });
+    }
+  }
+
+  // One gate, to rows `ldo` apart.
+  template <bool Feature, class F>
+  void activate(int g, const T* x, const T* v, T* out, ptrdiff_t ldo, Range some, F activation) const {
+    for (int b = some.begin; b < some.end; b++) {
+      const auto from_x = ih.template normalized<Feature>(g, b, x + size_t(b) * D + g * H);
+      const auto from_v = hh.template normalized<Feature>(g, b, v + size_t(b) * D + g * H);
+      T* to = out + b * ldo;
+#pragma omp simd
+      for (int j = units.begin; j < units.end; j++) to[j] = activation(from_x[j] + from_v[j]);
+    }
+  }
+
+  // The new gate of a GRU: its hidden part is multiplied by the reset gate after the normalisation.
+  template <bool Feature>
+  void activate_new(const T* x, const T* v, T* gates, Range some) const {
+    for (int b = some.begin; b < some.end; b++) {
+      const auto from_x = ih.template normalized<Feature>(2, b, x + size_t(b) * D + 2 * H);
+      const auto from_v = hh.template normalized<Feature>(2, b, v + size_t(b) * D + 2 * H);
+      const T* reset = gates + size_t(b) * D;
+      T* to = gates + size_t(b) * D + 2 * H;
+#pragma omp simd
+      for (int j = units.begin; j < units.end; j++) to[j] = hyperbolic_tangent(from_x[j] + reset[j] * from_v[j]);
     }
   }
 
