@@ -139,7 +139,7 @@ def prepared(case: Case, make: Callable[..., nn.Module]) -> Flat:
     module, generator = case.bare(make), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.6)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5)
     if case.situation != TRAIN:
         if populations(module):
             recompute_population(module, [0, 1], predict=lambda seed: module(*case.inputs(10 + seed)))
