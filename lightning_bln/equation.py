@@ -70,6 +70,8 @@ def normalize_by(
     Returns:
         The normalised input, and the statistics of each remaining position as :func:`observation` gives them.
     """
+    if mask is not None:  # what is no data may be no number either, which gradients would carry on
+        x = x.masked_fill(~mask[..., None], 0)
     statistics = statistics_of(x, equation, source, over, mask)
     y = normalize(x, statistics, equation)
     if not observes:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_bln._checks import check_choice
 from lightning_bln._torch import is_autocast_enabled
-from lightning_bln.equation import Equation, Source, Statistics, normalize_by
+from lightning_bln.equation import Equation, Source, Statistics, normalize_by, widen
 
 NORMS = ("bln", "layer", "batch")
 
@@ -99,7 +99,9 @@ def batch_layer_norm(
         )
     over = tuple(range(canonical.ndim - 1)) if positions == "shared" else (0,)
     if batch_size is None:
-        batch_size = canonical.shape[0] if mask is None else mask.sum(0, keepdim=True)[..., None].clamp(min=1)
+        batch_size = canonical.shape[0]
+        if mask is not None:
+            batch_size = mask.sum(0, keepdim=True)[..., None].clamp(min=1).to(widen(x).dtype)
     given = Statistics(batch_mean, batch_var, feature_mean, feature_var)
     source = Source(given, tuple(value is not None for value in given))
     weights = mixing_weights(batch_size, delta, norm)

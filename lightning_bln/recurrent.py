@@ -210,7 +210,7 @@ class Recurrent(HasCells):
     ) -> tuple[Tensor, list[LayerState]]:
         """All layers in both directions, over ``(T, ..., B, input_size)``."""
         regularization = Regularization(self.input_dropout, self.recurrent_dropout, self.zoneout, self.training)
-        back = None if sizes is None else reversal(sizes, x)
+        back = reversal(sizes, x) if self.bidirectional and sizes is not None else None
         last: list[LayerState] = []
         for layer in range(self.num_layers):
             if layer and self.dropout:

@@ -19,7 +19,7 @@ from lightning_bln.recurrence.gate_norm import SequenceNorm
 from lightning_bln.recurrence.parameters import Weights
 from lightning_bln.recurrence.reference import HiddenWeights, Noise, Sequences, project_input, recurrence
 from lightning_bln.recurrence.regularization import Regularization
-from lightning_bln.recurrence.sequences import Running, is_running
+from lightning_bln.recurrence.sequences import Running
 from lightning_bln.recurrence.statistics import gather
 
 Norms = Sequence[SequenceNorm | None]
@@ -45,7 +45,7 @@ def run_fused(
         x = contiguous_in_modes(x.transpose(0, 1))
     modules = (weights.norm_ih, *(weights.norm_hh or (None,)), weights.norm_cell)
     norms = [None if norm is None else norm.sequence(running) for norm in modules]
-    rows = None if sizes is None else is_running(sizes, x.unsqueeze(-2)).flatten().nonzero().squeeze(1)
+    rows = running.rows(x.device)
     flat = x.flatten(-3, -2) if rows is None else x.flatten(0, 1).index_select(0, rows)
     first = tuple(value.to(dtype) for value in state)
     inputs = inputs_of(flat.to(dtype), first, weights, norms)
@@ -71,7 +71,7 @@ def run_fused(
     for module, norm, moments in zip(modules, norms, seen, strict=True):
         if module is not None and norm is not None and norm.observes:
             gather(module, norm, moments, running)
-    return padded(output, rows, running), (h, c)[: len(state)]
+    return running.padded(output, rows), (h, c)[: len(state)]
 
 
 def inputs_of(x: Tensor, state: tuple[Tensor, ...], weights: Weights, norms: Norms) -> Inputs:
@@ -107,20 +107,13 @@ def on_torch(
         for norm, (w, b) in zip(norms, affine, strict=True)
     )
     assert inputs.weight_ih is not None
-    x = padded(inputs.x, rows, running)
+    x = running.padded(inputs.x, rows)
     gates, _ = project_input(x, inputs.weight_ih, inputs.bias_ih, norm_ih, running, len(weights.cell.gates))
     state = (inputs.h,) if inputs.c is None else (inputs.h, inputs.c)
     hidden = HiddenWeights(inputs.weight_hh, inputs.bias_hh, None, () if norm_hh is None else (norm_hh,), norm_cell)
     result = recurrence(weights.cell, Sequences(gates, state, running.sizes), hidden, noise)
     outputs = result.outputs.flatten(0, 1)
     return outputs if rows is None else outputs.index_select(0, rows), *result.state
-
-
-def padded(flat: Tensor, rows: Tensor | None, running: Running) -> Tensor:
-    """Rows that hold data at their places among all steps and sequences, ``(T, B, size)``, zeros at the others."""
-    if rows is not None:
-        flat = flat.new_zeros(running.steps * running.samples, flat.shape[-1]).index_copy(0, rows, flat)
-    return flat.view(running.steps, running.samples, -1)
 
 
 def zoneout_mask(noise: Noise, rows: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_bln._torch import is_observed
+from lightning_bln._torch import is_observed, is_plain
 from lightning_bln.cells.cell import LinearCell
 from lightning_bln.cells.gates import Gates
 from lightning_bln.recurrence.reference import HiddenWeights, Recorder, Result, Sequences
@@ -33,8 +33,9 @@ def linear_scan(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
     Source:
         Martin and Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length", 2018.
     """
-    a, b = torch.broadcast_tensors(a, b)
-    if a.device.type == "cpu" and not torch.compiler.is_compiling() and not is_observed():
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    a, b = a.expand(shape), b.expand(shape)
+    if not torch.compiler.is_compiling() and not is_observed() and all(map(is_plain, (a, b, first))):
         return SequentialScan.apply(a, b, first)
     return doubling_scan(a, b, first)
 

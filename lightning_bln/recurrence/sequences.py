@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bln.functional import check_dtype
 
@@ -33,6 +33,19 @@ class Running(NamedTuple):
         """Running sequences: a number for all steps, or one for each, ``(T, 1)``."""
         return self.samples if self.sizes is None else torch.tensor(self.sizes, device=device)[:, None]
 
+    def rows(self, device: torch.device) -> Tensor | None:
+        """Places of the rows that hold data among those of all steps and sequences, in order; ``None`` if all do."""
+        if self.sizes is None:
+            return None
+        order = torch.arange(self.samples, device="cpu")
+        return (order < torch.tensor(self.sizes, device="cpu")[:, None]).flatten().nonzero().squeeze(1).to(device)
+
+    def padded(self, flat: Tensor, rows: Tensor | None) -> Tensor:
+        """Rows that hold data at their places, ``(T, B, size)``, zeros at the others."""
+        if rows is not None:
+            flat = flat.new_zeros(self.steps * self.samples, flat.shape[-1]).index_copy(0, rows, flat)
+        return flat.view(self.steps, self.samples, -1)
+
 
 class Form(NamedTuple):
     """An input as ``(T, B, input_size)``, and the form in which its outputs are given back."""
@@ -43,6 +56,8 @@ class Form(NamedTuple):
     is_batched: bool
     batch_first: bool
     packed: PackedSequence | None
+    rows: Tensor | None
+    """Places of packed rows in ``x``; ``None`` if they fill it."""
 
     @classmethod
     def of(cls, input: Tensor | PackedSequence, batch_first: bool) -> Form:
@@ -50,13 +65,15 @@ class Form(NamedTuple):
         if isinstance(input, PackedSequence):
             if not torch.compiler.is_compiling():
                 check_packed(input)
-            x, _ = pad_packed_sequence(PackedSequence(input.data, input.batch_sizes))
             sizes = input.batch_sizes.tolist()
-            return cls(x, None if sizes[-1] == sizes[0] else sizes, True, False, input)
+            uneven = None if sizes[-1] == sizes[0] else sizes
+            running = Running(len(sizes), sizes[0], uneven)
+            rows = running.rows(input.data.device)
+            return cls(running.padded(input.data, rows), uneven, True, False, input, rows)
         is_batched = input.ndim == 3
         x = input if is_batched else input.unsqueeze(1)
         batch_first = batch_first and is_batched
-        return cls(x.transpose(0, 1) if batch_first else x, None, is_batched, batch_first, None)
+        return cls(x.transpose(0, 1) if batch_first else x, None, is_batched, batch_first, None, None)
 
     def sort(self, state: list[LayerState]) -> list[LayerState]:
         """First states in the order of the packed sequences."""
@@ -75,7 +92,8 @@ class Form(NamedTuple):
         if not self.is_batched:
             return outputs.squeeze(1), unwrap(tuple(s.squeeze(1) for s in states))
         if self.packed is not None:
-            data = pack_padded_sequence(outputs, lengths_of(self.packed.batch_sizes)).data
+            data = outputs.flatten(0, 1)
+            data = data.clone() if self.rows is None else data.index_select(0, self.rows)
             return self.packed._replace(data=data), unwrap(states)
         return outputs.transpose(0, 1) if self.batch_first else outputs, unwrap(states)
 
@@ -200,7 +218,7 @@ def is_running(sizes: Sequence[int], x: Tensor) -> Tensor:
 
 def reversal(sizes: list[int], x: Tensor) -> Tensor:
     """Index of the step that each step is read from when every sequence is reversed within its length: ``(T, B)``."""
-    lengths = lengths_of(torch.tensor(sizes, device=x.device))
+    lengths = lengths_of(torch.tensor(sizes, device="cpu")).to(x.device)
     steps = torch.arange(len(sizes), device=x.device)[:, None]
     return torch.where(steps < lengths, lengths - 1 - steps, steps)
 

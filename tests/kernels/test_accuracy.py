@@ -82,52 +82,51 @@ def array_case(norm: str, data: str, mode: str, positions: str, *shape: int) -> 
     return layer, draw(data, *shape)
 
 
-def run_array(layer: Normalization, x: Tensor, grad: Tensor, fused: bool) -> dict[str, Tensor]:
+def run_array(layer: Normalization, x: Tensor, grad: Tensor, backend: str) -> dict[str, Tensor]:
+    layer.backend = backend
     leaves = {"gradient of x": x.clone().requires_grad_()} | {
         f"gradient of {name}": parameter for name, parameter in layer.named_parameters()
     }
     y = layer(leaves["gradient of x"])
-    assert ("Dense" in str(graph_of(y))) == fused
+    assert ("Dense" in str(graph_of(y))) == (backend == "cpu")
     return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad), strict=True)) | {"output": y.detach()}
 
 
-def compare_arrays(monkeypatch: pytest.MonkeyPatch, number: int, *case: Any) -> None:
+def compare_arrays(number: int, *case: Any) -> None:
     layer, x = array_case(*case)
     grad = torch.randn_like(x)
     wide = copy.deepcopy(layer).double()
     with threads(number):
-        found = run_array(layer, x, grad, True)
-    with monkeypatch.context() as patch:
-        patch.setattr("lightning_bln.norm.runs_fused", lambda *_: False)
-        plain = run_array(layer, x, grad, False)
-        exact = run_array(wide, x.double(), grad.double(), False)
+        found = run_array(layer, x, grad, "cpu")
+    plain = run_array(layer, x, grad, "reference")
+    exact = run_array(wide, x.double(), grad.double(), "reference")
     assert_as_accurate(found, plain, exact, TIMES, (number, case))
 
 
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("norm", ["bln", "layer", "batch"])
-def test_arrays_are_as_accurate_as_in_torch_operations(norm, data, monkeypatch) -> None:
+def test_arrays_are_as_accurate_as_in_torch_operations(norm, data) -> None:
     # with one feature, nothing but roundings is left of layer norm's gradient
     for batch, features in [(2, 65), (3, 16), (8, 3 if norm == "layer" else 1), (33, 3)]:
         for mode in MODES:
-            compare_arrays(monkeypatch, 1, norm, data, mode, "separate", batch, 8, features)
+            compare_arrays(1, norm, data, mode, "separate", batch, 8, features)
         for mode in ("train", "pcpc"):
-            compare_arrays(monkeypatch, 1, norm, data, mode, "shared", batch, 8, features)
+            compare_arrays(1, norm, data, mode, "shared", batch, 8, features)
 
 
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("norm", ["bln", "layer", "batch"])
-def test_moments_that_threads_merge_are_as_accurate(norm, data, monkeypatch) -> None:
+def test_moments_that_threads_merge_are_as_accurate(norm, data) -> None:
     for mode in ("train", "cppc", "pcpc"):
         for positions in ("separate", "shared"):  # of all positions at once, threads share the rows
-            compare_arrays(monkeypatch, 2, norm, data, mode, positions, 33, 9, 65)
+            compare_arrays(2, norm, data, mode, positions, 33, 9, 65)
 
 
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize(("norm", "shape"), [("layer", (8, 2, 1024)), ("batch", (128, 2, 16))])
-def test_many_numbers_beside_one_that_lies_far_away_are_as_accurate(norm, shape, data, monkeypatch) -> None:
+def test_many_numbers_beside_one_that_lies_far_away_are_as_accurate(norm, shape, data) -> None:
     for mode in ("train", "pcpc"):
-        compare_arrays(monkeypatch, 1, norm, data, mode, "separate", *shape)
+        compare_arrays(1, norm, data, mode, "separate", *shape)
 
 
 def run_layer(layer: Any, x: Tensor, hx: Any) -> dict[str, Tensor]:

@@ -326,10 +326,7 @@ class Norm {
   void measure(const T* x, ptrdiff_t ld, Range rows) {
     T *mean = column_slot(member_.row), *spread = mean + D;
     T *row_mean = row_slot(member_.column), *row_spread = row_mean + row_size_;
-    if (Batch)
-      for_own([&](int j0, int j1) {
-        clear(mean, j0, j1), clear(spread, j0, j1), clear(spread + D, j0, j1);
-      });
+    if (Batch) for_own([&](int j0, int j1) { clear(mean, j0, j1), clear(spread, j0, j1), clear(spread + D, j0, j1); });
     if (Feature)
       for (int g = 0; g < groups_; g++)
         for (int b = rows.begin; b < rows.end; b++)
