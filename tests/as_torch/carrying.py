@@ -195,13 +195,14 @@ def mixes(case: Case) -> None:
 
 
 def refuses(module: Flat, inputs: Sequence[Tensor], pattern: str) -> None:
-    """Raise AssertionError unless the module refuses the inputs with a clear error."""
+    """Raise unless the module refuses the inputs with a clear error."""
     try:
         module(*inputs)
     except (TypeError, ValueError, RuntimeError) as error:
-        assert re.search(pattern, str(error)), str(error)
+        message = str(error)
     else:
         raise AssertionError("accepted")
+    assert re.search(pattern, message), message
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -30,10 +30,10 @@ def compiled(module: nn.Module, **options: Any) -> Any:
 
 
 def compiles(case: Case) -> bool:
-    """One case in training and one in evaluation; of cells that compile for long, one."""
+    """One case in training and one in evaluation; of cells that compile for long, the latter."""
     if not case.few or case.packed or case.norm == "layer" or not HAS_CUSTOM_OPS:
         return False
-    return case.kind not in UNROLLED or case.norm is None
+    return case.situation != TRAIN or case.kind not in (*UNROLLED, "mingru", "BLNGRUCell", "mgu cell")
 
 
 @way("torch.compile", '`torch.compile(fullgraph=True)`, backend "aot_eager", forward and backward', compiles)
@@ -58,7 +58,7 @@ def compile_packed(case: Case) -> None:
 
 
 def compiles_lengths(case: Case) -> bool:
-    if case.kind in ("coupledlstm", "lem", "slstm", "mingru"):
+    if case.kind in ("coupledlstm", "lem", "slstm", "mingru", "ConvBLN3d"):
         return False
     return case.time_axis is not None and compiles(case) and (not case.has_time or case.norm is None)
 
@@ -78,7 +78,7 @@ def exports(case: Case) -> bool:
 
 def exported(case: Case, axes: dict[int, str], sizes: list[dict[str, int]], *, states: bool = True) -> None:
     """Export with these axes dynamic, and compare at other sizes."""
-    dims = {axis: torch.export.Dim(name, min=2, max=64) for axis, name in axes.items()}
+    dims = {axis: torch.export.Dim(name, min=3 if name == "steps" else 2, max=64) for axis, name in axes.items()}
     shapes = tuple(dims if index == 0 or states else None for index in range(len(case.shapes)))
     dynamic = (shapes[0], shapes[1:]) if shapes[1:] else (shapes[0],)
     program: Any = torch.export.export(case.module(), case.inputs(), dynamic_shapes=dynamic if dims else None)
