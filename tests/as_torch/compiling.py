@@ -33,7 +33,8 @@ def compiles(case: Case) -> bool:
     """One case in training and one in evaluation; of cells that compile for long, the latter."""
     if not case.few or case.packed or case.norm == "layer" or not HAS_CUSTOM_OPS:
         return False
-    return case.situation != TRAIN or case.kind not in (*UNROLLED, "mingru", "BLNGRUCell", "mgu cell")
+    slow = (*UNROLLED, "mingru", "ConvBLN1d", "ConvBLN3d", "BLNGRUCell", "mgu cell")
+    return case.situation != TRAIN or case.kind not in slow
 
 
 @way("torch.compile", '`torch.compile(fullgraph=True)`, backend "aot_eager", forward and backward', compiles)
@@ -58,7 +59,7 @@ def compile_packed(case: Case) -> None:
 
 
 def compiles_lengths(case: Case) -> bool:
-    if case.kind in ("coupledlstm", "lem", "slstm", "mingru", "ConvBLN3d"):
+    if case.kind in ("coupledlstm", "lem", "slstm", "mingru", "ConvBLN1d", "ConvBLN3d"):
         return False
     return case.time_axis is not None and compiles(case) and (not case.has_time or case.norm is None)
 

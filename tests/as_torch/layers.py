@@ -32,6 +32,7 @@ TRAIN, EVAL = "train", "eval"
 MODES = ("cccc", "ppcc", "pppp")
 LENGTHS = (2, 3, 1)
 SAMPLES, STEPS, INPUTS, UNITS = 3, 3, 2, 3
+PACKED = pack_padded_sequence(torch.zeros(max(LENGTHS), len(LENGTHS)), torch.tensor(LENGTHS), enforce_sorted=False)
 STATES = {"lstm": 2, "coupledlstm": 2, "lem": 2, "slstm": 4}
 """States of the cells that have more than one."""
 
@@ -51,8 +52,7 @@ class Flat(nn.Module):
 
 def packed_like(data: Tensor) -> PackedSequence:
     """Sequences of ``LENGTHS`` with this data."""
-    shape = pack_padded_sequence(torch.zeros(max(LENGTHS), len(LENGTHS)), torch.tensor(LENGTHS), enforce_sorted=False)
-    return shape._replace(data=data)
+    return PACKED._replace(data=data)
 
 
 def flat(found: Any) -> tuple[Tensor, ...]:
