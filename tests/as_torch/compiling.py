@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_sequence
 
-from lightning_bln._torch import HAS_CUSTOM_OPS
 from tests.as_torch.expected import UNROLLED
 from tests.as_torch.layers import EVAL, TRAIN, Case, Found, agree, flat, run, same, weighted
 from tests.as_torch.ways import few, way
@@ -31,7 +30,7 @@ def compiled(module: nn.Module, **options: Any) -> Any:
 
 def compiles(case: Case) -> bool:
     """One case in training and one in evaluation; of cells that compile for long, the latter."""
-    if not case.few or case.packed or case.norm == "layer" or not HAS_CUSTOM_OPS:
+    if not case.few or case.packed or case.norm == "layer":
         return False
     slow = (*UNROLLED, "mingru", "ConvBLN1d", "ConvBLN3d", "BLNGRUCell", "mgu cell")
     return case.situation != TRAIN or case.kind not in slow
@@ -45,7 +44,7 @@ def compile_(case: Case) -> None:
 
 def compiles_packed(case: Case) -> bool:
     is_one = case.packed and case.norm is None and case.situation != TRAIN
-    return is_one and case.kind in ("BLNLSTM", "LSTM") and HAS_CUSTOM_OPS
+    return is_one and case.kind in ("BLNLSTM", "LSTM")
 
 
 @way("torch.compile, packed", "nine packed batches of different lengths, without `fullgraph`", compiles_packed)

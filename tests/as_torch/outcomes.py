@@ -71,6 +71,3 @@ def outcome(way: Way, cases: Sequence[Case], *, has_errors: bool = True) -> Outc
     notes = "".join(f" [{number}]" for number in sorted(set(numbers)))
     text = (RIGHT * bool(right) + notes).strip() if cases else ABSENT
     return Outcome(WRONG if failures else text, tuple(failures), right, len(numbers))
-
-
-__all__ = ["WAYS", "Outcome", "outcome"]
