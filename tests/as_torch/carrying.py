@@ -67,7 +67,7 @@ def shares(case: Case) -> None:
     agree(run(case.module().share_memory(), case.inputs()), case.expected())
 
 
-@way("meta device", '`device="meta"`, a forward pass there, `to_empty`, `load_state_dict`')
+@way("meta device", '`device="meta"`, a forward pass there, `to_empty`, `load_state_dict`', few)
 def meta(case: Case) -> None:
     module = case.bare(device="meta")
     outputs = module(*(x.to("meta") for x in case.inputs()))
