@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 
 from tests.as_torch.layers import TRAIN, Case, Flat, agree, run, same
-from tests.as_torch.ways import way
+from tests.as_torch.ways import few, way
 
 
 def with_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:

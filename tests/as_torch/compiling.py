@@ -71,7 +71,7 @@ def compiles_lengths(case: Case) -> bool:
 
 @way(
     "torch.compile, nine lengths",
-    'inputs of nine different lengths, `fullgraph=True`, backend "eager"',
+    'nine different lengths, `fullgraph=True`, backend "eager"',
     compiles_lengths,
 )
 def compile_lengths(case: Case) -> None:
