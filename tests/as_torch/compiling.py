@@ -32,7 +32,7 @@ def compiled(module: nn.Module, backend: str = "aot_eager", **options: Any) -> A
     return torch.compile(module, backend=backend, **options)
 
 
-SLOW = (*UNROLLED, "mingru", "ConvBLN1d", "ConvBLN3d", "BLNGRU", "BLNRNN", "BLNGRUCell", "mgu cell")
+SLOW = (*UNROLLED, "mingru", "ConvBLN1d", "ConvBLN3d", "BLNGRU", "BLNRNN", "BLNLSTMCell", "BLNGRUCell", "mgu cell")
 
 
 def compiles(case: Case) -> bool:

@@ -41,7 +41,15 @@ def difference(case: Case, module: Flat) -> None:
     same(second, gradient_difference(case), 1e-5)
 
 
-@way("double backward", "`torch.autograd.grad` with `create_graph=True` and once more, and `functional.hessian`")
+def few_or_train(case: Case) -> bool:
+    return case.few or case.situation == TRAIN
+
+
+@way(
+    "double backward",
+    "`torch.autograd.grad` with `create_graph=True` and once more, and `functional.hessian`",
+    few_or_train,
+)
 def double_backward(case: Case) -> None:
     difference(case, case.module())
     if not case.few:

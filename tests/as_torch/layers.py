@@ -268,13 +268,17 @@ RECURRENT_FEW = {
     ("bln", "pppp", "auto", True),
 }
 
+THOROUGH = ("BLNLSTM", "BLNGRU", "BLNRNN", "mgu", "mingru")
+SHORTER = [v for v in RECURRENT_VARIANTS if v in RECURRENT_FEW or (v[0] == "bln") is (v[2] == "auto") is (not v[3])]
+"""For cells that run as another one does."""
+
 
 def recurrent_cases(kind: str, cell: str, layer: type[nn.Module] = Recurrent) -> list[Case]:
     """Cases of a recurrent layer."""
     name = (cell,) if layer is Recurrent else ()
     states = [(1, SAMPLES, UNITS)] * states_of(cell)
     cases = []
-    for variant in RECURRENT_VARIANTS:
+    for variant in RECURRENT_VARIANTS if kind in THOROUGH else SHORTER:
         norm, situation, backend, packed = variant
         oracle = partial_of(Recurrent, cell, INPUTS, UNITS, norm=norm, backend="reference")
         if norm is None and cell in TORCHS:
