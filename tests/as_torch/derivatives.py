@@ -47,7 +47,7 @@ def few_or_train(case: Case) -> bool:
 
 @way(
     "double backward",
-    "`torch.autograd.grad` with `create_graph=True` and once more, and `functional.hessian`",
+    "`torch.autograd.grad` of gradients with `create_graph=True`, and `functional.hessian`",
     few_or_train,
 )
 def double_backward(case: Case) -> None:

@@ -269,7 +269,7 @@ RECURRENT_FEW = {
 }
 
 THOROUGH = ("BLNLSTM", "BLNGRU", "BLNRNN", "mgu", "mingru")
-SHORTER = [v for v in RECURRENT_VARIANTS if v in RECURRENT_FEW or (v[0] == "bln") is (v[2] == "auto") is (not v[3])]
+SHORTER = [v for v in RECURRENT_VARIANTS if v in RECURRENT_FEW or (v[0], *v[2:]) == ("bln", "auto", False)]
 """For cells that run as another one does."""
 
 
