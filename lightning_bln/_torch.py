@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree
@@ -47,11 +48,28 @@ def is_autocast_enabled(device_type: str) -> bool:
     return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
 
 
+def autocast_of_now(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Context managers under which autocast is as it is where this is called."""
+    if device_type not in ("cpu", "cuda"):
+        return nullcontext
+    if HAS_CUSTOM_OPS:
+        dtype = torch.get_autocast_dtype(device_type)
+    else:
+        dtype = torch.get_autocast_cpu_dtype() if device_type == "cpu" else torch.get_autocast_gpu_dtype()
+    return partial(torch.autocast, device_type, dtype, enabled=is_autocast_enabled(device_type))
+
+
 def is_observed() -> bool:
     """Whether something has to see every operation: a transform of ``torch.func``, forward-mode derivatives,
-    ``torch.jit.trace``, or a dispatch mode such as ``make_fx``'s. Code that reads memory is hidden from all of them."""
+    ``torch.jit.trace``, or a dispatch mode such as ``make_fx``'s. Code that reads memory is hidden from all of them.
+
+    Within what torch.compile traces, only the first of them shows.
+    """
+    is_transformed = torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling():
+        return is_transformed
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None
+        is_transformed
         or forward_ad._current_level >= 0
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -67,9 +85,14 @@ def is_plain(value: Tensor | None) -> bool:
     return value is None or (type(value) in PLAIN_TYPES and value.is_cpu and torch._C._has_storage(value))
 
 
-def is_literal(value: Tensor) -> bool:
-    """Whether a tensor's memory holds its numbers: not their negation, their conjugate or nothing, for zeros."""
-    return not (value.is_neg() or value.is_conj() or value._is_zerotensor())
+def written_out(value: Tensor) -> Tensor:
+    """A tensor of the same numbers that are in memory as they are, not negated and not left out, as zeros may be."""
+    return value.clone().resolve_neg() if value.is_neg() or value._is_zerotensor() else value
+
+
+def is_fake(value: Tensor) -> bool:
+    """Whether a tensor stands for one, and has no numbers."""
+    return isinstance(value, FakeTensor)
 
 
 def is_exporting() -> bool:
@@ -79,7 +102,7 @@ def is_exporting() -> bool:
 
 def is_in_backward() -> bool:
     """Whether a backward pass runs in this thread, in which activation checkpointing repeats forward passes."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def is_batched(value: Tensor) -> bool:
@@ -106,14 +129,12 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def lasting(value: Tensor) -> Tensor:
-    """``value`` detached, and no tensor that ends with a transform or that training could not use later."""
-    # the order matters: torch.compile cannot trace the other questions
+    """``value`` detached, of no subclass, and none that ends with a transform or that training could not use later."""
     if torch.compiler.is_compiling():
         return value.detach()
-    if not torch.is_inference_mode_enabled():
-        return unwrapped(value.detach())
-    with torch.inference_mode(False):
-        return value.clone()
+    with torch.inference_mode(False) if value.is_inference() else nullcontext():
+        value = unwrapped(value.clone() if value.is_inference() else value.detach())
+    return value if type(value) is Tensor or hasattr(value, "__tensor_flatten__") else value.as_subclass(Tensor)
 
 
 MODULE_INTERNALS = frozenset(nn.Module().__dict__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -34,6 +35,23 @@ class Source(NamedTuple):
         if all(use is False for use in self.uses):
             return None
         return torch.cat([value.reshape(-1) for value in self.given]).to(dtype)  # type: ignore[union-attr]
+
+    @classmethod
+    def of(cls, flat: Tensor | None, uses: int, positions: tuple[int, ...], size: int) -> Source:
+        """The inverse of :meth:`flat`.
+
+        Args:
+            flat: The given statistics, ``None`` without any.
+            uses: A bit for each statistic that is given, batch mean lowest.
+            positions: Shape of the positions.
+            size: Features of all groups at one step.
+        """
+        if flat is None:
+            return cls(Statistics(), (False,) * 4)
+        rows = math.prod(positions)
+        batch, feature = flat.split([2 * positions[0] * size, 2 * rows])
+        pairs = *batch.view(2, *positions, -1), *feature.view(2, *positions, 1)
+        return cls(Statistics(*pairs), tuple(bool(uses >> bit & 1) for bit in range(4)))
 
 
 class Equation(NamedTuple):
@@ -207,6 +225,11 @@ def mixing_row(weight: float | Tensor, positions: int) -> Tensor:
     if isinstance(weight, Tensor):
         return weight.double().reshape(-1).expand(positions)
     return torch.full((positions,), weight, dtype=torch.float64, device="cpu")
+
+
+def weight_of(row: Tensor) -> float | Tensor:
+    """The inverse of :func:`mixing_row`, ``(positions, 1)``; zero, a number, where it switches its part off."""
+    return row[:, None] if row.any() else 0.0
 
 
 def is_zero(weight: float | Tensor) -> bool:

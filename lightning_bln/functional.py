@@ -124,6 +124,8 @@ def mixing_weights(batch_size: float | Tensor, delta: float = 1e-4, norm: str = 
         return 1.0, 0.0
     if norm == "batch":
         return 0.0, 1.0
+    if isinstance(batch_size, Tensor) and not batch_size.ndim:  # a size while torch.jit.trace runs
+        batch_size = batch_size.double()
     inverse = 1.0 / batch_size
     return inverse - delta, 1.0 - (inverse + delta)
 
@@ -157,7 +159,7 @@ def check_dtype(x: Tensor, like: Tensor | None, name: str = "x", owner: str = "t
     """Raise unless ``x`` has the dtype and device of ``like``, if any; under autocast dtypes may differ."""
     if like is None:
         return
-    if x.dtype != like.dtype and (x.is_complex() or not is_autocast_enabled(x.device.type)):
+    if x.dtype != like.dtype and (not x.is_floating_point() or not is_autocast_enabled(x.device.type)):
         raise TypeError(f"{name} has dtype {x.dtype}, but {owner} {like.dtype}; convert one with .to()")
     if x.device != like.device:
         owner = owner.replace(" have", " are on").replace(" has", " is on")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_bln._torch import is_batched, is_observed
 
 
 class Moments(NamedTuple):
@@ -102,3 +105,16 @@ def position_mismatch(positions: tuple[int, ...], known: tuple[int, ...]) -> str
         f"x has positions of shape {positions}, but the population has {known}, and only the first position axis may "
         "change its length; use positions='shared' for inputs of any size, or reset the population"
     )
+
+
+def check_one_batch(statistics: Iterable[Tensor]) -> None:
+    """Raise RuntimeError where a transform makes many batches of the one that a layer sees."""
+    if not is_observed():
+        return
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling or any(map(is_batched, statistics)):
+        what = "torch.compile traces a transform" if is_compiling else "torch.vmap runs"
+        raise RuntimeError(
+            f"a layer in training mode gathers one population, but {what} over its statistics; call model.eval(), or "
+            "run the entries one by one"
+        )

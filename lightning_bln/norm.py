@@ -269,13 +269,7 @@ def normalize_fused(
         return dense_in_modes(inputs, constants, settings, each).view(x.shape), None
     keeps = observes or (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in inputs))
     settings = DenseSettings(int(keeps), bits_of(source.uses), equation.scale, equation.eps)
-
-    def reference(inputs: DenseInputs) -> tuple[Tensor]:
-        own = equation._replace(weight=inputs.weight, bias=inputs.bias)
-        y, _ = normalize_by(inputs.x.view(x.shape), own, source, over)
-        return (y.view_as(inputs.x),)
-
-    y, seen = dense(inputs, constants, settings, reference)
+    y, seen = dense(inputs, constants, settings)
     if observes:
         assert seen is not None
         seen = observation(seen, equation, (1,) if is_shared else tuple(x.shape[1:-1]), x)

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bln._checks import check_bool, check_choice, check_floating, check_int, check_momentum
-from lightning_bln._torch import is_batched, is_capturing, is_in_backward, is_packed, lasting, own_buffers
+from lightning_bln._torch import (
+    is_capturing,
+    is_fake,
+    is_in_backward,
+    is_packed,
+    lasting,
+    own_buffers,
+)
 from lightning_bln.distributed import in_step, is_distributed
 from lightning_bln.equation import Statistics
-from lightning_bln.moments import Moments, merge_grown, position_mismatch
+from lightning_bln.moments import Moments, check_one_batch, merge_grown, position_mismatch
 
 ESTIMATORS = ("pooled", "paper")
 FROZEN = (*Statistics._fields, "batch_size")
@@ -109,13 +116,12 @@ class Population(nn.Module):
     @property
     def takes_batch(self) -> bool:
         """Whether a batch that comes now is gathered, and not the repetition of one that was."""
-        return self.takes_part and (torch.compiler.is_compiling() or not is_in_backward())
+        return self.takes_part and not is_in_backward()
 
     @property
     def positions(self) -> tuple[int, ...]:
         """Shape of the positions seen so far."""
-        seen = self.count if self.is_gathering else self.feature_mean
-        return tuple(seen.shape)
+        return tuple((self.count if self.is_gathering else self.feature_mean).shape)
 
     def gather(self, observed: Observed) -> None:
         """Add one batch; with ``momentum``, also move the frozen statistics towards it.
@@ -123,13 +129,9 @@ class Population(nn.Module):
         Raises:
             RuntimeError: ``torch.vmap`` runs over the statistics, so that there is one batch for each of its entries.
         """
-        if not self.takes_batch:
+        if not self.takes_batch or any(map(is_fake, observed)):
             return
-        if not torch.compiler.is_compiling() and any(map(is_batched, observed)):
-            raise RuntimeError(
-                "a layer in training mode gathers one population, but torch.vmap runs over its statistics; call "
-                "model.eval(), or run the entries one by one"
-            )
+        check_one_batch(observed)
         moments = self._moments(observed)
         if self.merge_positions:
             moments = Moments(*(part[None] for part in moments.merge_positions()))
@@ -324,7 +326,7 @@ def freeze_population(model: nn.Module) -> None:
 
 
 def reset_population(model: nn.Module) -> None:
-    """Empty the gathered statistics of every layer in ``model``; frozen ones stay."""
+    """Empty gathered statistics of all layers; frozen ones stay."""
     for population in require_populations(model):
         population.reset()
 

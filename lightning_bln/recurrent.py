@@ -88,6 +88,8 @@ class Recurrent(HasCells):
         2017.
     """
 
+    weight_ih_l0: Tensor
+
     def __init__(
         self,
         cell: str | type,
@@ -184,9 +186,10 @@ class Recurrent(HasCells):
         """
         packed = isinstance(input, PackedSequence)
         if isinstance(input, PackedSequence):
-            self._check_input(input.data, (2,), "(packed data of 2)")
+            self._check_input(input.data, (2,), "(packed data of 2)", self.weight_ih_l0)
         else:
-            self._check_input(input, (2, 3), "(time, batch, input_size), batch first if asked for,")
+            axes = "(time, batch, input_size), batch first if asked for,"
+            self._check_input(input, (2, 3), axes, self.weight_ih_l0)
         form = Form.of(input, self.batch_first)
         fan = self._fan()
         if fan is not None:
@@ -211,6 +214,7 @@ class Recurrent(HasCells):
         """All layers in both directions, over ``(T, ..., B, input_size)``."""
         regularization = Regularization(self.input_dropout, self.recurrent_dropout, self.zoneout, self.training)
         back = reversal(sizes, x) if self.bidirectional and sizes is not None else None
+        weights = {suffix: self._weights(suffix) for n in range(self.num_layers) for suffix in self._suffixes(n)}
         last: list[LayerState] = []
         for layer in range(self.num_layers):
             if layer and self.dropout:
@@ -221,7 +225,7 @@ class Recurrent(HasCells):
                 output, final = run_direction(
                     flip(x, back) if reverse else x,
                     state[len(last)],
-                    self._weights(suffix),
+                    weights[suffix],
                     sizes,
                     backend=self.backend,
                     regularization=regularization,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_bln._torch import is_autocast_enabled
-from lightning_bln.functional import Statistics
-from lightning_bln.kernels.dispatch import EagerFunction, Operator, Reference, present
+from lightning_bln.equation import Equation, Source, Statistics, normalize_by, weight_of
+from lightning_bln.kernels.dispatch import EagerFunction, Operator, present
 from lightning_bln.kernels.gate import admit, checked, reason_against
 from lightning_bln.kernels.library import DenseArgs, call, pointer, set_norm
 
@@ -55,7 +55,6 @@ def dense(
     inputs: DenseInputs,
     constants: DenseConstants,
     settings: DenseSettings,
-    reference: Reference,
 ) -> tuple[Tensor, Statistics | None]:
     """Normalise an input.
 
@@ -63,20 +62,28 @@ def dense(
         inputs: The input and its affine map.
         constants: Mixing weights and the population.
         settings: Numbers.
-        reference: The output by torch operations, as :meth:`Operator.run` takes it.
 
     Returns:
         The output, and if kept the current statistics: ``(positions, features)`` of the batch, ``(positions,)`` of the
         features, averaged over the rows.
     """
     x = contiguous_features(inputs.x)
-    output, moments = DENSE.run(DenseInputs(x, inputs.weight, inputs.bias), constants, settings, reference)
+    output, moments = DENSE.run(DenseInputs(x, inputs.weight, inputs.bias), constants, settings, on_torch)
     if not settings.keep:
         return output, None
     rows, positions, features = x.shape
     batch, feature = moments.detach().split([positions * 2 * features, positions * 2 * rows])
     batch, feature = batch.view(positions, 2, features), feature.view(positions, 2, rows).mean(-1)
     return output, Statistics(batch[:, 0], batch[:, 1], feature[:, 0], feature[:, 1])
+
+
+def on_torch(inputs: DenseInputs, constants: DenseConstants, settings: DenseSettings) -> tuple[Tensor]:
+    """The output by torch operations."""
+    _, positions, features = inputs.x.shape
+    source = Source.of(constants.given, settings.uses, (positions,), features)
+    weights = map(weight_of, constants.mixing.to(inputs.x.dtype))
+    equation = Equation(inputs.weight, inputs.bias, settings.scale, settings.eps, *weights)
+    return normalize_by(inputs.x, equation, source, (0,))[:1]
 
 
 def has_adjacent_features(x: Tensor) -> bool:
@@ -99,6 +106,7 @@ def dense_in_modes(
     Groups differ in ``uses``. One array expanded to all groups is not repeated in memory.
     """
     x = inputs.x
+    x = checked("x", x, x.shape, x.dtype)
     parts = [x[0].contiguous()] * len(uses) if x.stride(0) == 0 else list(x.contiguous())
     output, moments = x.new_empty(x.shape), x.new_empty(0)
     first, constants = admitted(inputs._replace(x=parts[0]), constants)

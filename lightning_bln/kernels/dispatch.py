@@ -16,8 +16,8 @@ C = TypeVar("C", bound=NamedTuple)
 S = TypeVar("S", bound=NamedTuple)
 
 
-Reference = Callable[[Any], Sequence[Tensor]]
-"""Differentiable outputs of an operator by torch operations, as a function of its inputs."""
+Reference = Callable[[Any, Any, Any], Sequence[Tensor]]
+"""Differentiable outputs of an operator by torch operations, from its inputs, constants and settings."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,16 +82,15 @@ class Operator(Generic[I, C, S]):
         first, second = self.bounds
         return self.inputs(*tensors[:first]), self.constants(*tensors[first:second]), tensors[second:]
 
-    def run(
-        self, inputs: I, constants: C, settings: S, reference: Callable[[I], Sequence[Tensor]]
-    ) -> tuple[Tensor, ...]:
+    def run(self, inputs: I, constants: C, settings: S, reference: Reference) -> tuple[Tensor, ...]:
         """Run the registered operator where torch compiles, else the eager one, which has less overhead.
 
         Args:
             inputs: Tensors that have a gradient.
             constants: Tensors that have none.
             settings: Numbers.
-            reference: The differentiable outputs by torch operations, for gradients that have gradients themselves.
+            reference: The operator by torch operations, for gradients that have gradients themselves. It holds no
+                tensors: those that are saved are under autograd's eyes.
         """
         if torch.compiler.is_compiling() and HAS_CUSTOM_OPS:
             numbers = [*settings]
@@ -132,8 +131,10 @@ class EagerFunction(torch.autograd.Function):
             return (None,) * len(needs_grad)
         inputs, constants, saved = operator.split(ctx.saved_tensors)
         if torch.is_grad_enabled() or is_observed() or not all(map(is_plain, grads)):
-            reference = ctx.reference
-            found = gradients_on_torch(lambda *own: reference(operator.inputs(*own)), inputs, grads)
+            reference, settings = ctx.reference, ctx.settings
+            found = gradients_on_torch(
+                lambda *own: reference(operator.inputs(*own), constants, settings), inputs, grads
+            )
             return (None, None, None, None, *found)
         results = operator.backward(grads, inputs, constants, ctx.settings, saved, needs_grad[4])
         return (None, None, None, None, *operator.as_gradients(results, inputs))
@@ -150,15 +151,24 @@ def gradients_on_torch(
         grads: Gradients of the outputs.
     """
     keeps_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         # Views, since an input may be computed from another one, whose gradient must not include its own.
         own = [value if value is None else value.view_as(value) if keeps_graph else leaf(value) for value in inputs]
         pairs = zip(reference(*own), grads, strict=False)
         ends = [(value, grad) for value, grad in pairs if grad is not None and value.requires_grad]
         needed = [value for value in own if value is not None and value.requires_grad]
-        values, given = zip(*ends, strict=True)
-        found = iter(torch.autograd.grad(values, needed, given, create_graph=keeps_graph, allow_unused=True))
+        found = iter(gradients(ends, needed, create_graph=keeps_graph))
     return [next(found) if value is not None and value.requires_grad else None for value in own]
+
+
+def gradients(
+    ends: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor], create_graph: bool = False
+) -> Sequence[Tensor | None]:
+    """Gradients of ``inputs`` from those of the ends of a graph, each given beside its own."""
+    if not ends or not inputs:
+        return [None] * len(inputs)
+    values, given = zip(*ends, strict=True)
+    return torch.autograd.grad(values, inputs, given, create_graph=create_graph, allow_unused=True)
 
 
 def leaf(value: Tensor) -> Tensor:

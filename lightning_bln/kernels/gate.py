@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_bln._torch import HAS_CUSTOM_OPS, is_exporting, is_literal, is_observed, is_plain
+from lightning_bln._torch import HAS_CUSTOM_OPS, is_exporting, is_observed, is_plain, written_out
 from lightning_bln.kernels.library import DTYPES, is_built
 
 HOW_TO_BUILD = (
@@ -23,13 +23,13 @@ def reason_against(dtype: torch.dtype, tensors: Iterable[Tensor | None]) -> str 
         dtype: Of the parameters, or of the input where there is none.
         tensors: All that the call reads.
     """
+    if is_observed():
+        return "a transform (torch.func, forward-mode derivatives, tracing) has to see every operation"
     if torch.compiler.is_compiling():
         others = [value.device for value in tensors if value is not None and value.device.type != "cpu"]
         if not HAS_CUSTOM_OPS:
             return "torch.compile takes the compiled kernels from torch 2.4 on"
     else:
-        if is_observed():
-            return "a transform (torch.func, forward-mode derivatives, tracing) has to see every operation"
         odd = [value for value in tensors if not is_plain(value)]
         others = [value.device for value in odd if value is not None and value.device.type != "cpu"]
         if odd and not others:
@@ -57,16 +57,23 @@ def serves(backend: str, reason: str | None) -> bool:
 
 def admit(name: str, value: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
     """A tensor as most of the library reads it: :func:`checked`, and contiguous."""
-    if value is None or (value.shape == shape and value.dtype is dtype and value.is_contiguous() and is_own(value)):
+    if value is None or (
+        value.shape == shape
+        and value.dtype is dtype
+        and value.is_cpu
+        and value.is_contiguous()
+        and not value.is_neg()
+        and value.untyped_storage().nbytes() >= (value.storage_offset() + value.numel()) * value.element_size()
+    ):
         return value
     return checked(name, value, shape, dtype).contiguous()
 
 
 def checked(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor of this shape and dtype in this process's memory, with any strides.
+    """A tensor of this shape and dtype whose numbers lie in this process's memory, with any strides.
 
     Raises:
-        ValueError: It has another shape, or lies elsewhere.
+        ValueError: It has another shape, lies elsewhere, or its memory was given back.
         TypeError: Its dtype cannot be converted without loss of a part.
     """
     if value.shape != torch.Size(shape):
@@ -75,13 +82,11 @@ def checked(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype) 
         raise ValueError(f"{name} is a {value.layout} tensor on {value.device}, but a dense one on the CPU is needed")
     if value.dtype.is_complex or value.dtype.is_floating_point is not dtype.is_floating_point:
         raise TypeError(f"{name} has dtype {value.dtype}, but {dtype} is needed; convert it with .to()")
-    value = value.to(dtype)
-    return value if is_literal(value) else value.clone().resolve_neg()
-
-
-def is_own(value: Tensor) -> bool:
-    """Whether the memory of a tensor holds its numbers."""
-    return value.is_cpu and value.layout is torch.strided and is_literal(value)
+    value = written_out(value)
+    last = value.storage_offset() + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    if value.numel() and value.untyped_storage().nbytes() < (last + 1) * value.element_size():
+        raise ValueError(f"the memory of {name} was given back, as by resize_() of its storage; make the tensor anew")
+    return value.to(dtype)
 
 
 def dense_features(x: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def warn_missing() -> None:
 
 def run(backend: str, cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result:
     """:func:`~lightning_bln.recurrence.reference.recurrence` by the backend of this name."""
-    if backend == "reference" or (not torch.compiler.is_compiling() and is_observed()):
+    if backend == "reference" or is_observed():
         return recurrence(cell, sequences, weights, noise)
     if isinstance(cell, LinearCell) and not noise.zoneout:
         return scan_recurrence(copy(cell), sequences, weights)

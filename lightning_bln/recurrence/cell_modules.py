@@ -37,6 +37,8 @@ class RecurrentCell(HasCells):
         torch.Size([3, 8])
     """
 
+    weight_ih: Tensor
+
     def __init__(
         self,
         cell: str | type,
@@ -83,11 +85,11 @@ class RecurrentCell(HasCells):
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         """The next state, a tuple where the cell has several."""
-        self._check_input(input, (1, 2), "(batch, input_size) or (input_size,)")
+        self._check_input(input, (1, 2), "(batch, input_size) or (input_size,)", self.weight_ih)
         batched = input.ndim == 2
         x = input if batched else input[None]
         names = self.cell.states
-        shapes = [(len(x), self.state_size(name)) for name in names]
+        shapes = [(x.shape[0], self.state_size(name)) for name in names]
         state: tuple[Tensor, ...] = tuple(x.new_zeros(shape) for shape in shapes)
         if hx is not None:
             given = named_states(hx, names, x)

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_bln.equation import mixing_row
+from lightning_bln.cells.cell import Cell
+from lightning_bln.equation import Equation, Source, mixing_row, weight_of
+from lightning_bln.kernels.gate import checked
 from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, bits_of, call
 from lightning_bln.kernels.matmul import multiply
 from lightning_bln.kernels.recurrent import RECURRENCE, Constants, Inputs, Settings, admitted, allocate, arguments
@@ -66,8 +68,7 @@ def run_fused(
     if fan is not None:
         output, *last = run_in_modes(inputs, constants, settings, fan.modes)
         return output.unflatten(1, (running.steps, running.samples)).transpose(0, 1), tuple(last[: len(state)])
-    reference = partial(on_torch, weights=weights, norms=norms, running=running, rows=rows, noise=noise)
-    output, h, c, *seen = RECURRENCE.run(contiguous(inputs), constants, settings, reference)
+    output, h, c, *seen = RECURRENCE.run(contiguous(inputs), constants, settings, partial(on_torch, weights.cell))
     for module, norm, moments in zip(modules, norms, seen, strict=True):
         if module is not None and norm is not None and norm.observes:
             gather(module, norm, moments, running)
@@ -93,27 +94,40 @@ def inputs_of(x: Tensor, state: tuple[Tensor, ...], weights: Weights, norms: Nor
     )
 
 
-def on_torch(
-    inputs: Inputs, *, weights: Weights, norms: Norms, running: Running, rows: Tensor | None, noise: Noise
-) -> tuple[Tensor, ...]:
+def on_torch(cell: Cell, inputs: Inputs, constants: Constants, settings: Settings) -> tuple[Tensor, ...]:
     """The operator's differentiable outputs by torch operations."""
-    affine = (
-        (inputs.weight_norm_ih, None),
-        (inputs.weight_norm_hh, None),
-        (inputs.weight_norm_cell, inputs.bias_norm_cell),
-    )
-    norm_ih, norm_hh, norm_cell = (
-        None if norm is None else norm._replace(equation=norm.equation._replace(weight=w, bias=b), observes=False)
-        for norm, (w, b) in zip(norms, affine, strict=True)
-    )
-    assert inputs.weight_ih is not None
+    sizes = None if constants.batch_sizes is None else constants.batch_sizes.tolist()
+    running = Running(settings.steps, inputs.h.shape[0], sizes)
+    rows = running.rows(inputs.x.device)
+    norm_ih, norm_hh, norm_cell = norms_of(inputs, constants, settings)
     x = running.padded(inputs.x, rows)
-    gates, _ = project_input(x, inputs.weight_ih, inputs.bias_ih, norm_ih, running, len(weights.cell.gates))
+    assert inputs.weight_ih is not None
+    gates, _ = project_input(x, inputs.weight_ih, inputs.bias_ih, norm_ih, running, len(cell.gates))
+    kept = None
+    if constants.zoneout_mask is not None:
+        kept = {name: running.padded(mask, rows) > 0 for name, mask in zip("hc", constants.zoneout_mask, strict=True)}
+    noise = Noise(constants.hidden_mask, settings.zoneout if kept is None else 1.0, kept)
     state = (inputs.h,) if inputs.c is None else (inputs.h, inputs.c)
     hidden = HiddenWeights(inputs.weight_hh, inputs.bias_hh, None, () if norm_hh is None else (norm_hh,), norm_cell)
-    result = recurrence(weights.cell, Sequences(gates, state, running.sizes), hidden, noise)
+    result = recurrence(cell, Sequences(gates, state, sizes), hidden, noise)
     outputs = result.outputs.flatten(0, 1)
     return outputs if rows is None else outputs.index_select(0, rows), *result.state
+
+
+def norms_of(inputs: Inputs, constants: Constants, settings: Settings) -> Norms:
+    """The norms of a call, made again of the operator's arguments."""
+    (weights, scales, uses) = inputs[7:10], settings[8:11], settings[4:7]
+    given, biases = constants[4:], (None, None, inputs.bias_norm_cell)
+    found: list[SequenceNorm | None] = [None] * 3
+    for index, weight in enumerate(weights):
+        if weight is not None:
+            assert constants.mixing is not None
+            groups = 1 if settings.joint else len(weight) // inputs.weight_hh.shape[1]
+            mixing = map(weight_of, constants.mixing[index].to(weight.dtype))
+            source = Source.of(given[index], uses[index], (settings.steps, groups), len(weight))
+            equation = Equation(weight, biases[index], scales[index], settings.eps, *mixing)
+            found[index] = SequenceNorm(equation, source, groups, False)
+    return found
 
 
 def zoneout_mask(noise: Noise, rows: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -176,7 +190,11 @@ def run_in_modes(
         x = multiply(inputs.x[0], inputs.weight_ih.t()).expand(len(modes), -1, -1)
         inputs = inputs._replace(x=x, weight_ih=None)
     each = {"input": inputs.x, "h0": inputs.h, "c0": inputs.c}
-    places = {name: contiguous_in_modes(value) for name, value in each.items() if value is not None}
+    places = {
+        name: contiguous_in_modes(checked(name, value, value.shape, inputs.weight_hh.dtype))
+        for name, value in each.items()
+        if value is not None
+    }
     first = contiguous(inputs._replace(x=inputs.x[0], h=inputs.h[0], c=None if inputs.c is None else inputs.c[0]))
     one = allocate(first, constants, settings)
     output, h, c = (value.new_empty(len(modes), *value.shape) for value in one[:3])

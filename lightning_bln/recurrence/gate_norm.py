@@ -49,7 +49,7 @@ class SequenceNorm(NamedTuple):
             mask = None if mask is None else mask.movedim(0, -2).expand(grouped.shape[:-1])
         norm = self.at(t)
         weight, bias, scale, eps, *mixing = norm.equation
-        mixing = [one[..., None] if has_time and isinstance(one, Tensor) else one for one in mixing]
+        mixing = [one[..., None] if has_time and isinstance(one, Tensor) and one.ndim else one for one in mixing]
         weight, bias = (None if p is None else p.view(self.groups, -1) for p in (weight, bias))
         equation, over = Equation(weight, bias, scale, eps, *mixing), (grouped.ndim - (4 if has_time else 3),)
         y, observed = normalize_by(grouped, equation, norm.source, over, mask, self.observes)
@@ -59,7 +59,7 @@ class SequenceNorm(NamedTuple):
         """The norm at some of its steps."""
 
         def cut(value: Any) -> Any:
-            return value[t] if isinstance(value, Tensor) else value
+            return value[t] if isinstance(value, Tensor) and value.ndim else value
 
         w_feature, w_batch = cut(self.equation.w_feature), cut(self.equation.w_batch)
         return self._replace(

@@ -164,9 +164,14 @@ class HasCells(nn.Module):
         like = getattr(self, "weight_ih" + suffix)
 
         def get(name: str) -> Any:
-            value = getattr(self, name + suffix, None)
+            value, full = getattr(self, name + suffix, None), name + suffix
             if isinstance(value, Tensor):
-                self._check_parameter(name + suffix, value, like)
+                check_parameter(full, value, self._shapes.get(full, value.shape), like)
+            elif value is not None:  # a norm, which may be kept in a wider dtype
+                for part in ("weight", "bias"):
+                    if (parameter := getattr(value, part)) is not None:
+                        shape = (value.gates * self.hidden_size,)
+                        check_parameter(f"{full}.{part}", parameter.to(like.dtype), shape, like)
             return value
 
         cell, bias_ih = self.cell, get("bias_ih")
@@ -189,16 +194,6 @@ class HasCells(nn.Module):
             cell=cell,
         )
 
-    def _check_parameter(self, name: str, value: Tensor, like: Tensor) -> None:
-        """Raise unless a parameter, which may have been assigned from elsewhere, fits the layer and ``like``."""
-        shape = self._shapes.get(name)
-        if shape is not None and value.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, but {shape} is needed; assign one of that shape")
-        if value.dtype != like.dtype:
-            raise TypeError(f"{name} has dtype {value.dtype}, but weight_ih has {like.dtype}; convert one with .to()")
-        if value.device != like.device:
-            raise RuntimeError(f"{name} is on {value.device}, but weight_ih is on {like.device}; move one with .to()")
-
     def reset_parameters(self) -> None:
         """Draw weights and biases uniformly within 1/sqrt(hidden_size), as nn.LSTM does; set norms to their start."""
         bound = 1.0 / math.sqrt(self.hidden_size)
@@ -212,8 +207,8 @@ class HasCells(nn.Module):
             if isinstance(child, GateNorm):
                 child.reset_parameters()
 
-    def _check_input(self, x: Tensor, ranks: tuple[int, ...], axes: str) -> None:
-        """Raise unless ``x`` is a tensor of a fitting rank, feature size and dtype, and is not empty."""
+    def _check_input(self, x: Tensor, ranks: tuple[int, ...], axes: str, like: Tensor) -> None:
+        """Raise unless ``x`` has a fitting rank and feature size, dtype and device of ``like``, and is not empty."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x is a {type(x).__name__}, but a tensor is needed; convert it with torch.as_tensor")
         if x.ndim not in ranks:
@@ -225,7 +220,7 @@ class HasCells(nn.Module):
             )
         if x.numel() == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}, an empty batch or a sequence of no steps; pass some data")
-        check_dtype(x, next(self.parameters()))
+        check_dtype(x, like)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         check_state_dict(self, state_dict, prefix)
@@ -233,3 +228,13 @@ class HasCells(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, norm={self.norm!r}"
+
+
+def check_parameter(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raise unless a parameter, which may have been assigned from elsewhere, has this shape and fits ``like``."""
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, but {tuple(shape)} is needed; assign one of that")
+    if value.dtype != like.dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}, but weight_ih has {like.dtype}; convert one with .to()")
+    if value.device != like.device:
+        raise RuntimeError(f"{name} is on {value.device}, but weight_ih is on {like.device}; move one with .to()")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_bln._torch import is_observed
 from lightning_bln.functional import check_dtype
 
 State = Tensor | tuple[Tensor, ...]
@@ -86,7 +87,7 @@ class Form(NamedTuple):
         """
         if self.packed is not None:
             last = reordered(last, self.packed.unsorted_indices)
-        elif outputs.requires_grad:
+        elif outputs.requires_grad or is_observed():  # tracing repeats itself without gradients
             outputs = outputs.clone()
         states = tuple(torch.stack(parts) for parts in zip(*last, strict=True))
         if not self.is_batched:
@@ -94,7 +95,7 @@ class Form(NamedTuple):
         if self.packed is not None:
             data = outputs.flatten(0, 1)
             data = data.clone() if self.rows is None else data.index_select(0, self.rows)
-            return self.packed._replace(data=data), unwrap(states)
+            return PackedSequence(data, *self.packed[1:]), unwrap(states)
         return outputs.transpose(0, 1) if self.batch_first else outputs, unwrap(states)
 
 

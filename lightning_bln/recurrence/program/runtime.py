@@ -114,10 +114,10 @@ class RecordedRecurrence(torch.autograd.Function):
         """Gradients of all tensors."""
         saved, recorded, shape = ctx.saved_tensors, ctx.recorded, ctx.shape
         flat = saved[: len(saved) - len(ctx.kept)]
-        if torch.is_grad_enabled() or is_observed() or not all(map(is_plain, gradients)):
-            return None, None, *gradients_on_torch(partial(on_torch, recorded, shape.running), flat, gradients)
         if all(gradient is None for gradient in gradients):
             return (None,) * (2 + len(flat))
+        if torch.is_grad_enabled() or is_observed() or not all(map(is_plain, gradients)):
+            return None, None, *gradients_on_torch(partial(on_torch, recorded, shape.running), flat, gradients)
         tensors = admitted(recorded, recorded.tensors(flat))
         dtype, kept = tensors.state[0].dtype, zip(ctx.kept.items(), saved[len(flat) :], strict=True)
         buffers = {name: readable(str(name), value, size, dtype) for (name, size), value in kept}
