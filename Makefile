@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-oldest bench bench-cells bench-sweep asan lint types check clean
+.PHONY: demo test test-oldest compatibility bench bench-cells bench-sweep asan lint types check clean
 
 # The oldest versions the package declares, and torchtext, in an environment of 5 GB that outlives the clone.
 OLDEST_PYTHON ?= python3.11
@@ -46,6 +46,10 @@ $(OLDEST)/.installed:
 
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest -n 2 $(TESTS)
+
+# Writes docs/compatibility.md.
+compatibility: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.as_torch
 
 bench: $(VENV)/.installed
 	$(BIN)/pip install -q -c constraints.txt torchrecurrent

@@ -1,0 +1,1 @@
+"""Tables of layers and of ways to use a torch module, and the page that shows how they meet."""
