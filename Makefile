@@ -59,12 +59,15 @@ bench-cells: $(VENV)/.installed
 	$(BIN)/pip install -q -c constraints.txt torchrecurrent
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_cells $(BENCH)
 
-# The compiled kernels' own tests with every access to memory and all arithmetic checked.
+# The tests of layers, kernels and sweeps with every access to memory and all arithmetic of the kernels checked.
+ASAN_TESTS ?= tests/kernels tests/recurrence tests/cells tests/sweep tests/test_norm.py tests/test_conv.py \
+	tests/test_recurrent.py tests/test_golden.py tests/test_population.py tests/test_torch_samples.py
 asan: $(VENV)/.installed
 	BLN_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/asan --build-temp build/asan-temp
 	OMP_NUM_THREADS=1 BLN_KERNELS=build/asan/lightning_bln/kernels ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	$(BIN)/pytest -q tests/kernels tests/recurrence/test_fused.py tests/recurrence/program -k "not compiles and not exports and not torchs_rules"
+	$(BIN)/pytest -q -n 2 $(ASAN_TESTS) \
+	-k "not compile and not inductor and not exports and not torchs_rules and not subprocess"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

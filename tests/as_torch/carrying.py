@@ -14,6 +14,8 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_bln import Normalization
+from lightning_bln.recurrence.gate_norm import GateNorm
 from tests.as_torch.layers import TRAIN, Case, Flat, agree, run, same
 from tests.as_torch.ways import few, way
 
@@ -174,7 +176,11 @@ def averages(case: Case) -> None:
         same(average(*case.inputs()), reference(*case.inputs()))
 
 
-@way("mixed dtypes", "inputs, states or parameters of another dtype or device: an error that says so", few)
+@way(
+    "mixed dtypes",
+    "inputs, states or parameters of another dtype or device: an error that says so; parameters of norms are converted",
+    few,
+)
 def mixes(case: Case) -> None:
     changes = [(lambda x: x.float(), "type"), (lambda x: x.to("meta"), "meta")]
     for change, pattern in changes:
@@ -188,7 +194,14 @@ def mixes(case: Case) -> None:
                 continue  # torch's own
             before = getattr(owner, name)
             setattr(owner, name, nn.Parameter(change(before.detach())))
-            refuses(module, case.inputs(), pattern)
+            if (
+                pattern == "type"
+                and isinstance(owner, Normalization)
+                and (isinstance(owner, GateNorm) or name == "bias")
+            ):
+                same(module(*case.inputs()), case.reference()(*case.inputs()), 1e-5)  # converted
+            else:
+                refuses(module, case.inputs(), pattern)
             setattr(owner, name, before)
 
 

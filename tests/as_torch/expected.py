@@ -44,5 +44,22 @@ EXPECTED = (
         "`torch.compile` unrolls the cell, one graph for each number of steps, and with `fullgraph=True` raises at the "
         "ninth, its limit of recompilations; `torch._dynamo.config.recompile_limit` raises the limit.",
     ),
+    Documented(
+        ("torch.compile, nine lengths",),
+        lambda case: case.situation == TRAIN and case.norm is not None and case.positions != "shared",
+        Exception,
+        "fullgraph=True",
+        "A population of separate positions or steps grows with the longest batch, and `torch.compile` makes a graph "
+        'for each size of a buffer: with `fullgraph=True` training raises at the ninth; `positions="shared"` or '
+        '`time_statistics="shared"` needs one graph.',
+    ),
+    Documented(
+        ("AveragedModel",),
+        lambda case: case.situation == TRAIN and case.norm is not None and case.positions != "shared",
+        RuntimeError,
+        "must match the size|broadcast shape",
+        "A population is empty until the first training batch, and torch copies no buffer into one of another size: "
+        "make an `AveragedModel` after that batch.",
+    ),
 )
 """The page numbers them in this order."""

@@ -38,7 +38,7 @@ def plain(case: Case) -> None:
     agree(run(case.module(), case.inputs()), case.expected())
 
 
-@way("checkpoint", "`torch.utils.checkpoint`, with and without `use_reentrant`; training gathers statistics twice")
+@way("checkpoint", "`torch.utils.checkpoint`, with and without `use_reentrant`")
 def checkpoints(case: Case) -> None:
     for use_reentrant in (True, False):
         module = case.module()
