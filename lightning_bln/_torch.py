@@ -133,9 +133,13 @@ def lasting(value: Tensor) -> Tensor:
     """``value`` detached, of no subclass, and none that ends with a transform or that training could not use later."""
     if torch.compiler.is_compiling():
         return value.detach()
-    with torch.inference_mode(False) if value.is_inference() else nullcontext():
-        value = unwrapped(value.clone() if value.is_inference() else value.detach())
-    return value if type(value) is Tensor or hasattr(value, "__tensor_flatten__") else value.as_subclass(Tensor)
+    if value.is_inference():
+        with torch.inference_mode(False):
+            value = value.clone()
+    value = unwrapped(value.detach() if value.requires_grad else value)
+    if type(value) is Tensor or hasattr(value, "__tensor_flatten__"):
+        return value
+    return value.as_subclass(Tensor)
 
 
 MODULE_INTERNALS = frozenset(nn.Module().__dict__)
@@ -156,6 +160,11 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     ``nn.Module.__setattr__`` takes longer than to gather a short sequence.
     """
     return module._buffers
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The dictionary of a module's parameters, parametrized ones aside, to look at without its ``__getattr__``."""
+    return module._parameters
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

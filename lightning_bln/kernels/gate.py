@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -57,16 +58,7 @@ def serves(backend: str, reason: str | None) -> bool:
 
 def admit(name: str, value: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
     """A tensor as most of the library reads it: :func:`checked`, and contiguous."""
-    if value is None or (
-        value.shape == shape
-        and value.dtype is dtype
-        and value.is_cpu
-        and value.is_contiguous()
-        and not value.is_neg()
-        and value.untyped_storage().nbytes() >= (value.storage_offset() + value.numel()) * value.element_size()
-    ):
-        return value
-    return checked(name, value, shape, dtype).contiguous()
+    return None if value is None else checked(name, value, shape, dtype).contiguous()
 
 
 def checked(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -76,6 +68,15 @@ def checked(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype) 
         ValueError: It has another shape, lies elsewhere, or its memory was given back.
         TypeError: Its dtype cannot be converted without loss of a part.
     """
+    if (
+        value.shape == shape
+        and value.dtype is dtype
+        and value.is_cpu
+        and value.layout is torch.strided
+        and not value.is_neg()
+        and is_in_memory(value)
+    ):
+        return value
     if value.shape != torch.Size(shape):
         raise ValueError(f"{name} has shape {tuple(value.shape)}, but {tuple(shape)} is needed; reshape it")
     if value.device.type != "cpu" or value.layout is not torch.strided:
@@ -83,10 +84,18 @@ def checked(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype) 
     if value.dtype.is_complex or value.dtype.is_floating_point is not dtype.is_floating_point:
         raise TypeError(f"{name} has dtype {value.dtype}, but {dtype} is needed; convert it with .to()")
     value = written_out(value)
-    last = value.storage_offset() + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-    if value.numel() and value.untyped_storage().nbytes() < (last + 1) * value.element_size():
+    if not is_in_memory(value):
         raise ValueError(f"the memory of {name} was given back, as by resize_() of its storage; make the tensor anew")
     return value.to(dtype)
+
+
+def is_in_memory(value: Tensor) -> bool:
+    """Whether a tensor has memory, which zeros may have none of, as far as its strides reach."""
+    storage = value.untyped_storage()
+    end = value.storage_offset() + value.numel()
+    if not value.is_contiguous() and value.numel():
+        end = value.storage_offset() + 1 + sum(map(mul, value.stride(), (size - 1 for size in value.shape)))
+    return storage.nbytes() >= end * value.element_size() and (storage.data_ptr() != 0 or not value.numel())
 
 
 def dense_features(x: Tensor) -> Tensor:

@@ -25,9 +25,8 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
                 [3., 3., 3., 3.]])
     """
     (rows, depth), columns, dtype = a.shape, b.shape[-1], a.dtype
-    operands = [(a, (rows, depth)), (b, (depth, columns)), *([] if bias is None else [(bias, (columns,))])]
-    fits = all(value.shape == shape and value.dtype == dtype for value, shape in operands)
-    if not fits or reason_against(dtype, (a, b, bias)) is not None:
+    is_one_kind = b.dtype == dtype and b.shape[0] == depth and (bias is None or bias.dtype == dtype)
+    if not is_one_kind or reason_against(dtype, (a, b, bias)) is not None:
         return a @ b if bias is None else torch.addmm(bias, a, b)
     a, b = checked("a", a, a.shape, dtype), checked("b", b, b.shape, dtype)
     bias = admit("bias", bias, (columns,), dtype)

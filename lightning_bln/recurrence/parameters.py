@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_bln._checks import check_bool, check_choice, check_int
+from lightning_bln._torch import own_parameters
 from lightning_bln.cells.cell import Cell
 from lightning_bln.functional import NORMS, check_dtype
 from lightning_bln.modes import StatisticsMode
@@ -33,10 +34,10 @@ class Weights(NamedTuple):
     """The cell, its further parameters as attributes."""
 
     def tensors(self) -> list[Tensor | None]:
-        """Parameters of the cell and its norms, and the norms' populations."""
+        """Parameters of the cell and its norms."""
         norms = [norm for norm in (self.norm_ih, *self.norm_hh, self.norm_cell) if norm is not None]
         found = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.weight_hr]
-        return [*found, *(value for norm in norms for value in (norm.weight, norm.bias, norm.population.batch_mean))]
+        return [*found, *(value for norm in norms for value in own_parameters(norm).values())]
 
 
 class HasCells(nn.Module):
@@ -167,11 +168,11 @@ class HasCells(nn.Module):
             value, full = getattr(self, name + suffix, None), name + suffix
             if isinstance(value, Tensor):
                 check_parameter(full, value, self._shapes.get(full, value.shape), like)
-            elif value is not None:  # a norm, which may be kept in a wider dtype
-                for part in ("weight", "bias"):
-                    if (parameter := getattr(value, part)) is not None:
+            elif value is not None:
+                for part, parameter in own_parameters(value).items():
+                    if parameter is not None:  # of a norm, which may be kept in a wider dtype
                         shape = (value.gates * self.hidden_size,)
-                        check_parameter(f"{full}.{part}", parameter.to(like.dtype), shape, like)
+                        check_parameter(f"{full}.{part}", parameter, shape, like, is_norms=True)
             return value
 
         cell, bias_ih = self.cell, get("bias_ih")
@@ -230,11 +231,11 @@ class HasCells(nn.Module):
         return f"{self.input_size}, {self.hidden_size}, norm={self.norm!r}"
 
 
-def check_parameter(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+def check_parameter(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor, *, is_norms: bool = False) -> None:
     """Raise unless a parameter, which may have been assigned from elsewhere, has this shape and fits ``like``."""
     if value.shape != shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, but {tuple(shape)} is needed; assign one of that")
-    if value.dtype != like.dtype:
+    if value.dtype != like.dtype and not is_norms:
         raise TypeError(f"{name} has dtype {value.dtype}, but weight_ih has {like.dtype}; convert one with .to()")
     if value.device != like.device:
         raise RuntimeError(f"{name} is on {value.device}, but weight_ih is on {like.device}; move one with .to()")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_bln._torch import is_plain
+from lightning_bln._torch import own_buffers
 from lightning_bln.equation import Statistics, is_zero, observation
 from lightning_bln.kernels.gate import admit
 from lightning_bln.kernels.library import GatherArgs, call, pointer
@@ -32,15 +32,17 @@ def gather(module: GateNorm, norm: SequenceNorm, moments: Tensor, running: Runni
 
 def can_merge(population: Population, moments: Tensor, positions: tuple[int, ...]) -> bool:
     """Whether the fused kernels can merge into a population: plainly, on the CPU."""
-    gathered = population.count, population.mean, population.m2
+    gathered = own_buffers(population)
+    count, mean = gathered["count"], gathered["mean"]
     return (
         not torch.compiler.is_compiling()
         and population.estimator == "pooled"
         and population.momentum is None
         and not population.merge_positions
-        and all(map(is_plain, gathered))
-        and population.mean.dtype == moments.dtype
-        and population.count.shape in (positions, (0,))
+        and type(count) is Tensor
+        and type(mean) is Tensor
+        and mean.dtype == moments.dtype
+        and count.shape in (positions, (0,))
     )
 
 
@@ -53,11 +55,13 @@ def merge_fused(population: Population, norm: SequenceNorm, moments: Tensor, run
     count = torch.empty(steps, groups, dtype=torch.long, device="cpu")
     mean, m2 = (moments.new_empty(steps, groups, width + 3) for _ in range(2))
     batch_sizes = None if sizes is None else torch.tensor(sizes, device="cpu")
-    places = population.count.shape
+    gathered = own_buffers(population)
+    assert gathered["count"] is not None
+    places = gathered["count"].shape
     old = (
-        admit("population.count", population.count, places, torch.int64),
-        admit("population.mean", population.mean, (*places, width + 3), dtype),
-        admit("population.m2", population.m2, (*places, width + 3), dtype),
+        admit("population.count", gathered["count"], places, torch.int64),
+        admit("population.mean", gathered["mean"], (*places, width + 3), dtype),
+        admit("population.m2", gathered["m2"], (*places, width + 3), dtype),
     )
     args = GatherArgs(
         steps, groups, width, samples, int(not is_zero(equation.w_batch)), int(not is_zero(equation.w_feature)),
