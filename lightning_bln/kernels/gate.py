@@ -91,11 +91,11 @@ def checked(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype) 
 
 def is_in_memory(value: Tensor) -> bool:
     """Whether a tensor has memory, which zeros may have none of, as far as its strides reach."""
-    storage = value.untyped_storage()
     end = value.storage_offset() + value.numel()
     if not value.is_contiguous() and value.numel():
         end = value.storage_offset() + 1 + sum(map(mul, value.stride(), (size - 1 for size in value.shape)))
-    return storage.nbytes() >= end * value.element_size() and (storage.data_ptr() != 0 or not value.numel())
+    has_address = value.data_ptr() != 0 or not value.numel()
+    return has_address and value.untyped_storage().nbytes() >= end * value.element_size()
 
 
 def dense_features(x: Tensor) -> Tensor:
