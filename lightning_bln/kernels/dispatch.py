@@ -108,12 +108,7 @@ class EagerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        operator: Operator[Any, Any, Any],
-        reference: Any,
-        settings: Any,
-        constants: Any,
-        *inputs: Tensor | None,
+        ctx: Any, operator: AnyOperator, reference: Reference, settings: Any, constants: Any, *inputs: Tensor | None
     ) -> tuple[Tensor, ...]:
         outputs = operator.forward(operator.inputs(*inputs), constants, settings)
         ctx.operator, ctx.reference, ctx.settings = operator, reference, settings

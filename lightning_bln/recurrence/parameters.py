@@ -81,16 +81,15 @@ class HasCells(nn.Module):
         self.input_size = check_int("input_size", input_size, 1)
         self.hidden_size = check_int("hidden_size", hidden_size, 1)
         self.bias, self.proj_size = check_bool("bias", bias), check_int("proj_size", proj_size, 0)
-        if proj_size and not cell.has_projection:
+        if self.proj_size and not cell.has_projection:
             raise ValueError(f"proj_size={proj_size}, but {type(cell).__name__} has no projection; leave it out")
-        if proj_size >= hidden_size:
+        if self.proj_size >= self.hidden_size:
             raise ValueError(f"proj_size={proj_size}, but it must be smaller than hidden_size={hidden_size}; lower it")
         wanted = {"input": norm_input, "hidden": norm_hidden, "cell": norm_cell}
         self._normalizes = {name: check_bool(f"norm_{name}", value) for name, value in wanted.items()}
         self._normalizes["cell"] &= cell.has_norm_cell
-        GateNorm(
-            1, 1, norm=norm or "bln", **{**norm_options, "device": "meta"}
-        )  # checks them where no norm follows, too
+        # the options are checked where no norm follows, too
+        GateNorm(1, 1, norm=norm or "bln", **{**norm_options, "device": "meta"})
         self._norm_options = norm_options
 
     @property
