@@ -61,9 +61,9 @@ class Equation(NamedTuple):
     bias: Tensor | None
     scale: float
     eps: float
-    w_feature: float | Tensor
-    """Weight of the feature part: a number, or one for each position."""
-    w_batch: float | Tensor
+    w_feature: float | Tensor | None
+    """Weight of the feature part: a number, or one for each position; ``None`` where the norm has no such part."""
+    w_batch: float | Tensor | None
 
 
 def normalize_by(
@@ -106,12 +106,12 @@ def normalize(x: Tensor, statistics: Statistics, equation: Equation) -> Tensor:
     wide = widen(x)
     times, plus = (Tensor.mul_, Tensor.add_) if may_write() else (torch.mul, torch.add)
     y: Tensor | None = None
-    if not is_zero(w_feature):
+    if w_feature is not None:
         assert statistics.feature_mean is not None
         assert statistics.feature_var is not None
         factor = torch.rsqrt(statistics.feature_var + eps) * (w_feature * scale)
         y = times(wide - statistics.feature_mean, factor)
-    if not is_zero(w_batch):
+    if w_batch is not None:
         assert statistics.batch_mean is not None
         assert statistics.batch_var is not None
         factor = torch.rsqrt(statistics.batch_var + eps) * (w_batch * scale)
@@ -138,7 +138,7 @@ def statistics_of(
         (equation.w_batch, fixed[:2], partial(batch_statistics, x, over, mask)),
         (equation.w_feature, fixed[2:], partial(feature_statistics, x)),
     ):
-        if not is_zero(weight) and any(value is None for value in pair):
+        if weight is not None and any(value is None for value in pair):
             pair = [own if value is None else value for value, own in zip(pair, current(), strict=True)]
         found += pair
     for index, (given, use) in enumerate(zip(*source, strict=True)):
@@ -158,7 +158,7 @@ def observation(statistics: Statistics, equation: Equation, places: tuple[int, .
         places: Shape of the positions.
         like: A tensor with ``d`` features, of the dtype and device wanted.
     """
-    is_used = [not is_zero(weight) for weight in (equation.w_batch, equation.w_feature)]
+    is_used = [weight is not None for weight in (equation.w_batch, equation.w_feature)]
     found = []
     for index, value in enumerate(statistics):
         shape = (*places, like.shape[-1]) if index < 2 else places
@@ -220,18 +220,23 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def mixing_row(weight: float | Tensor, positions: int) -> Tensor:
+NO_WEIGHT = 1e-300
+"""Stands for a weight of zero where kernels take zero for a part that the norm does not have."""
+
+
+def mixing_row(weight: float | Tensor | None, positions: int) -> Tensor:
     """A mixing weight of each position in float64, as kernels read it: ``(positions,)``."""
     if isinstance(weight, Tensor):
-        return weight.double().reshape(-1).expand(positions)
-    return torch.full((positions,), weight, dtype=torch.float64, device="cpu")
+        row = weight.double().reshape(-1)
+        return row.masked_fill(row == 0, NO_WEIGHT).expand(positions)
+    return torch.full((positions,), number_of(weight), dtype=torch.float64, device="cpu")
 
 
-def weight_of(row: Tensor) -> float | Tensor:
-    """The inverse of :func:`mixing_row`, ``(positions, 1)``; zero, a number, where it switches its part off."""
-    return row[:, None] if row.any() else 0.0
+def number_of(weight: float | None) -> float:
+    """A mixing weight that is one number, as kernels read it."""
+    return 0.0 if weight is None else weight or NO_WEIGHT
 
 
-def is_zero(weight: float | Tensor) -> bool:
-    """Whether a mixing weight switches its part of the equation off."""
-    return isinstance(weight, float) and weight == 0.0
+def weight_of(row: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The inverse of :func:`mixing_row`, ``(positions, 1)``."""
+    return row[:, None].to(dtype) if row.any() else None

@@ -104,7 +104,7 @@ def batch_layer_norm(
             batch_size = mask.sum(0, keepdim=True)[..., None].clamp(min=1).to(widen(x).dtype)
     given = Statistics(batch_mean, batch_var, feature_mean, feature_var)
     source = Source(given, tuple(value is not None for value in given))
-    weights = mixing_weights(batch_size, delta, norm)
+    weights = parts(batch_size, delta, norm)
     equation = Equation(weight, bias, scale_factor(scale, num_features), eps, *weights)
     y, _ = normalize_by(canonical, equation, source, over, mask)
     return y.movedim((0, -1), (batch_dim, channel_dim))
@@ -128,6 +128,12 @@ def mixing_weights(batch_size: float | Tensor, delta: float = 1e-4, norm: str = 
         batch_size = batch_size.double()
     inverse = 1.0 / batch_size
     return inverse - delta, 1.0 - (inverse + delta)
+
+
+def parts(batch_size: float | Tensor, delta: float, norm: str) -> tuple[float | Tensor | None, float | Tensor | None]:
+    """:func:`mixing_weights`; ``None`` for the part that a norm does not have."""
+    w_feature, w_batch = mixing_weights(batch_size, delta, norm)
+    return None if norm == "batch" else w_feature, None if norm == "layer" else w_batch
 
 
 def scale_factor(scale: bool | float, num_features: int) -> float:

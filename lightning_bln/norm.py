@@ -20,8 +20,8 @@ from lightning_bln._checks import (
     check_scale,
 )
 from lightning_bln.distributed import is_distributed, joint_batch
-from lightning_bln.equation import Equation, Source, Statistics, Uses, is_zero, mixing_row, normalize_by, observation
-from lightning_bln.functional import NORMS, check_dtype, check_input, mixing_weights, scale_factor
+from lightning_bln.equation import Equation, Source, Statistics, Uses, mixing_row, normalize_by, observation
+from lightning_bln.functional import NORMS, check_dtype, check_input, parts, scale_factor
 from lightning_bln.kernels.batch_layer_norm import (
     DenseConstants,
     DenseInputs,
@@ -203,7 +203,7 @@ class Normalization(HasMode):
 
     def _equation(self, batch_size: float | Tensor) -> Equation:
         """The equation for batches of this size."""
-        weights = mixing_weights(batch_size, self.delta, self.norm)
+        weights = parts(batch_size, self.delta, self.norm)
         return Equation(self.weight, self.bias, scale_factor(self.scale, self.num_features), self.eps, *weights)
 
     def _source(self, positions: tuple[int, ...]) -> tuple[Source, Tensor | None]:
@@ -220,8 +220,7 @@ class Normalization(HasMode):
         return Source(population, uses), batch_size
 
     def _warn_unfrozen(self, uses: Uses) -> None:
-        w_feature, w_batch = mixing_weights(2.0, self.delta, self.norm)
-        relevant = (() if is_zero(w_batch) else uses[:2]) + (() if is_zero(w_feature) else uses[2:])
+        relevant = (() if self.norm == "layer" else uses[:2]) + (() if self.norm == "batch" else uses[2:])
         if self._has_warned or all(use is False for use in relevant):
             return
         self._has_warned = True

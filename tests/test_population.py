@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_bln import BatchLayerNorm, batch_layer_norm, freeze_population, recompute_population, reset_population
+from lightning_bln import (
+    BatchLayerNorm,
+    Recurrent,
+    batch_layer_norm,
+    freeze_population,
+    recompute_population,
+    reset_population,
+)
 
 
 def fitted() -> BatchLayerNorm:
@@ -168,3 +175,15 @@ def test_a_state_dict_of_another_size_is_refused(other) -> None:
     with pytest.raises(ValueError, match="load it into a layer of the size"):
         layer.load_state_dict(other.state_dict())
     assert all(torch.equal(value, layer.state_dict()[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_weight_of_zero_is_no_missing_part(backend) -> None:
+    layer = BatchLayerNorm(2, delta=0.0, backend=backend)  # with one sample the batch's part has no weight
+    layer(torch.tensor([[4.0, 6.0]]))
+    assert torch.equal(layer.population.mean[0, :2], torch.tensor([4.0, 6.0]))
+    recurrent = Recurrent("gru", 2, 3, delta=0.0, backend=backend)
+    x = torch.randn(4, 1, 2)
+    recurrent(x)
+    product = torch.nn.functional.linear(x, recurrent.weight_ih_l0)
+    torch.testing.assert_close(recurrent.norm_ih_l0.population.mean[..., :3].flatten(1), product[:, 0].detach())

@@ -81,7 +81,7 @@ def on_torch(inputs: DenseInputs, constants: DenseConstants, settings: DenseSett
     """The output by torch operations."""
     _, positions, features = inputs.x.shape
     source = Source.of(constants.given, settings.uses, (positions,), features)
-    weights = map(weight_of, constants.mixing.to(inputs.x.dtype))
+    weights = (weight_of(row, inputs.x.dtype) for row in constants.mixing)
     equation = Equation(inputs.weight, inputs.bias, settings.scale, settings.eps, *weights)
     return normalize_by(inputs.x, equation, source, (0,))[:1]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_bln.cells.cell import Cell
-from lightning_bln.equation import Equation, Source, mixing_row, weight_of
+from lightning_bln.equation import Equation, Source, mixing_row, number_of, weight_of
 from lightning_bln.kernels.gate import checked
 from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, bits_of, call
 from lightning_bln.kernels.matmul import multiply
@@ -123,7 +123,7 @@ def norms_of(inputs: Inputs, constants: Constants, settings: Settings) -> Norms:
         if weight is not None:
             assert constants.mixing is not None
             groups = 1 if settings.joint else len(weight) // inputs.weight_hh.shape[1]
-            mixing = map(weight_of, constants.mixing[index].to(weight.dtype))
+            mixing = (weight_of(row, weight.dtype) for row in constants.mixing[index])
             source = Source.of(given[index], uses[index], (settings.steps, groups), len(weight))
             equation = Equation(weight, biases[index], scales[index], settings.eps, *mixing)
             found[index] = SequenceNorm(equation, source, groups, False)
@@ -142,10 +142,11 @@ def mixings(norms: Norms, steps: int) -> Tensor | None:
     """Mixing weights of each norm at each step, ``(3, 2, T)``; ``None`` without norms."""
     if all(norm is None for norm in norms):
         return None
-    weights = [(0.0, 0.0) if norm is None else norm.equation[-2:] for norm in norms]
-    if not any(isinstance(one, Tensor) for pair in weights for one in pair):
-        numbers = torch.tensor(weights, dtype=torch.float64, device="cpu")
-        return numbers.unsqueeze(-1).expand(-1, -1, steps).contiguous()
+    weights = [(None, None) if norm is None else norm.equation[-2:] for norm in norms]
+    numbers = [[number_of(one) for one in pair if not isinstance(one, Tensor)] for pair in weights]
+    if all(len(pair) == 2 for pair in numbers):
+        row = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        return row.unsqueeze(-1).expand(-1, -1, steps).contiguous()
     return torch.stack([torch.stack([mixing_row(one, steps) for one in pair]) for pair in weights])
 
 

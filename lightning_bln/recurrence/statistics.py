@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_bln._torch import own_buffers
-from lightning_bln.equation import Statistics, is_zero, observation
+from lightning_bln.equation import Statistics, observation
 from lightning_bln.kernels.gate import admit
 from lightning_bln.kernels.library import GatherArgs, call, pointer
 from lightning_bln.moments import Moments
@@ -64,7 +64,7 @@ def merge_fused(population: Population, norm: SequenceNorm, moments: Tensor, run
         admit("population.m2", gathered["m2"], (*places, width + 3), dtype),
     )
     args = GatherArgs(
-        steps, groups, width, samples, int(not is_zero(equation.w_batch)), int(not is_zero(equation.w_feature)),
+        steps, groups, width, samples, int(equation.w_batch is not None), int(equation.w_feature is not None),
         pointer(batch_sizes), pointer(moments),
         moments.data_ptr() + steps * 2 * groups * width * moments.element_size(),
         *map(pointer, old), pointer(count), pointer(mean), pointer(m2),

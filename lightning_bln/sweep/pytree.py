@@ -46,7 +46,7 @@ def is_same_input(a: Any, b: Any) -> bool:
 
 
 def is_close(a: Any, b: Any) -> bool:
-    """Whether two leaves are equal up to rounding."""
+    """Whether two leaves are equal up to rounding, and not finite at the same places."""
     if isinstance(a, PackedSequence) and isinstance(b, PackedSequence):
         return is_close(a.data, b.data) and has_same_order(a, b)
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
@@ -56,7 +56,8 @@ def is_close(a: Any, b: Any) -> bool:
     if not a.is_floating_point():
         return torch.equal(a, b)
     tolerance = max(1e-5, 8 * torch.finfo(a.dtype).eps)
-    scale = float(a.abs().amax()) if a.numel() else 0.0
+    finite = a[a.isfinite()]
+    scale = float(finite.abs().amax()) if finite.numel() else 0.0
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
