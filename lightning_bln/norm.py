@@ -63,6 +63,7 @@ class Normalization(HasMode):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     backend = "auto"
+    _has_warned_single = False
 
     def __init__(
         self,
@@ -156,13 +157,15 @@ class Normalization(HasMode):
         over = tuple(range(batch_axis, x.ndim - 1)) if is_shared else (batch_axis,)
         places = (1,) if is_shared else tuple(x.shape[batch_axis + 1 : -1])
         source, batch_size = self._source(places)
+        seen = math.prod(x.shape[:-1]) // math.prod(places)
+        self._warn_single(seen)
         equation = self._equation(x.shape[batch_axis] if batch_size is None else batch_size)
         if not (fan is not None and torch.is_grad_enabled()) and self._runs_fused(x, source):
             y, observed = normalize_fused(x, equation, source, over, self.training, None if fan is None else fan.modes)
         else:
             y, observed = normalize_by(x, equation, source, over, observes=self.training)
         if observed is not None:
-            self.gather(observed, x.shape[0], math.prod(x.shape[:-1]) // math.prod(places))
+            self.gather(observed, x.shape[0], seen)
         return y
 
     def _runs_fused(self, x: Tensor, source: Source) -> bool:
@@ -227,6 +230,16 @@ class Normalization(HasMode):
         warnings.warn(
             f"mode={str(self.mode)!r} needs a population, but none is frozen, so the current input's statistics are "
             "used; call recompute_population(model, batches) before eval(), or set momentum",
+            stacklevel=2,
+        )
+
+    def _warn_single(self, seen: int) -> None:
+        if not self.training or self.norm != "batch" or seen != 1 or self._has_warned_single:
+            return
+        self._has_warned_single = True
+        warnings.warn(
+            "norm='batch' and a batch of one: its variance is zero and its output nothing but the bias, and so are the "
+            "population's; train with larger batches, or with norm='bln' or 'layer'",
             stacklevel=2,
         )
 

@@ -13,6 +13,7 @@ from lightning_bln import (
     ALL_MODES,
     BatchLayerNorm,
     Normalization,
+    Recurrent,
     batch_layer_norm,
     freeze_population,
     recompute_population,
@@ -132,3 +133,30 @@ def test_bad_options_are_named(options, words) -> None:
     with pytest.raises(ValueError, match="but") as caught:
         Normalization(**{"num_features": 5, **options})
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (lambda norm: Normalization(3, norm=norm), torch.randn(1, 3)),
+        (lambda norm: Normalization(3, norm=norm), torch.randn(1, 4, 3)),
+        (lambda norm: Recurrent("gru", 3, 4, norm=norm), torch.randn(5, 1, 3)),
+        (lambda norm: Recurrent("mgu", 3, 4, norm=norm), torch.randn(5, 1, 3)),
+    ],
+)
+def test_batch_norm_warns_once_of_a_batch_of_one(layer, x) -> None:
+    one = layer("batch")
+    with pytest.warns(UserWarning, match="a batch of one"):
+        one(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one(x)
+        layer("bln")(x)
+        layer("layer")(x)
+        layer("batch")(torch.cat([x, x], 0 if x.ndim < 3 or x.shape[0] == 1 else 1))
+
+
+def test_batch_norm_over_positions_takes_one_sample() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Normalization(3, norm="batch", positions="shared")(torch.randn(1, 4, 3))

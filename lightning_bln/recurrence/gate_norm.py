@@ -127,6 +127,7 @@ class GateNorm(Normalization):
 
     def sequence(self, running: Running) -> SequenceNorm:
         """The norm for the steps of a batch of sequences."""
+        self._warn_single(running.samples)
         source, frozen_size = self._source((running.steps, self.groups))
         batch_size: float | Tensor = running.samples
         if frozen_size is not None:
