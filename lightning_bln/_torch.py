@@ -91,8 +91,8 @@ def written_out(value: Tensor) -> Tensor:
 
 
 def is_fake(value: Tensor) -> bool:
-    """Whether a tensor stands for one, and has no numbers."""
-    return isinstance(value, FakeTensor)
+    """Whether a tensor has a shape and no numbers."""
+    return value.is_meta or isinstance(value, FakeTensor)
 
 
 def is_exporting() -> bool:

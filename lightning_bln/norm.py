@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,11 @@ from lightning_bln.population import Observed, Population, check_state_dict
 
 BACKENDS = ("auto", "reference", "cpu")
 
+WARNED: WeakSet[nn.Module] = WeakSet()
+"""Layers that have warned of a missing population; no attribute of theirs, which would be a change of the model."""
+WARNED_OF_ONE: WeakSet[nn.Module] = WeakSet()
+"""Layers that have warned of a batch of one."""
+
 NONE_USED: Uses = (False,) * 4
 """All statistics are the current input's."""
 
@@ -63,7 +69,6 @@ class Normalization(HasMode):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     backend = "auto"
-    _has_warned_single = False
 
     def __init__(
         self,
@@ -103,18 +108,18 @@ class Normalization(HasMode):
         self.population = Population(self.num_features, estimator=population, momentum=momentum, **factory)
         self.population.is_joint = sync_batch_stats
         self.sync_batch_stats, self.takes_part = sync_batch_stats, True
-        self._has_warned = False
 
     def _register_affine(self, size: int, weight: bool, bias: bool, factory: dict[str, Any]) -> None:
         self.register_parameter("weight", nn.Parameter(torch.ones(size, **factory)) if weight else None)
         self.register_parameter("bias", nn.Parameter(torch.zeros(size, **factory)) if bias else None)
 
     def reset_parameters(self) -> None:
-        """Set weight and bias to where they start."""
+        """Set weight and bias to where they start, and empty the population."""
         if self.weight is not None:
             nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+        self.population.reset(frozen=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x``; in training by its own statistics, which are gathered, else as ``mode`` says."""
@@ -224,9 +229,9 @@ class Normalization(HasMode):
 
     def _warn_unfrozen(self, uses: Uses) -> None:
         relevant = (() if self.norm == "layer" else uses[:2]) + (() if self.norm == "batch" else uses[2:])
-        if self._has_warned or all(use is False for use in relevant):
+        if self in WARNED or all(use is False for use in relevant):
             return
-        self._has_warned = True
+        WARNED.add(self)
         warnings.warn(
             f"mode={str(self.mode)!r} needs a population, but none is frozen, so the current input's statistics are "
             "used; call recompute_population(model, batches) before eval(), or set momentum",
@@ -234,9 +239,9 @@ class Normalization(HasMode):
         )
 
     def _warn_single(self, seen: int) -> None:
-        if not self.training or self.norm != "batch" or seen != 1 or self._has_warned_single:
+        if not self.training or self.norm != "batch" or seen != 1 or self in WARNED_OF_ONE:
             return
-        self._has_warned_single = True
+        WARNED_OF_ONE.add(self)
         warnings.warn(
             "norm='batch' and a batch of one: its variance is zero and its output nothing but the bias, and so are the "
             "population's; train with larger batches, or with norm='bln' or 'layer'",

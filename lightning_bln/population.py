@@ -160,9 +160,9 @@ class Population(nn.Module):
             )
         self._assign_frozen(self._values(moments))
 
-    def reset(self) -> None:
-        """Empty the gathered moments; frozen statistics stay."""
-        own_buffers(self).update({name: getattr(self, name)[:0] for name in Moments._fields})
+    def reset(self, *, frozen: bool = False) -> None:
+        """Empty the gathered moments; frozen statistics stay unless they are to go, too."""
+        own_buffers(self).update({n: getattr(self, n)[:0] for n in (*Moments._fields, *(FROZEN if frozen else ()))})
 
     def at(self, positions: tuple[int, ...]) -> tuple[Statistics, Tensor]:
         """Frozen statistics and batch size at the leading ``positions``, with a feature axis of size 1 or ``d``."""

@@ -160,3 +160,20 @@ def test_batch_norm_over_positions_takes_one_sample() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Normalization(3, norm="batch", positions="shared")(torch.randn(1, 4, 3))
+
+
+def test_reset_parameters_empties_the_population() -> None:
+    for layer in (Normalization(3), Recurrent("gru", 3, 4)):
+        layer(torch.randn(4, 5, 3))
+        freeze_population(layer)
+        layer.reset_parameters()
+        assert not any(buffer.numel() for buffer in layer.buffers())
+
+
+def test_a_forward_pass_without_memory_gathers_nothing() -> None:
+    layer = Recurrent("gru", 3, 4, device="meta")
+    layer(torch.randn(5, 2, 3, device="meta"))
+    layer.to_empty(device="cpu").reset_parameters()
+    layer(torch.randn(5, 2, 3))
+    freeze_population(layer)
+    assert layer.eval()(torch.randn(5, 2, 3))[0].isfinite().all()

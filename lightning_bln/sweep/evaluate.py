@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_bln._torch import is_packed
 from lightning_bln.modes import ALL_MODES, StatisticsMode, require_mode_layers, using_mode
+from lightning_bln.population import populations
 from lightning_bln.sweep.result import Direction, SweepResult, check_direction
 from lightning_bln.sweep.shared_forward import SharedForward
 
@@ -47,8 +48,8 @@ def sweep_modes(
         The scores, with the mode of the model as the incumbent.
 
     Raises:
-        ValueError: ``model`` has no layer with a mode, ``metrics``, ``modes`` or ``batches`` is empty, or ``monitor``
-            is not among the metrics.
+        ValueError: ``model`` has no layer with a mode or no frozen population, ``metrics``, ``modes`` or ``batches`` is
+            empty, or ``monitor`` is not among the metrics.
 
     Example:
         >>> import torch
@@ -70,6 +71,11 @@ def sweep_modes(
     if monitor is None or monitor not in metrics:
         raise ValueError(f"monitor={monitor!r}, but metrics has {sorted(metrics)}; take one of these")
     check_direction(mode)
+    if any("p" in run.mode for run in runs) and not any(population.is_frozen for population in populations(model)):
+        raise ValueError(
+            f"model={type(model).__name__} has no frozen population, so all modes would be one; call "
+            "recompute_population(model, batches) first"
+        )
     shared = SharedForward(model)
     before, training = {layer.mode for layer in layers}, {module: module.training for module in model.modules()}
     model.eval()

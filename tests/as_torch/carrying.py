@@ -81,7 +81,10 @@ def meta(case: Case) -> None:
     agree(run(module, case.inputs()), case.expected())
 
 
-@way("functional_call", "`torch.func.functional_call` with other parameters and buffers")
+@way(
+    "functional_call",
+    "`torch.func.functional_call` with other parameters and buffers, which are read, not gathered into",
+)
 def calls(case: Case) -> None:
     module = case.module()
     values = {name: value.detach().clone().requires_grad_() for name, value in module.named_parameters()}

@@ -121,7 +121,7 @@ def export_time(case: Case) -> None:
     exported(case, {case.time_axis: "steps"}, [{"steps": 5}, {"steps": 9}], states=False)
 
 
-@way("torch.jit.trace", "of the layer", few)
+@way("torch.jit.trace", "of the layer; the program takes as many steps as the example has", few)
 def jit_trace(case: Case) -> None:
     program: Any = torch.jit.trace(case.module(), case.inputs(), check_trace=False)
     found, wanted = run_jit(program, case), run(case.reference(), case.inputs(1))

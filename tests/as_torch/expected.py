@@ -27,14 +27,16 @@ EXPECTED = (
         lambda case: case.situation == TRAIN and case.norm is not None,
         RuntimeError,
         r"torch\.vmap runs over its statistics",
-        "A layer in training mode gathers one population, so `torch.vmap` over it raises RuntimeError; call `eval()`.",
+        "A layer in training mode gathers one population, so `torch.vmap` over it raises RuntimeError; call "
+        "`eval()`, and in mode `cccc` it computes the same at the training batch size.",
     ),
     Documented(
         ("torch.export, dynamic time",),
         lambda case: case.has_time,
         RuntimeError,
         "specialized",
-        "An exported recurrent layer holds its steps one by one, so `torch.export` refuses a dynamic number of them.",
+        "On these backends an exported recurrent layer holds its steps one by one, so `torch.export` refuses a dynamic "
+        'number of them; `backend="cpu"` takes it.',
     ),
     Documented(
         ("torch.compile, nine lengths",),

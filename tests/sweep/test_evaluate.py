@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_bln import ALL_MODES, set_mode
+from lightning_bln import ALL_MODES, BatchLayerNorm, set_mode
 from lightning_bln.modes import mode_layers
 from lightning_bln.sweep import sweep_modes
 from tests.sweep.networks import MODELS, first, prepared
@@ -84,3 +84,11 @@ def test_the_result_says_why_modes_share_no_forward() -> None:
     model[2].register_forward_hook(lambda *_: None)
     found = sweep_modes(model, batches, lambda batch: (model(batch[0]), batch[1]), {"loss": F.cross_entropy})
     assert "forward hooks inside" in (found.reason or "")
+
+
+def test_a_model_without_a_population_is_refused() -> None:
+    model, data = BatchLayerNorm(4), [(torch.randn(8, 4), torch.zeros(8, 4))]
+    with pytest.raises(ValueError, match="no frozen population"):
+        sweep_modes(model, data, lambda batch: (model(batch[0]), batch[1]), {"mse": F.mse_loss})
+    result = sweep_modes(model, data, lambda batch: (model(batch[0]), batch[1]), {"mse": F.mse_loss}, ["cccc"])
+    assert set(result.scores) == {"cccc"}
