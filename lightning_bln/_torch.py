@@ -65,15 +65,21 @@ def is_observed() -> bool:
 
     Within what torch.compile traces, only the first of them shows.
     """
-    is_transformed = torch._C._are_functorch_transforms_active()
     if torch.compiler.is_compiling():
-        return is_transformed
+        return CAN_COMPILE_STEPS and torch._C._are_functorch_transforms_active()  # older compilers cannot ask
     return (
-        is_transformed
+        torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def integers(vector: Tensor) -> list[int]:
+    """A vector's numbers; within a transform torch 2.3 gives them one by one alone."""
+    if HAS_CUSTOM_OPS or torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return vector.tolist()
+    return [int(one) for one in vector]
 
 
 PLAIN_TYPES = (Tensor, nn.Parameter)

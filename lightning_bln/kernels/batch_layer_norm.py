@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_bln._torch import is_autocast_enabled
+from lightning_bln._torch import HAS_CUSTOM_OPS, is_autocast_enabled
 from lightning_bln.equation import Equation, Source, Statistics, normalize_by, weight_of
 from lightning_bln.kernels.dispatch import EagerFunction, Operator, present
 from lightning_bln.kernels.gate import admit, checked, reason_against
@@ -48,6 +48,8 @@ def reason_against_fused(x: Tensor, tensors: Iterable[Tensor | None]) -> str | N
     """Obstacle to the fused kernels for the input ``x`` and the layer's ``tensors``; ``None`` if they serve."""
     if is_autocast_enabled("cpu"):
         return "under autocast norms run on torch operations"
+    if torch.compiler.is_compiling() and not HAS_CUSTOM_OPS:
+        return "torch.compile takes the compiled kernels from torch 2.4 on"
     return reason_against(x.dtype, (x, *tensors))
 
 

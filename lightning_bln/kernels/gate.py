@@ -8,7 +8,7 @@ from operator import mul
 import torch
 from torch import Tensor
 
-from lightning_bln._torch import HAS_CUSTOM_OPS, is_exporting, is_observed, is_plain, written_out
+from lightning_bln._torch import is_exporting, is_observed, is_plain, written_out
 from lightning_bln.kernels.library import DTYPES, is_built
 
 HOW_TO_BUILD = (
@@ -28,8 +28,6 @@ def reason_against(dtype: torch.dtype, tensors: Iterable[Tensor | None]) -> str 
         return "a transform (torch.func, forward-mode derivatives, tracing) has to see every operation"
     if torch.compiler.is_compiling():
         others = [value.device for value in tensors if value is not None and value.device.type != "cpu"]
-        if not HAS_CUSTOM_OPS:
-            return "torch.compile takes the compiled kernels from torch 2.4 on"
     else:
         odd = [value for value in tensors if not is_plain(value)]
         others = [value.device for value in odd if value is not None and value.device.type != "cpu"]

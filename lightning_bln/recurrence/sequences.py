@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_bln._torch import is_observed
+from lightning_bln._torch import integers, is_observed
 from lightning_bln.functional import check_dtype
 
 State = Tensor | tuple[Tensor, ...]
@@ -66,7 +66,7 @@ class Form(NamedTuple):
         if isinstance(input, PackedSequence):
             if not torch.compiler.is_compiling():
                 check_packed(input)
-            sizes = input.batch_sizes.tolist()
+            sizes = integers(input.batch_sizes)
             uneven = None if sizes[-1] == sizes[0] else sizes
             running = Running(len(sizes), sizes[0], uneven)
             rows = running.rows(input.data.device)
@@ -113,7 +113,7 @@ def check_packed(packed: PackedSequence) -> None:
             f"packed.batch_sizes has shape {tuple(sizes.shape)} and dtype {sizes.dtype} on {sizes.device}, but one "
             f"axis of torch.int64 on the CPU is needed; {mend}"
         )
-    running = sizes.tolist()
+    running = integers(sizes)
     if not running or running[-1] < 1 or running != sorted(running, reverse=True):
         raise ValueError(
             f"packed.batch_sizes={running}, but the sequences running at each step are at least one and never become "
@@ -137,7 +137,7 @@ def check_order(name: str, indices: Tensor | None, samples: int) -> None:
             f"packed.{name} has shape {tuple(indices.shape)} and dtype {indices.dtype}, but an integer for each of "
             f"{samples} sequences is needed; pack again, or leave it None"
         )
-    if indices.device.type == "cpu" and sorted(indices.tolist()) != list(range(samples)):
+    if indices.device.type == "cpu" and sorted(integers(indices)) != list(range(samples)):
         raise ValueError(
             f"packed.{name}={indices.tolist()}, but each of 0 to {samples - 1} is needed once; pack again, or leave it "
             "None"
