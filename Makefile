@@ -61,7 +61,7 @@ bench-cells: $(VENV)/.installed
 
 # The tests of layers, kernels and sweeps with every access to memory and all arithmetic of the kernels checked.
 ASAN_TESTS ?= tests/kernels tests/recurrence tests/cells tests/sweep tests/test_norm.py tests/test_conv.py \
-	tests/test_recurrent.py tests/test_golden.py tests/test_population.py tests/test_torch_samples.py
+	tests/test_recurrent.py tests/test_golden.py tests/test_population.py tests/test_torch_samples.py tests/test_as_torch.py
 asan: $(VENV)/.installed
 	BLN_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/asan --build-temp build/asan-temp
 	OMP_NUM_THREADS=1 BLN_KERNELS=build/asan/lightning_bln/kernels ASAN_OPTIONS=detect_leaks=0 \
