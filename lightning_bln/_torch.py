@@ -83,6 +83,7 @@ def integers(vector: Tensor) -> list[int]:
 
 
 PLAIN_TYPES = (Tensor, nn.Parameter)
+"""Tensors without a subclass that could stand for other numbers than those in memory."""
 
 
 def is_plain(value: Tensor | None) -> bool:

@@ -11,14 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bln._checks import check_bool, check_choice, check_floating, check_int, check_momentum
-from lightning_bln._torch import (
-    is_capturing,
-    is_fake,
-    is_packed,
-    is_repetition,
-    lasting,
-    own_buffers,
-)
+from lightning_bln._torch import is_capturing, is_fake, is_packed, is_repetition, lasting, own_buffers
 from lightning_bln.distributed import in_step, is_distributed
 from lightning_bln.equation import Statistics
 from lightning_bln.moments import Moments, check_one_batch, merge_grown, position_mismatch
@@ -127,7 +120,8 @@ class Population(nn.Module):
         """Add one batch; with ``momentum``, also move the frozen statistics towards it.
 
         Raises:
-            RuntimeError: ``torch.vmap`` runs over the statistics, so that there is one batch for each of its entries.
+            RuntimeError: ``torch.vmap`` runs over the statistics, so that there is one batch for each of its entries; or
+                ``torch.compile`` traces a transform, and cannot tell.
         """
         if not self.takes_batch or any(map(is_fake, observed)):
             return

@@ -89,7 +89,7 @@ def on_torch(inputs: DenseInputs, constants: DenseConstants, settings: DenseSett
 
 
 def has_adjacent_features(x: Tensor) -> bool:
-    """Whether the kernels read ``x`` without a copy, which takes longer than torch operations on it."""
+    """Whether the kernels read ``x`` without a copy, and so give back the layout that came in."""
     return x.stride(-1) == 1 or x.shape[-1] == 1
 
 

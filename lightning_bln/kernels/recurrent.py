@@ -77,6 +77,7 @@ class Settings(NamedTuple):
 
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+"""How many gates each cell has."""
 
 INTEGERS = 7
 """How many of the settings are integers."""

@@ -116,8 +116,11 @@ def on_torch(cell: Cell, inputs: Inputs, constants: Constants, settings: Setting
 
 def norms_of(inputs: Inputs, constants: Constants, settings: Settings) -> Norms:
     """The norms of a call, made again of the operator's arguments."""
-    (weights, scales, uses) = inputs[7:10], settings[8:11], settings[4:7]
-    given, biases = constants[4:], (None, None, inputs.bias_norm_cell)
+    weights = inputs.weight_norm_ih, inputs.weight_norm_hh, inputs.weight_norm_cell
+    biases = None, None, inputs.bias_norm_cell
+    scales = settings.scale_ih, settings.scale_hh, settings.scale_cell
+    given = constants.given_ih, constants.given_hh, constants.given_cell
+    uses = settings.uses_ih, settings.uses_hh, settings.uses_cell
     found: list[SequenceNorm | None] = [None] * 3
     for index, weight in enumerate(weights):
         if weight is not None:
