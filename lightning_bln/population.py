@@ -120,8 +120,8 @@ class Population(nn.Module):
         """Add one batch; with ``momentum``, also move the frozen statistics towards it.
 
         Raises:
-            RuntimeError: ``torch.vmap`` runs over the statistics, so that there is one batch for each of its entries; or
-                ``torch.compile`` traces a transform, and cannot tell.
+            RuntimeError: ``torch.vmap`` runs over the statistics, so that there is one batch for each of its entries,
+                or ``torch.compile`` traces a transform, and cannot tell.
         """
         if not self.takes_batch or any(map(is_fake, observed)):
             return
