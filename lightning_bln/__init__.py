@@ -10,7 +10,8 @@ from lightning_bln.functional import Statistics, batch_layer_norm
 from lightning_bln.modes import ALL_MODES, BATCH_INDEPENDENT_MODES, StatisticsMode, fan_out, set_mode, using_mode
 from lightning_bln.moments import Moments
 from lightning_bln.norm import BatchLayerNorm, Normalization
-from lightning_bln.population import Population, freeze_population, recompute_population, reset_population
+from lightning_bln.population import Population
+from lightning_bln.recomputation import freeze_population, recompute_population, reset_population
 from lightning_bln.recurrent import BLNGRU, BLNLSTM, BLNRNN, Recurrent
 from lightning_bln.sweep import SweepResult, sweep_modes
 

@@ -147,7 +147,9 @@ class Normalization(HasMode):
                     f"shape ({self.num_features},)"
                 )
         check_dtype(x, self.weight)
-        for owner, value in (("bias", self.bias), ("population", self.population.mean)):
+        # where torch.compile traces in training, not even the device of a population that grows may be looked at
+        gathers = self.training and torch.compiler.is_compiling()
+        for owner, value in (("bias", self.bias), ("population", None if gathers else self.population.mean)):
             if value is not None and value.device != x.device:
                 raise RuntimeError(
                     f"x is on {x.device}, but the layer's {owner} is on {value.device}; move one with .to()"

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from lightning_bln import BatchLayerNorm, Normalization, recompute_population
 from lightning_bln.callbacks import BLNStatsCallback
-from lightning_bln.population import FROZEN, populations
+from lightning_bln.population import FROZEN
+from lightning_bln.recomputation import populations
 
 SIZES = {2: (3, 5), 3: (2, 4, 1)}
 """Samples on each rank, by the number of ranks."""

@@ -21,9 +21,9 @@ NAME = PACKAGE.name
 FLOORS = (
     ("_torch", "_moved", "_scoped", "_files", "_checks"),
     ("equation",),
-    ("functional", "moments", "modes"),
+    ("functional", "moments", "modes", "traced"),
     ("kernels",),
-    ("distributed", "population"),
+    ("distributed", "population", "recomputation"),
     ("norm",),
     ("cells",),
     ("recurrence",),

@@ -14,7 +14,8 @@ from lightning_bln._scoped import setting
 from lightning_bln._torch import EXTRA_STATE, without_buffers
 from lightning_bln.callbacks import _lightning
 from lightning_bln.modes import HasMode
-from lightning_bln.population import Population, populations
+from lightning_bln.population import Population
+from lightning_bln.recomputation import populations
 
 
 def exclude_populations(callback: Any, module: nn.Module) -> None:

@@ -18,7 +18,7 @@ from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.run import RandomState
 from lightning_bln.callbacks.user_state import UserState
 from lightning_bln.distributed import in_step, is_sharded
-from lightning_bln.population import recompute_population, reset_population
+from lightning_bln.recomputation import recompute_population, reset_population
 
 STEP = "population_step"
 """Optional method of a module, ``(batch, batch_idx)``, that is called in place of an unusable ``training_step``."""

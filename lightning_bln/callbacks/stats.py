@@ -21,7 +21,8 @@ from lightning_bln.callbacks.evaluation import Evaluation, shared_forward
 from lightning_bln.callbacks.guard import Guard
 from lightning_bln.callbacks.recompute import check_recompute, fingerprint, recompute
 from lightning_bln.modes import StatisticsMode, mode_layers
-from lightning_bln.population import Population, freeze_population, populations, reset_population
+from lightning_bln.population import Population
+from lightning_bln.recomputation import freeze_population, populations, reset_population
 from lightning_bln.sweep.result import Direction, SweepResult, check_direction
 from lightning_bln.sweep.shared_forward import SharedForward
 

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 
 from lightning_bln.callbacks import BLNStatsCallback
 from lightning_bln.cli.checkpoint import load_checkpoint, write_mode
-from lightning_bln.population import populations
+from lightning_bln.recomputation import populations
 from lightning_bln.sweep.result import Direction, SweepResult
 
 CONFIG_KEY = "bln_config"

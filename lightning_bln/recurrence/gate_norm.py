@@ -133,12 +133,13 @@ class GateNorm(Normalization):
         if frozen_size is not None:
             batch_size = frozen_size[:, 0]
         elif self.norm != "layer":
-            like = self.population.feature_mean
-            batch_size = running.counts(like.device)
+            assert self.weight is not None
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            batch_size = running.counts(self.weight.device)
             if isinstance(batch_size, Tensor):
-                batch_size = batch_size.to(like.dtype)
+                batch_size = batch_size.to(dtype)
             elif torch.compiler.is_compiling():  # one graph for batches of any size
-                batch_size = like.new_full((running.steps, 1), batch_size)
+                batch_size = self.weight.new_full((running.steps, 1), batch_size, dtype=dtype)
         return SequenceNorm(self._equation(batch_size), source, self.groups, self.training)
 
     def gather_steps(self, observed: Statistics, running: Running) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_bln._files import replacing
 from lightning_bln.models.paper.modules import AUTHORS_THRESHOLD, Classifier
 from lightning_bln.modes import ALL_MODES
-from lightning_bln.population import freeze_population, recompute_population, reset_population
+from lightning_bln.recomputation import freeze_population, recompute_population, reset_population
 from lightning_bln.reproduce.experiments import Experiment, Samples
 from lightning_bln.sweep.evaluate import sweep_modes
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_bln._torch import is_packed
 from lightning_bln.modes import ALL_MODES, StatisticsMode, require_mode_layers, using_mode
-from lightning_bln.population import populations
+from lightning_bln.recomputation import populations
 from lightning_bln.sweep.result import Direction, SweepResult, check_direction
 from lightning_bln.sweep.shared_forward import SharedForward
 

@@ -47,15 +47,6 @@ EXPECTED = (
         "ninth, its limit of recompilations; `torch._dynamo.config.recompile_limit` raises the limit.",
     ),
     Documented(
-        ("torch.compile, nine lengths",),
-        lambda case: case.situation == TRAIN and case.norm is not None and case.positions != "shared",
-        Exception,
-        "fullgraph=True",
-        "A population of separate positions or steps grows with the longest batch, and `torch.compile` makes a graph "
-        'for each size of a buffer: with `fullgraph=True` training raises at the ninth; `positions="shared"` or '
-        '`time_statistics="shared"` needs one graph.',
-    ),
-    Documented(
         ("AveragedModel",),
         lambda case: case.situation == TRAIN and case.norm is not None and case.positions != "shared",
         RuntimeError,

@@ -26,7 +26,7 @@ from lightning_bln import (
     set_mode,
 )
 from lightning_bln.cells import BLNGRUCell, BLNLSTMCell, RecurrentCell
-from lightning_bln.population import populations
+from lightning_bln.recomputation import populations
 
 TRAIN, EVAL = "train", "eval"
 MODES = ("cccc", "ppcc", "pppp")

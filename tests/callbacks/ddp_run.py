@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_bln import recompute_population
 from lightning_bln.modes import mode_layers
-from lightning_bln.population import populations
+from lightning_bln.recomputation import populations
 
 
 class Synced(zoo.Simple):

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from lightning_bln import recompute_population
 from lightning_bln.modes import mode_layers
-from lightning_bln.population import FROZEN, populations
+from lightning_bln.population import FROZEN
+from lightning_bln.recomputation import populations
 
 SIZES = ((4, 4, 4, 3), (5, 2))
 

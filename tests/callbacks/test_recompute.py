@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_bln import recompute_population
 from lightning_bln.callbacks.recompute import fingerprint
-from lightning_bln.population import populations
+from lightning_bln.recomputation import populations
 
 FROZEN = ("batch_mean", "batch_var", "feature_mean", "feature_var", "batch_size")
 

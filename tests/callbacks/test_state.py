@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 
 from lightning_bln import recompute_population
 from lightning_bln.modes import mode_layers
-from lightning_bln.population import populations
+from lightning_bln.recomputation import populations
 
 
 def steady_data() -> Any:

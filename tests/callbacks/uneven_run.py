@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from lightning_bln import BLNLSTM, recompute_population
 from lightning_bln.modes import mode_layers
-from lightning_bln.population import FROZEN, populations
+from lightning_bln.population import FROZEN
+from lightning_bln.recomputation import populations
 
 LENGTHS = (7, 5)
 TRAINING = ((4, 4, 3), (4, 2, 4))
