@@ -24,7 +24,11 @@ def is_packed(value: Any) -> bool:
     return isinstance(value, PackedSequence)
 
 
-tree_flatten = partial(_pytree.tree_flatten, is_leaf=is_packed)
+def tree_flatten(tree: Any, is_leaf: Callable[[Any], bool] = is_packed) -> tuple[list[Any], Any]:
+    """Leaves and structure of nested batches, outputs and loaders."""
+    return _pytree.tree_flatten(tree, is_leaf=is_leaf)
+
+
 tree_map = partial(_pytree.tree_map, is_leaf=is_packed)
 tree_unflatten = _pytree.tree_unflatten
 """Walk nested batches, outputs and loaders, with the types that libraries have registered; torch has no public name.
@@ -131,19 +135,12 @@ def unwrapped(value: Tensor) -> Tensor:
     return value
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured on ``device``."""
-    return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
-
-
 def lasting(value: Tensor) -> Tensor:
-    """``value`` detached, of no subclass, and none that ends with a transform or that training could not use later."""
+    """A copy of ``value`` in memory of its own, and none that ends with a transform or that training could not use."""
     if torch.compiler.is_compiling():
         return value.detach()
-    if value.is_inference():
-        with torch.inference_mode(False):
-            value = value.clone()
-    value = unwrapped(value.detach() if value.requires_grad else value)
+    with torch.inference_mode(False):
+        value = unwrapped(value.detach().clone(memory_format=torch.contiguous_format))
     if type(value) is Tensor or hasattr(value, "__tensor_flatten__"):
         return value
     return value.as_subclass(Tensor)
@@ -188,13 +185,13 @@ def without_buffers(modules: Iterable[nn.Module]) -> AbstractContextManager[None
     return setting(modules, _buffers={})
 
 
-def unstarted(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A loader of the same batches that shares no persistent workers with ``loader``, and has none itself.
+def altered(loader: DataLoader[Any], **attributes: Any) -> DataLoader[Any]:
+    """A loader of the same batches with other attributes, that has no persistent workers nor shares ``loader``'s.
 
     A loader's attributes cannot be set, and of the iterator that has the workers there is no public name.
     """
     other = copy(loader)
-    vars(other).update(persistent_workers=False, _iterator=None)
+    vars(other).update(persistent_workers=False, _iterator=None, **attributes)
     return other
 
 

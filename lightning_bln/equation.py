@@ -129,7 +129,7 @@ def statistics_of(
     x: Tensor, equation: Equation, source: Source, over: tuple[int, ...], mask: Tensor | None = None
 ) -> Statistics:
     """The statistics to normalise by; those that the mixing weights leave unused are whatever is given, or ``None``."""
-    fixed = [value if use is True else None for value, use in zip(*source, strict=True)]
+    fixed = [value if use is True else None for value, use in zip(source.given, source.uses, strict=True)]
     group_axis = over[0] - 1 if over else -1
     if mask is None and group_axis >= 0 and x.stride(group_axis) == 0:
         x = x.narrow(group_axis, 0, 1)  # the groups are one input, expanded
@@ -141,7 +141,7 @@ def statistics_of(
         if weight is not None and any(value is None for value in pair):
             pair = [own if value is None else value for value, own in zip(pair, current(), strict=True)]
         found += pair
-    for index, (given, use) in enumerate(zip(*source, strict=True)):
+    for index, (given, use) in enumerate(zip(source.given, source.uses, strict=True)):
         own = found[index]
         if isinstance(use, Tensor) and own is not None:
             assert given is not None
@@ -230,6 +230,11 @@ def mixing_row(weight: float | Tensor | None, positions: int) -> Tensor:
         row = weight.double().reshape(-1)
         return row.masked_fill(row == 0, NO_WEIGHT).expand(positions)
     return torch.full((positions,), number_of(weight), dtype=torch.float64, device="cpu")
+
+
+def mixing_rows(w_feature: float | Tensor | None, w_batch: float | Tensor | None, positions: int) -> Tensor:
+    """:func:`mixing_row` of both, ``(2, positions)``."""
+    return torch.stack([mixing_row(w_feature, positions), mixing_row(w_batch, positions)])
 
 
 def number_of(weight: float | None) -> float:

@@ -21,7 +21,8 @@ from lightning_bln._checks import (
     check_scale,
 )
 from lightning_bln.distributed import is_distributed, joint_batch
-from lightning_bln.equation import Equation, Source, Statistics, Uses, mixing_row, normalize_by, observation
+from lightning_bln.equation import Equation, Source, Statistics, Uses, mixing_rows, normalize_by, observation
+from lightning_bln.frozen import Mixing, mixing_of
 from lightning_bln.functional import NORMS, check_dtype, check_input, parts, scale_factor
 from lightning_bln.kernels.batch_layer_norm import (
     DenseConstants,
@@ -166,9 +167,11 @@ class Normalization(HasMode):
         source, batch_size = self._source(places)
         seen = math.prod(x.shape[:-1]) // math.prod(places)
         self._warn_single(seen)
-        equation = self._equation(x.shape[batch_axis] if batch_size is None else batch_size)
+        mixing = self._mixing(x.shape[batch_axis], batch_size)
+        equation = self._equation(mixing)
         if not (fan is not None and torch.is_grad_enabled()) and self._runs_fused(x, source):
-            y, observed = normalize_fused(x, equation, source, over, self.training, None if fan is None else fan.modes)
+            modes = None if fan is None else fan.modes
+            y, observed = normalize_fused(x, equation, source, over, self.training, modes, mixing.rows)
         else:
             y, observed = normalize_by(x, equation, source, over, observes=self.training)
         if observed is not None:
@@ -184,7 +187,7 @@ class Normalization(HasMode):
     def _normalize_jointly(self, x: Tensor, is_shared: bool) -> Tensor:
         """Normalise in training by the batch that all ranks hold together; each rank gathers the same."""
         joint = joint_batch(x, is_shared, self.takes_part)
-        equation = self._equation(joint.batch_size)
+        equation = self._equation(self._mixing(joint.batch_size))
         own = Statistics(joint.mean[: x.shape[1]], joint.var[: x.shape[1]])
         y, _ = normalize_by(x, equation, Source(own, (True, True, False, False)), ())
         observed = Statistics(joint.mean, joint.var, joint.feature_mean, joint.feature_var)
@@ -211,10 +214,16 @@ class Normalization(HasMode):
         with torch.no_grad():
             self.population.gather(Observed(*observed, counts(seen), counts(batch_size)))  # type: ignore[arg-type]
 
-    def _equation(self, batch_size: float | Tensor) -> Equation:
-        """The equation for batches of this size."""
-        weights = parts(batch_size, self.delta, self.norm)
-        return Equation(self.weight, self.bias, scale_factor(self.scale, self.num_features), self.eps, *weights)
+    def _mixing(self, batch_size: float | Tensor, frozen_size: Tensor | None = None) -> Mixing:
+        """The mixing weights for batches of this size, or of the population's where there is one to use."""
+        if frozen_size is None:
+            return Mixing(*parts(batch_size, self.delta, self.norm))
+        return mixing_of(self.population, frozen_size, self.delta, self.norm)
+
+    def _equation(self, mixing: Mixing) -> Equation:
+        """The equation with these mixing weights."""
+        scale = scale_factor(self.scale, self.num_features)
+        return Equation(self.weight, self.bias, scale, self.eps, mixing.w_feature, mixing.w_batch)
 
     def _source(self, positions: tuple[int, ...]) -> tuple[Source, Tensor | None]:
         """Origin of the statistics at ``positions``, and the population's batch size where there is one to use."""
@@ -268,6 +277,7 @@ def normalize_fused(
     over: tuple[int, ...],
     observes: bool,
     modes: Sequence[StatisticsMode] | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Statistics | None]:
     """:func:`~lightning_bln.equation.normalize_by` on the fused kernels.
 
@@ -278,12 +288,14 @@ def normalize_fused(
         over: The batch axis, or all axes but the features'.
         observes: Whether to return the statistics.
         modes: The statistics mode of each group of samples, without gradients.
+        rows: The mixing weights as kernels read them, where they are known.
     """
     batch_axis, is_shared = over[0], over[-1] == x.ndim - 2
     flat = x.flatten(batch_axis, -2).unsqueeze(-2) if is_shared else x.flatten(batch_axis + 1, -2)
-    mixing = torch.stack([mixing_row(one, flat.shape[-2]) for one in (equation.w_feature, equation.w_batch)])
+    if rows is None:
+        rows = mixing_rows(equation.w_feature, equation.w_batch, flat.shape[-2])
     inputs = DenseInputs(flat, equation.weight, equation.bias)
-    constants = DenseConstants(mixing, source.flat(x.dtype))
+    constants = DenseConstants(rows, source.flat(x.dtype))
     if modes is not None:
         each = [bits_of(mode.uses_population) for mode in modes]
         settings = DenseSettings(0, 0, equation.scale, equation.eps)

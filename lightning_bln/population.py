@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
+from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_bln import traced
 from lightning_bln._checks import check_bool, check_choice, check_floating, check_int, check_momentum
-from lightning_bln._torch import is_capturing, is_fake, is_repetition, lasting, own_buffers
+from lightning_bln._torch import is_fake, is_observed, is_repetition, lasting, own_buffers
 from lightning_bln.equation import Statistics
 from lightning_bln.moments import Moments, check_one_batch, merge_grown, position_mismatch
 
@@ -144,10 +146,11 @@ class Population(nn.Module):
         moments = self._moments(observed)
         if self.merge_positions:
             moments = Moments(*(part[None] for part in moments.merge_positions()))
-        total = merge_grown(Moments(self.count, self.mean, self.m2), moments) if self.is_gathering else moments
-        self.assign(total)
-        if self.momentum is not None:
-            self._follow(self._values(moments), self.momentum)
+        with one_at_a_time():
+            total = merge_grown(Moments(self.count, self.mean, self.m2), moments) if self.is_gathering else moments
+            self.assign(total)
+            if self.momentum is not None:
+                self._follow(self._values(moments), self.momentum)
 
     def assign(self, moments: Moments) -> None:
         """Put ``moments`` in place of those gathered so far."""
@@ -178,7 +181,8 @@ class Population(nn.Module):
         if tuple(self.feature_mean.shape[1:]) != positions[1:]:
             raise ValueError(position_mismatch(positions, tuple(self.feature_mean.shape)))
         last = self.feature_mean.shape[0] - 1
-        frozen = [getattr(self, name) for name in FROZEN]
+        buffers = own_buffers(self)
+        frozen: list[Any] = [buffers[name] for name in FROZEN]
         if torch.compiler.is_compiling() or positions[0] != last + 1:  # one graph for any number of positions
             index = torch.arange(positions[0], device=self.feature_mean.device).clamp(max=last)
             frozen = [value[index] for value in frozen]
@@ -211,20 +215,21 @@ class Population(nn.Module):
         return [mean, var, feature_mean, feature_var, 1.0 / inverse]
 
     def _assign_frozen(self, values: list[Tensor]) -> None:
-        self._replace({name: value.clone() for name, value in zip(FROZEN, values, strict=True)})
+        self._replace(dict(zip(FROZEN, values, strict=True)))
 
     def _replace(self, values: dict[str, Tensor]) -> None:
-        """Put new buffers in place of the old ones, which a snapshot may still hold.
+        """Write ``values`` into the buffers, or put new ones in place of those that are of another shape.
 
-        During the capture of a CUDA graph they are written in place: a replay repeats kernels, not assignments.
+        So an explicit buffer of ``functional_call`` and one in shared memory see what is gathered, and the replay of a
+        CUDA graph, which repeats kernels and not assignments. A transform could not write into them.
         """
-        if is_capturing(self.count.device):
-            pairs = [(getattr(self, name), value.detach()) for name, value in values.items()]
-            if all(buffer.shape == value.shape for buffer, value in pairs):
-                for buffer, value in pairs:
-                    buffer.copy_(value)
-                return
-        own_buffers(self).update({name: lasting(value) for name, value in values.items()})
+        buffers, writes = own_buffers(self), not (torch.compiler.is_compiling() or is_observed())
+        for name, value in values.items():
+            buffer = buffers[name]
+            if writes and buffer is not None and may_hold(buffer, value):
+                buffer.copy_(value.detach())
+            else:
+                buffers[name] = lasting(value)
 
     def _follow(self, values: list[Tensor], momentum: float) -> None:
         """Move the frozen statistics towards ``values``; positions that only one of them has are taken as they are."""
@@ -257,6 +262,25 @@ class Population(nn.Module):
     def extra_repr(self) -> str:
         state = "frozen" if self.is_frozen else "empty"
         return f"{self.num_features}, estimator={self.estimator!r}, positions={self.positions}, {state}"
+
+
+LOCK = RLock()
+
+
+def one_at_a_time() -> AbstractContextManager[Any]:
+    """Context in which one thread at a time adds to populations, so that none is lost; graphs hold no locks."""
+    return nullcontext() if torch.compiler.is_compiling() else LOCK
+
+
+def may_hold(buffer: Tensor, value: Tensor) -> bool:
+    """Whether ``value`` can be written into ``buffer`` and nothing changes but numbers."""
+    return (
+        buffer.shape == value.shape
+        and buffer.dtype == value.dtype
+        and buffer.device == value.device
+        and not buffer.is_inference()
+        and buffer.is_contiguous()
+    )
 
 
 def check_state_dict(module: nn.Module, state_dict: dict, prefix: str) -> None:

@@ -23,7 +23,7 @@ FLOORS = (
     ("equation",),
     ("functional", "moments", "modes", "traced"),
     ("kernels",),
-    ("distributed", "population", "recomputation"),
+    ("distributed", "population", "recomputation", "joining", "frozen"),
     ("norm",),
     ("cells",),
     ("recurrence",),

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from lightning_bln._scoped import setting
-from lightning_bln._torch import tree_map, unstarted
+from lightning_bln._torch import altered, tree_map
 from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.run import RandomState
 from lightning_bln.callbacks.user_state import UserState
@@ -132,7 +132,7 @@ def independent(trainer: Any, loader: Any) -> Any:
     elif isinstance(loader, DataLoader) and loader.persistent_workers and loader.num_workers:
         # persistent workers serve one iterator: a second one would take the batches that the first still waits for
         if type(loader) is DataLoader:
-            return unstarted(loader)
+            return altered(loader)
         problem = (
             f"{name}(persistent_workers=True) cannot be read a second time while it trains; set "
             "persistent_workers=False, or pass stats_dataloader="

@@ -54,9 +54,15 @@ def serves(backend: str, reason: str | None) -> bool:
     return reason is None and (backend == "cpu" or not is_exporting())
 
 
-def admit(name: str, value: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
-    """A tensor as most of the library reads it: :func:`checked`, and contiguous."""
-    return None if value is None else checked(name, value, shape, dtype).contiguous()
+def admit(
+    name: str, value: Tensor | None, shape: Sequence[int], dtype: torch.dtype, is_known: bool = False
+) -> Tensor | None:
+    """A tensor as most of the library reads it: :func:`checked`, unless that was done before, and contiguous."""
+    if value is None:
+        return None
+    if is_known and value.dtype is dtype:
+        return value.contiguous()
+    return checked(name, value, shape, dtype).contiguous()
 
 
 def checked(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -89,11 +95,13 @@ def checked(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype) 
 
 def is_in_memory(value: Tensor) -> bool:
     """Whether a tensor has memory, which zeros may have none of, as far as its strides reach."""
-    end = value.storage_offset() + value.numel()
-    if not value.is_contiguous() and value.numel():
-        end = value.storage_offset() + 1 + sum(map(mul, value.stride(), (size - 1 for size in value.shape)))
-    has_address = value.data_ptr() != 0 or not value.numel()
-    return has_address and value.untyped_storage().nbytes() >= end * value.element_size()
+    size = value.numel()
+    if not size:
+        return True
+    if not value.is_contiguous():
+        size = 1 + sum(map(mul, value.stride(), (size - 1 for size in value.shape)))
+    bytes_needed = (value.storage_offset() + size) * value.element_size()
+    return value.data_ptr() != 0 and value.untyped_storage().nbytes() >= bytes_needed
 
 
 def dense_features(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_bln.cells.cell import Cell
-from lightning_bln.equation import Equation, Source, mixing_row, number_of, weight_of
+from lightning_bln.equation import Equation, Source, mixing_rows, number_of, weight_of
 from lightning_bln.kernels.gate import checked
 from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, bits_of, call
 from lightning_bln.kernels.matmul import multiply
@@ -150,7 +150,9 @@ def mixings(norms: Norms, steps: int) -> Tensor | None:
     if all(len(pair) == 2 for pair in numbers):
         row = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         return row.unsqueeze(-1).expand(-1, -1, steps).contiguous()
-    return torch.stack([torch.stack([mixing_row(one, steps) for one in pair]) for pair in weights])
+    known = [None if norm is None else norm.rows for norm in norms]
+    pairs = zip(weights, known, strict=True)
+    return torch.stack([mixing_rows(*pair, steps) if rows is None else rows for pair, rows in pairs])
 
 
 def settings_of(

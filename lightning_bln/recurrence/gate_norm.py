@@ -30,6 +30,8 @@ class SequenceNorm(NamedTuple):
     groups: int
     observes: bool
     """Whether the statistics are gathered."""
+    rows: Tensor | None = None
+    """The mixing weights as kernels read them, where they are known."""
 
     def __call__(self, x: Tensor, t: int | slice, mask: Tensor | None = None) -> tuple[Tensor, Statistics | None]:
         """Normalise one step or all of them.
@@ -65,6 +67,7 @@ class SequenceNorm(NamedTuple):
         return self._replace(
             equation=self.equation._replace(w_feature=w_feature, w_batch=w_batch),
             source=self.source._replace(given=Statistics(*map(cut, self.source.given))),
+            rows=None,
         )
 
 
@@ -129,18 +132,24 @@ class GateNorm(Normalization):
         """The norm for the steps of a batch of sequences."""
         self._warn_single(running.samples)
         source, frozen_size = self._source((running.steps, self.groups))
-        batch_size: float | Tensor = running.samples
-        if frozen_size is not None:
-            batch_size = frozen_size[:, 0]
-        elif self.norm != "layer":
-            assert self.weight is not None
+        if frozen_size is None:
+            mixing = self._mixing(self._batch_size(running))
+        else:
+            mixing = self._mixing(running.samples, frozen_size[:, 0])  # groups have it in common
+        return SequenceNorm(self._equation(mixing), source, self.groups, self.training, mixing.rows)
+
+    def _batch_size(self, running: Running) -> float | Tensor:
+        """Running sequences, a number or one for each step, ``(T, 1)``."""
+        if self.norm == "layer":
+            return running.samples
+        assert self.weight is not None
+        sizes = running.counts(self.weight.device)
+        if isinstance(sizes, Tensor):
+            return sizes.to(torch.promote_types(self.weight.dtype, torch.float32))
+        if torch.compiler.is_compiling():  # one graph for batches of any size
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
-            batch_size = running.counts(self.weight.device)
-            if isinstance(batch_size, Tensor):
-                batch_size = batch_size.to(dtype)
-            elif torch.compiler.is_compiling():  # one graph for batches of any size
-                batch_size = self.weight.new_full((running.steps, 1), batch_size, dtype=dtype)
-        return SequenceNorm(self._equation(batch_size), source, self.groups, self.training)
+            return self.weight.new_full((running.steps, 1), sizes, dtype=dtype)
+        return sizes
 
     def gather_steps(self, observed: Statistics, running: Running) -> None:
         """Let the population take in all steps of a batch of training sequences."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import is_
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from lightning_bln.equation import Statistics, observation
 from lightning_bln.kernels.gate import admit
 from lightning_bln.kernels.library import GatherArgs, call, pointer
 from lightning_bln.moments import Moments
-from lightning_bln.population import Population
+from lightning_bln.population import Population, one_at_a_time
 from lightning_bln.recurrence.gate_norm import GateNorm, SequenceNorm
 from lightning_bln.recurrence.sequences import Running
 
@@ -24,10 +26,11 @@ def gather(module: GateNorm, norm: SequenceNorm, moments: Tensor, running: Runni
         moments: Batch means and variances ``(T, 2, G', H')``, then those of the features ``(T, 2, G', B)``, flat.
         running: Running sequences at each step.
     """
-    if can_merge(module.population, moments, (running.steps, norm.groups)):
-        merge_fused(module.population, norm, moments, running)
-    else:
-        module.gather_steps(observed(moments, norm, running), running)
+    with one_at_a_time():
+        if can_merge(module.population, moments, (running.steps, norm.groups)):
+            merge_fused(module.population, norm, moments, running)
+        else:
+            module.gather_steps(observed(moments, norm, running), running)
 
 
 def can_merge(population: Population, moments: Tensor, positions: tuple[int, ...]) -> bool:
@@ -47,30 +50,29 @@ def can_merge(population: Population, moments: Tensor, positions: tuple[int, ...
 
 
 def merge_fused(population: Population, norm: SequenceNorm, moments: Tensor, running: Running) -> None:
-    """Merge into new buffers, since a snapshot may hold those before."""
+    """Merge into the population's own buffers, or into new ones for the first batch."""
     if not population.takes_batch:
         return
     equation, width, dtype = norm.equation, population.num_features, moments.dtype
     (steps, samples, sizes), groups = running, norm.groups
-    count = torch.empty(steps, groups, dtype=torch.long, device="cpu")
-    mean, m2 = (moments.new_empty(steps, groups, width + 3) for _ in range(2))
     batch_sizes = None if sizes is None else torch.tensor(sizes, device="cpu")
-    gathered = own_buffers(population)
-    assert gathered["count"] is not None
-    places = gathered["count"].shape
-    old = (
-        admit("population.count", gathered["count"], places, torch.int64),
-        admit("population.mean", gathered["mean"], (*places, width + 3), dtype),
-        admit("population.m2", gathered["m2"], (*places, width + 3), dtype),
-    )
+    before = Moments(*map(own_buffers(population).__getitem__, Moments._fields))  # type: ignore[arg-type]
+    places = tuple(before.count.shape)
+    shapes = places, (*places, width + 3), (*places, width + 3)
+    names, dtypes = map("population.{}".format, Moments._fields), (torch.int64, dtype, dtype)
+    old = Moments(*map(admit, names, before, shapes, dtypes))  # type: ignore[arg-type]
+    is_own = places == (steps, groups) and all(map(is_, old, before))
+    size = (steps, groups, width + 3)
+    new = old if is_own else Moments(old.count.new_empty(size[:2]), old.mean.new_empty(size), old.m2.new_empty(size))
     args = GatherArgs(
         steps, groups, width, samples, int(equation.w_batch is not None), int(equation.w_feature is not None),
         pointer(batch_sizes), pointer(moments),
         moments.data_ptr() + steps * 2 * groups * width * moments.element_size(),
-        *map(pointer, old), pointer(count), pointer(mean), pointer(m2),
+        *map(pointer, old), *map(pointer, new),
     )  # fmt: skip
     call("gather", args, dtype)
-    population.assign(Moments(count, mean, m2))
+    if not is_own:
+        population.assign(new)
 
 
 def observed(moments: Tensor, norm: SequenceNorm, running: Running) -> Statistics:
