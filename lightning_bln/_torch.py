@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils import _pytree
+from torch.utils import _python_dispatch, _pytree
 from torch.utils.data import DataLoader
 
 from lightning_bln._scoped import setting
@@ -175,6 +175,9 @@ def has_forward_hooks(module: nn.Module) -> bool:
     """Whether hooks run before or after the module's forward; public names only add them."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
+
+disable_current_modes = _python_dispatch._disable_current_modes
+"""Context in which tensors are plain, though a dispatch mode makes fake ones; modes are private as a whole."""
 
 EXTRA_STATE = "_extra_state"
 """The state-dict key of ``get_extra_state``; torch documents the method, not the key."""

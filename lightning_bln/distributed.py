@@ -60,6 +60,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def number_of_ranks() -> int:
+    """One, if this is the only process."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
 def joint_batch(x: Tensor, shared: bool, takes_part: bool = True) -> JointBatch:
     """Statistics of the batch whose parts lie on all ranks; every rank must call this equally often.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -21,21 +20,13 @@ from lightning_bln._checks import (
     check_scale,
 )
 from lightning_bln.distributed import is_distributed, joint_batch
-from lightning_bln.equation import Equation, Source, Statistics, Uses, mixing_rows, normalize_by, observation
+from lightning_bln.equation import Equation, Source, Statistics, Uses, normalize_by, observation
 from lightning_bln.frozen import Mixing, mixing_of
 from lightning_bln.functional import NORMS, check_dtype, check_input, parts, scale_factor
-from lightning_bln.kernels.batch_layer_norm import (
-    DenseConstants,
-    DenseInputs,
-    DenseSettings,
-    dense,
-    dense_in_modes,
-    has_adjacent_features,
-    reason_against_fused,
-)
+from lightning_bln.fused_norm import normalize_fused
+from lightning_bln.kernels.batch_layer_norm import has_adjacent_features, reason_against_fused
 from lightning_bln.kernels.gate import serves
-from lightning_bln.kernels.library import bits_of
-from lightning_bln.modes import FanOut, HasMode, StatisticsMode
+from lightning_bln.modes import FanOut, HasMode
 from lightning_bln.population import Observed, Population, check_state_dict
 
 BACKENDS = ("auto", "reference", "cpu")
@@ -217,8 +208,14 @@ class Normalization(HasMode):
     def _mixing(self, batch_size: float | Tensor, frozen_size: Tensor | None = None) -> Mixing:
         """The mixing weights for batches of this size, or of the population's where there is one to use."""
         if frozen_size is None:
-            return Mixing(*parts(batch_size, self.delta, self.norm))
+            return self._mixing_in_training(batch_size)
         return mixing_of(self.population, frozen_size, self.delta, self.norm)
+
+    def _mixing_in_training(self, batch_size: float | Tensor) -> Mixing:
+        """The mixing weights of a batch, which may stand for many training batches, or of each sample by itself."""
+        if self.population.ignores_batch:
+            return Mixing(None if self.norm == "batch" else 1.0, None if self.norm == "layer" else 0.0)
+        return Mixing(*parts(self.population.share(batch_size), self.delta, self.norm))
 
     def _equation(self, mixing: Mixing) -> Equation:
         """The equation with these mixing weights."""
@@ -268,45 +265,6 @@ class Normalization(HasMode):
             f"{self.num_features}, norm={self.norm!r}, scale={self.scale}, eps={self.eps}, "
             f"positions={self.positions!r}, mode={str(self.mode)!r}"
         )
-
-
-def normalize_fused(
-    x: Tensor,
-    equation: Equation,
-    source: Source,
-    over: tuple[int, ...],
-    observes: bool,
-    modes: Sequence[StatisticsMode] | None = None,
-    rows: Tensor | None = None,
-) -> tuple[Tensor, Statistics | None]:
-    """:func:`~lightning_bln.equation.normalize_by` on the fused kernels.
-
-    Args:
-        x: ``(m, *positions, d)``, or ``(modes, m, *positions, d)``.
-        equation: Parameters and mixing weights.
-        source: A population, and which of its statistics to use.
-        over: The batch axis, or all axes but the features'.
-        observes: Whether to return the statistics.
-        modes: The statistics mode of each group of samples, without gradients.
-        rows: The mixing weights as kernels read them, where they are known.
-    """
-    batch_axis, is_shared = over[0], over[-1] == x.ndim - 2
-    flat = x.flatten(batch_axis, -2).unsqueeze(-2) if is_shared else x.flatten(batch_axis + 1, -2)
-    if rows is None:
-        rows = mixing_rows(equation.w_feature, equation.w_batch, flat.shape[-2])
-    inputs = DenseInputs(flat, equation.weight, equation.bias)
-    constants = DenseConstants(rows, source.flat(x.dtype))
-    if modes is not None:
-        each = [bits_of(mode.uses_population) for mode in modes]
-        settings = DenseSettings(0, 0, equation.scale, equation.eps)
-        return dense_in_modes(inputs, constants, settings, each).view(x.shape), None
-    keeps = observes or (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in inputs))
-    settings = DenseSettings(int(keeps), bits_of(source.uses), equation.scale, equation.eps)
-    y, seen = dense(inputs, constants, settings)
-    if observes:
-        assert seen is not None
-        seen = observation(seen, equation, (1,) if is_shared else tuple(x.shape[1:-1]), x)
-    return y.view(x.shape), seen if observes else None
 
 
 class BatchLayerNorm(Normalization):

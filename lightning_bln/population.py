@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,11 @@ class Population(nn.Module):
         ValueError: ``num_features``, ``estimator`` or ``momentum`` is out of range.
         TypeError: An argument's type is wrong.
     """
+
+    stands_for: float = 1
+    """How many training batches each batch stands for while it is gathered, see ``recompute_population``."""
+    ignores_batch = False
+    """Whether each sample is normalised by its own features alone while statistics are gathered."""
 
     count: Tensor
     mean: Tensor
@@ -132,14 +138,17 @@ class Population(nn.Module):
         if not self.takes_batch or any(map(is_fake, observed)):
             return
         check_one_batch(observed)
-        if traced.gathers_by_ticket(observed.seen):
+        # with momentum a graph may evaluate after it has gathered, and has to see what changed
+        if self.momentum is None and traced.gathers_by_ticket(observed.seen.device):
             traced.gather(self._ticket, [*observed])
         else:
             self._add(observed)
 
     def take(self, observed: list[Tensor]) -> None:
-        """:meth:`gather`, called by a compiled graph."""
-        if self.takes_batch:
+        """:meth:`gather`, or :meth:`reset` without statistics, called by a compiled graph."""
+        if not observed:
+            self.reset()
+        elif self.takes_batch and observed[0].device == self.mean.device:
             self._add(Observed(*observed))
 
     def _add(self, observed: Observed) -> None:
@@ -162,18 +171,41 @@ class Population(nn.Module):
         Raises:
             RuntimeError: Nothing has been gathered.
         """
-        moments = Moments(self.count, self.mean, self.m2)
-        if not self.is_joint:
-            moments = moments.all_reduce()
-        if not moments.count.numel():
+        if not self.freeze_gathered():
             raise RuntimeError(
                 "no statistics have been gathered to freeze; run batches through the model in training mode first, "
                 "or call recompute_population(model, batches)"
             )
-        self._assign_frozen(self._values(moments))
+
+    def freeze_gathered(self) -> bool:
+        """:meth:`freeze`, or nothing where nothing has been gathered; return whether it has."""
+        moments = Moments(self.count, self.mean, self.m2)
+        if not self.is_joint:
+            moments = moments.all_reduce()
+        if not moments.count.numel():
+            return False
+        with torch.no_grad():
+            self._assign_frozen(self._values(moments))
+        return True
+
+    def broadcast_frozen(self) -> None:
+        """Take over the frozen statistics of the first rank."""
+        found = [[getattr(self, name).cpu() for name in FROZEN]]
+        torch.distributed.broadcast_object_list(found, 0)
+        self._assign_frozen([value.to(self.mean.device) for value in found[0]])
+
+    def share(self, samples: Any) -> Any:
+        """Samples of one training batch, where a batch of many ``samples`` stands for several; no less than one."""
+        if self.stands_for == 1:
+            return samples
+        share = samples / self.stands_for
+        return share.clamp(min=1) if isinstance(share, Tensor) else max(share, 1.0)
 
     def reset(self, *, frozen: bool = False) -> None:
         """Empty the gathered moments; frozen statistics stay unless they are to go, too."""
+        if self.momentum is None and not frozen and traced.gathers_by_ticket(self.count.device):
+            traced.gather(self._ticket, [])
+            return
         own_buffers(self).update({n: getattr(self, n)[:0] for n in (*Moments._fields, *(FROZEN if frozen else ()))})
 
     def at(self, positions: tuple[int, ...]) -> tuple[Statistics, Tensor]:
@@ -193,14 +225,14 @@ class Population(nn.Module):
     def _moments(self, observed: Observed) -> Moments:
         """The batch as moments of all that will be frozen, one vector for each position."""
         dtype = self.mean.dtype
-        mean, var, feature_mean, feature_var, inverse = (
-            value.to(dtype) for value in (*tuple(observed)[:4], 1.0 / observed.batch_size.to(dtype))
-        )
+        mean, var, feature_mean, feature_var = (value.to(dtype) for value in tuple(observed)[:4])
+        inverse = 1.0 / self.share(observed.batch_size.to(dtype))
         if self.estimator == "pooled":
             quantities = torch.cat([mean, torch.stack([feature_mean, feature_var, inverse], -1)], -1)
             spread = torch.cat([var * observed.seen[..., None], var.new_zeros(*var.shape[:-1], 3)], -1)
             return Moments(observed.seen, quantities, spread)
-        unbias = torch.where(inverse < 1, 1.0 / (1.0 - inverse), 1.0)
+        samples = observed.batch_size.to(dtype)
+        unbias = torch.where(samples > 1, samples / (samples - 1), 1.0)
         quantities = torch.cat(
             [mean, var * unbias[..., None], torch.stack([feature_mean, feature_var * unbias, inverse], -1)], -1
         )
@@ -264,12 +296,19 @@ class Population(nn.Module):
         return f"{self.num_features}, estimator={self.estimator!r}, positions={self.positions}, {state}"
 
 
-LOCK = RLock()
+class Turns:
+    """A lock, in a list so that a forked process, in which no thread would open it, has one of its own."""
+
+    locks: ClassVar[list[Any]] = [RLock()]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: Turns.locks.__setitem__(0, RLock()))
 
 
 def one_at_a_time() -> AbstractContextManager[Any]:
     """Context in which one thread at a time adds to populations, so that none is lost; graphs hold no locks."""
-    return nullcontext() if torch.compiler.is_compiling() else LOCK
+    return nullcontext() if torch.compiler.is_compiling() else Turns.locks[0]
 
 
 def may_hold(buffer: Tensor, value: Tensor) -> bool:
@@ -278,7 +317,7 @@ def may_hold(buffer: Tensor, value: Tensor) -> bool:
         buffer.shape == value.shape
         and buffer.dtype == value.dtype
         and buffer.device == value.device
-        and not buffer.is_inference()
+        and not (buffer.is_inference() or buffer.requires_grad)
         and buffer.is_contiguous()
     )
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from inspect import Parameter, signature
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from lightning_bln._checks import check_int
+from lightning_bln._scoped import setting
 from lightning_bln._torch import is_packed
-from lightning_bln.distributed import in_step, is_distributed
+from lightning_bln.distributed import in_step, is_distributed, number_of_ranks
+from lightning_bln.joining import collated, number_of_samples, reading_items, serves_items
 from lightning_bln.population import Population
+from lightning_bln.together import Together
 
 
 def populations(model: nn.Module) -> list[Population]:
@@ -34,21 +42,24 @@ def require_populations(model: nn.Module) -> list[Population]:
 def freeze_population(model: nn.Module) -> None:
     """Freeze the gathered statistics of every layer in ``model`` as its population.
 
+    A layer that has gathered nothing, since nobody called it, stays as it is, with a warning.
+
     Raises:
         ValueError: ``model`` has no layer with a population.
-        RuntimeError: A layer has gathered nothing; then no layer is frozen.
+        RuntimeError: No layer has gathered anything.
     """
-    found = require_populations(model)
-    empty = [
-        name for name, module in model.named_modules() if isinstance(module, Population) and not module.is_gathering
-    ]
-    if empty and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        raise RuntimeError(
-            f"{empty[0]} has gathered no statistics to freeze; run batches through it in training mode first, or "
-            "call recompute_population(model, batches)"
+    require_populations(model)
+    named = {name: module for name, module in model.named_modules() if isinstance(module, Population)}
+    if not is_distributed() and not any(population.is_gathering for population in named.values()):
+        named[next(iter(named))].freeze()  # says what to do
+    empty = [name for name, population in named.items() if not population.freeze_gathered()]
+    if len(empty) == len(named):
+        named[empty[0]].freeze()
+    if empty:
+        warnings.warn(
+            f"{', '.join(empty)} gathered no statistics, since nothing called the layer, and stays as it is",
+            stacklevel=2,
         )
-    for population in found:
-        population.freeze()
 
 
 def reset_population(model: nn.Module) -> None:
@@ -69,6 +80,7 @@ def gathering(model: nn.Module) -> Iterator[None]:
         module for module in model.modules() if any(isinstance(child, Population) for child in module.children())
     ]
     before = [dict(population.named_buffers()) for population in found]
+    values = [{name: buffer.clone() for name, buffer in buffers.items()} for buffers in before]
     training = {module: module.training for module in model.modules()}  # scripted modules too, unlike ``setting``
     reset_population(model)
     model.eval()
@@ -78,9 +90,10 @@ def gathering(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     except BaseException:
-        for population, buffers in zip(found, before, strict=True):
+        for population, buffers, kept in zip(found, before, values, strict=True):
             for name, buffer in buffers.items():
                 setattr(population, name, buffer)
+                buffer.copy_(kept[name])
         raise
     finally:
         for module, mode in training.items():
@@ -88,20 +101,31 @@ def gathering(model: nn.Module) -> Iterator[None]:
 
 
 def recompute_population(
-    model: nn.Module, batches: Iterable[Any], *, predict: Callable[[Any], Any] | None = None, limit: int | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    predict: Callable[[Any], Any] | None = None,
+    samples: int | None = 1024,
+    limit: int | None = None,
 ) -> None:
-    """Compute the population of every layer in ``model`` over ``batches``, at its current weights.
+    """Compute the population of every layer in ``model`` at its current weights.
+
+    The samples go through the model together, so that statistics of a step are those of states that the same
+    statistics produced; the batch size in the equation stays that of ``batches``. A DataLoader gives its samples to its
+    collate function at once, other batches are joined where that leaves each sample as it is. Where they do not join,
+    they go one by one, with a warning. Ranks exchange their samples, so that several give what one would.
 
     Args:
         model: Module with layers that have a population. It runs without dropout and gradients.
-        batches: Training batches as a rule; about 20 suffice.
+        batches: Training batches as a rule.
         predict: Function to call with each batch. By default the model is called with the batch, or with its first
             entry if the batch is a tuple or list.
-        limit: Largest number of batches to use.
+        samples: Use the first batches that hold as many samples, over all ranks. ``None``: use all batches, one by one.
+        limit: Largest number of batches to use, on each rank.
 
     Raises:
-        ValueError: ``model`` has no layer with a population, or ``batches`` is empty. After this and any other error
-            the population is as before.
+        ValueError: ``model`` has no layer with a population, ``batches`` is empty, or a batch does not tell what to
+            call the model with. After this and any other error the population is as before.
 
     Example:
         >>> from lightning_bln import BatchLayerNorm
@@ -110,17 +134,97 @@ def recompute_population(
         >>> layer.population.batch_mean, layer.population.batch_var
         (tensor([[1., 6.]]), tensor([[2., 8.]]))
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}, but at least one batch is needed; pass a positive number or None")
+    collate: list[Callable[[list[Any]], Any]] = []
+    if samples is not None and isinstance(batches, DataLoader) and serves_items(batches):
+        collate, batches = [batches.collate_fn], reading_items(batches, 0)
+    run = partial(call_model, model) if predict is None else predict
+    gather_population(model, batches, run, samples=samples, limit=limit, collate=collate)
+
+
+def gather_population(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Callable[[Any], Any],
+    *,
+    samples: int | None,
+    limit: int | None = None,
+    collate: Sequence[Callable[[list[Any]], Any]] = (),
+    restart: Callable[[], Any] = lambda: None,
+    wrapped: nn.Module | None = None,
+) -> None:
+    """:func:`recompute_population` by a function that runs the model.
+
+    Args:
+        model: Module with layers that have a population.
+        batches: Batches, or such of :class:`~lightning_bln.joining.Items`.
+        run: Function to call with each batch.
+        samples: As there.
+        limit: As there.
+        collate: Collate functions of the loaders that :class:`~lightning_bln.joining.Items` come from.
+        restart: Called before batches that have been run are run again.
+        wrapped: What contains ``model`` and says whether ranks must run it together, if not ``model`` itself.
+    """
+    for name, number in (("samples", samples), ("limit", limit)):
+        if number is not None:
+            check_int(name, number, 1)
     with gathering(model):
+        batches = islice(batches, limit)
+        together = Together(model, lambda batch: run(collated(batch, collate)), restart)
+        if samples is not None:
+            batches = list(holding(batches, -(-samples // number_of_ranks())))
+            if together.gather(batches):
+                freeze_alike(model)
+                return
         seen = 0
-        for batch in in_step(model, batches if limit is None else islice(batches, limit)):
-            if predict is not None:
-                predict(batch)
-            else:
-                model(batch[0] if isinstance(batch, (tuple, list)) and not is_packed(batch) else batch)
+        for batch in in_step(model if wrapped is None else wrapped, batches):
+            together.run(batch)
             seen += 1
         # one rank may have no batch: its population is merged from the other ranks'
         if not seen and not is_distributed():
             raise ValueError("batches is empty, so there is nothing to compute a population from; pass at least one")
         freeze_population(model)
+
+
+def freeze_alike(model: nn.Module) -> None:
+    """Freeze statistics that all ranks have gathered alike, up to rounding."""
+    found = populations(model)
+    with setting(found, is_joint=True):
+        freeze_population(model)
+    if is_distributed():
+        for population in found:
+            population.broadcast_frozen()
+
+
+def holding(batches: Iterable[Any], samples: int) -> Iterator[Any]:
+    """The first batches that hold as many samples."""
+    for batch in batches:
+        yield batch
+        samples -= number_of_samples(batch)
+        if samples <= 0:
+            return
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Call the model with a batch as :func:`recompute_population` does by default."""
+    entries = batch if isinstance(batch, (tuple, list)) and not is_packed(batch) else None
+    mend = "pass predict=, such as predict=lambda batch: model(*batch)"
+    if entries is not None and len(entries) > 2 and takes_several(model):
+        raise ValueError(
+            f"a batch has {len(entries)} entries and {type(model).__name__} takes several, so that it is open which; "
+            + mend
+        )
+    first = batch if entries is None else entries[0]
+    try:
+        return model(first)
+    except (TypeError, AttributeError, KeyError) as error:
+        if isinstance(first, Tensor) and (entries is None or len(entries) == 1):
+            raise
+        what = type(batch).__name__ if entries is None else f"the first of {len(entries)} entries"
+        raise ValueError(f"the model cannot be called with {what} ({error}); {mend}") from error
+
+
+def takes_several(model: nn.Module) -> bool:
+    """Whether a model's forward takes more than one argument."""
+    kinds = [one.kind for one in signature(model.forward).parameters.values()]
+    positional = sum(kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+    return positional > 1 or Parameter.VAR_POSITIONAL in kinds

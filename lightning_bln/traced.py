@@ -9,14 +9,14 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from lightning_bln._torch import HAS_CUSTOM_OPS, is_exporting
+from lightning_bln._torch import HAS_CUSTOM_OPS, disable_current_modes, is_exporting
 
 
 class Gatherer(Protocol):
     """A population, which takes in the statistics of batches."""
 
     def take(self, observed: list[Tensor]) -> None:
-        """Take in one batch."""
+        """Take in one batch, or begin again where there are no statistics."""
 
 
 GATHERERS: WeakValueDictionary[int, Gatherer] = WeakValueDictionary()
@@ -29,12 +29,13 @@ def ticket(gatherer: Gatherer) -> Tensor:
     """A tensor that stands for ``gatherer`` in a graph: not a number, so that layers alike share their graph."""
     number = next(NUMBERS)
     GATHERERS[number] = gatherer
-    return torch.tensor([number], device="cpu")
+    with torch.inference_mode(False), disable_current_modes():  # graphs write into it, whatever it was made in
+        return torch.tensor([number], device="cpu")
 
 
-def gathers_by_ticket(observed: Tensor) -> bool:
+def gathers_by_ticket(device: torch.device) -> bool:
     """Whether ``torch.compile`` traces for the CPU; graphs of other devices are to hold nothing but kernels."""
-    return HAS_CUSTOM_OPS and torch.compiler.is_compiling() and not is_exporting() and observed.device.type == "cpu"
+    return HAS_CUSTOM_OPS and torch.compiler.is_compiling() and not is_exporting() and device.type == "cpu"
 
 
 def gather(ticket: Tensor, observed: list[Tensor]) -> None:

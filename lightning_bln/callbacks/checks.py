@@ -11,14 +11,24 @@ from lightning_bln.modes import ALL_MODES, BATCH_INDEPENDENT_MODES, StatisticsMo
 
 
 def check_arguments(
-    *, population: str, guard: str, recompute_batches: int | None, every_n_epochs: int, tolerance: float
+    *,
+    population: str,
+    guard: str,
+    samples: int | None,
+    recompute_batches: int | None,
+    every_n_epochs: int,
+    tolerance: float,
 ) -> None:
     """Raise where an argument of the callback is none of those it documents."""
-    is_count = recompute_batches is None or recompute_batches >= 1
     rules = {
         "population": (population, population in ("recompute", "epoch"), "'recompute' or 'epoch'"),
         "guard": (guard, guard in ("strict", "warn", "off"), "'strict', 'warn' or 'off'"),
-        "recompute_batches": (recompute_batches, is_count, "positive, or None for all"),
+        "samples": (samples, samples is None or samples >= 1, "positive, or None for each batch by itself"),
+        "recompute_batches": (
+            recompute_batches,
+            recompute_batches is None or recompute_batches >= 1,
+            "positive, or None",
+        ),
         "every_n_epochs": (every_n_epochs, every_n_epochs >= 1, "positive"),
         "tolerance": (tolerance, tolerance >= 0 and math.isfinite(tolerance), "zero or positive"),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count, islice
+from itertools import count
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from lightning_bln._torch import altered, tree_map
 from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.run import RandomState
 from lightning_bln.callbacks.user_state import UserState
-from lightning_bln.distributed import in_step, is_sharded
-from lightning_bln.recomputation import recompute_population, reset_population
+from lightning_bln.distributed import is_sharded
+from lightning_bln.joining import reading_items, serves_items
+from lightning_bln.recomputation import gather_population, reset_population
 
 STEP = "population_step"
 """Optional method of a module, ``(batch, batch_idx)``, that is called in place of an unusable ``training_step``."""
@@ -28,31 +29,56 @@ def recompute(
     trainer: Any,
     module: Any,
     *,
+    samples: int | None,
     limit: int | None,
     dataloader: Iterable[Any] | None = None,
-    on_step: Callable[[int], None],
+    on_batch: Callable[[int], None],
 ) -> None:
     """Compute the population of ``module`` at its present weights, over the Trainer's training data.
 
     Args:
         trainer: A Trainer within ``fit``.
         module: The module it trains.
+        samples: As in :func:`~lightning_bln.recompute_population`.
         limit: Use at most this many batches on each rank.
         dataloader: Batches to use in place of the training data.
-        on_step: Called with 1 after each batch.
+        on_batch: Called with 1 for each batch that is read.
     """
-    with undisturbed(trainer, module):
-        batches = training_batches(trainer) if dataloader is None else zip(dataloader, count())
-        wrapped = trainer.strategy.model
-        if is_sharded(wrapped) and not is_sharded(module):
-            # recompute_population sees the module alone, and only its wrapper says that ranks must run in step
-            batches, limit = in_step(wrapped, islice(batches, limit)), None
+    collate: list[Any] = []
 
-        def predict(item: tuple[Any, int]) -> None:
-            run_step(trainer, module, *item)
-            on_step(1)
+    def opened(loader: Any) -> Any:
+        if samples is None or not serves_items(loader):
+            return loader
+        collate.append(loader.collate_fn)
+        return reading_items(loader, len(collate) - 1)
 
-        recompute_population(module, batches, predict=predict, limit=limit)
+    with undisturbed(trainer, module) as restart:
+        indices = count()
+
+        def run(batch: Any) -> None:
+            run_step(trainer, module, batch, next(indices))
+
+        def begin_again() -> None:
+            nonlocal indices
+            indices = count()
+            restart()
+
+        def read() -> Iterator[Any]:
+            for batch in training_batches(trainer, opened) if dataloader is None else opened(dataloader):
+                on_batch(1)
+                yield batch
+
+        gather_population(
+            module,
+            read(),
+            run,
+            samples=samples,
+            limit=limit,
+            collate=collate,
+            restart=begin_again,
+            # the module alone does not show that its wrapper shards weights, so that ranks must run in step
+            wrapped=trainer.strategy.model if is_sharded(trainer.strategy.model) else None,
+        )
         reset_population(module)
 
 
@@ -88,8 +114,11 @@ def run_step(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
 
 
 @contextmanager
-def undisturbed(trainer: Any, module: Any) -> Iterator[None]:
-    """After the context, all that a training step touches besides gradients is as before: RNG, state, logs, stage."""
+def undisturbed(trainer: Any, module: Any) -> Iterator[Callable[[], None]]:
+    """After the context, all that a training step touches besides gradients is as before: RNG, state, logs, stage.
+
+    Its value is a function that gives the module's state back within the context.
+    """
     user, wrapped = UserState(module), trainer.strategy.model
     state, random = user.take(), RandomState(module.device)
     with (
@@ -102,7 +131,7 @@ def undisturbed(trainer: Any, module: Any) -> Iterator[None]:
     ):
         try:
             user.put(UserState.copy(state))
-            yield
+            yield lambda: user.put(UserState.copy(state))
         finally:
             user.put(state)
             random.restore()
@@ -112,13 +141,18 @@ def mute(*args: Any, **kwargs: Any) -> None:
     """Stand in for ``self.log``."""
 
 
-def training_batches(trainer: Any) -> Iterator[tuple[Any, int]]:
-    """A separate pass over the training data, with each batch's index, beside the one that trains."""
+def training_batches(trainer: Any, opened: Callable[[Any], Any]) -> Iterator[Any]:
+    """A separate pass over the training data, beside the one that trains.
+
+    Args:
+        trainer: A Trainer within ``fit``.
+        opened: Gives for each loader the one to read.
+    """
     source = _lightning.train_loader(trainer)
-    combined = _lightning.recombined(source, tree_map(lambda loader: independent(trainer, loader), source.iterables))
+    loaders = tree_map(lambda loader: opened(independent(trainer, loader)), source.iterables)
     with restored_generators(source.flattened):
-        for batch, batch_idx, _ in combined:
-            yield batch, batch_idx
+        for batch, _, _ in _lightning.recombined(source, loaders):
+            yield batch
 
 
 def independent(trainer: Any, loader: Any) -> Any:

@@ -44,7 +44,9 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         candidates: The modes to choose from: ``"all"`` 16, ``"batch_independent"`` (``pp**``), or modes by name.
         population: ``"recompute"`` computes it over training batches at the weights to be validated; ``"epoch"``
             averages over the epoch's training batches while the weights move, as the paper does.
-        recompute_batches: Number of training batches to recompute it over, on each rank; None for all.
+        samples: Recompute it over the first training batches that hold as many samples, over all ranks, which go
+            through the model together; None for each batch by itself.
+        recompute_batches: Number of training batches to recompute it over at most, on each rank; None for no limit.
         every_n_epochs: Choose at every n-th epoch; the population is frozen at every validation.
         guard: Response where the best mode uses the current batch and its score depends on how samples are grouped
             into batches: ``"strict"`` sets the best batch-independent mode instead, ``"warn"`` warns by how much the
@@ -81,7 +83,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         *,
         candidates: str | Iterable[str] = "all",
         population: str = "recompute",
-        recompute_batches: int | None = 50,
+        samples: int | None = 1024,
+        recompute_batches: int | None = None,
         every_n_epochs: int = 1,
         guard: str = "strict",
         tolerance: float = 0.01,
@@ -99,13 +102,14 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         check_arguments(
             population=population,
             guard=guard,
+            samples=samples,
             recompute_batches=recompute_batches,
             every_n_epochs=every_n_epochs,
             tolerance=tolerance,
         )
         self.monitor, self.mode = monitor, check_direction(mode)
         self.candidates = parse_candidates(candidates)
-        self.population, self.recompute_batches = population, recompute_batches
+        self.population, self.samples, self.recompute_batches = population, samples, recompute_batches
         self.every_n_epochs, self.guard, self.tolerance = every_n_epochs, guard, tolerance
         self.stats_dataloader = stats_dataloader
         self.should_log, self.plot, self.verbose = log, plot, verbose
@@ -160,7 +164,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         # not in on_fit_start: sharded weights are loaded after it
-        if all(one.is_frozen for one in populations(pl_module)):
+        if any(one.is_frozen for one in populations(pl_module)):
             self._announce(pl_module, "resumes")
         check_validation_data(trainer)
 
@@ -188,7 +192,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         if not fitting:
             check_model(trainer, pl_module)
             self._announce(pl_module, "starts to validate")
-            if not all(one.is_frozen for one in populations(pl_module)):
+            if not any(one.is_frozen for one in populations(pl_module)):
                 self._is_sweeping = False
                 rank_zero_info("BLNStatsCallback chooses no mode: the model has no population yet; call fit first.")
 
@@ -310,7 +314,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         has_moved, has_stepped = weights != self._frozen_weights, step != self._frozen_step
         # ranks must decide alike, though a rank's shard of the weights may be unchanged, or its share of the data empty
         has_moved = trainer.strategy.reduce_boolean_decision(has_moved, all=False)
-        has_gathered = all(one.is_gathering for one in populations(module))
+        has_gathered = any(one.is_gathering for one in populations(module))  # some may never be called
         if self.population == "epoch":
             has_gathered = trainer.strategy.reduce_boolean_decision(has_gathered, all=False)
         if self.population == "epoch" and has_stepped and has_gathered:
@@ -318,13 +322,15 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         elif has_moved and (self.population == "recompute" or self._frozen_weights is not None):
             # weights that changed without a step are an average's, for which no epoch has gathered statistics
             batches = trainer.num_training_batches if self.stats_dataloader is None else math.inf
-            self._bar.start(trainer, "Population", min(batches, self.recompute_batches or math.inf))
+            known = batches if self.samples is None else math.inf
+            self._bar.start(trainer, "Population", min(known, self.recompute_batches or math.inf))
             recompute(
                 trainer,
                 module,
+                samples=self.samples,
                 limit=self.recompute_batches,
                 dataloader=self.stats_dataloader,
-                on_step=self._bar.advance,
+                on_batch=self._bar.advance,
             )
             self._bar.close()
         self._frozen_weights, self._frozen_step = weights, step

@@ -119,17 +119,14 @@ def dense_in_modes(
     return output
 
 
-def admitted(
-    inputs: DenseInputs, constants: DenseConstants, is_known: bool = False
-) -> tuple[DenseInputs, DenseConstants]:
-    """The tensors as the library reads them; where ``is_known``, they were before."""
+def admitted(inputs: DenseInputs, constants: DenseConstants) -> tuple[DenseInputs, DenseConstants]:
+    """The tensors as the library reads them."""
     x, weight, bias = inputs
     (_, positions, features), dtype = x.shape, x.dtype
-    x = contiguous_features(x if is_known else checked("x", x, x.shape, dtype))
-    weight = admit("weight", weight, (features,), dtype, is_known)
-    bias = admit("bias", bias, (features,), dtype, is_known)
-    mixing = admit("mixing", constants.mixing, (2, positions), torch.float64, is_known)
-    given = admit("given", constants.given, (positions * (2 * features + 2),), dtype, is_known)
+    x = contiguous_features(checked("x", x, x.shape, dtype))
+    weight, bias = (admit(name, value, (features,), dtype) for name, value in (("weight", weight), ("bias", bias)))
+    mixing = admit("mixing", constants.mixing, (2, positions), torch.float64)
+    given = admit("given", constants.given, (positions * (2 * features + 2),), dtype)
     assert mixing is not None
     return DenseInputs(x, weight, bias), DenseConstants(mixing, given)
 
@@ -173,13 +170,12 @@ def backward(
     settings: DenseSettings,
     saved: Sequence[Tensor],
     needs_x: bool,
-    is_known: bool = False,
 ) -> DenseInputs:
     """Gradients of ``inputs`` from that of the output; one that does not exist has no elements."""
-    inputs, constants = admitted(inputs, constants, is_known)
+    inputs, constants = admitted(inputs, constants)
     rows, positions, features = inputs.x.shape
     (grad,), dtype = grads, inputs.x.dtype
-    moments = admit("moments", saved[0], (positions * 2 * (features + rows),), dtype, is_known)
+    moments = admit("moments", saved[0], (positions * 2 * (features + rows),), dtype)
     assert grad is not None
     assert moments is not None
     grad = checked("grad", grad, inputs.x.shape, dtype)

@@ -51,9 +51,9 @@ class Operator(Generic[I, C, S]):
     forward: Callable[[I, C, S], tuple[Tensor, ...]]
     allocate: Callable[[I, C, S], tuple[Tensor, ...]]
     """Empty outputs."""
-    backward: Callable[..., I]
-    """From gradients of outputs, the arguments, saved outputs, whether ``x`` needs a gradient, and whether arguments
-    and saved outputs are known to lie where they did: those of ``inputs``, without elements where there is none."""
+    backward: Callable[[Sequence[Tensor | None], I, C, S, Sequence[Tensor], bool], I]
+    """From gradients of outputs, the arguments, saved outputs, and whether ``x`` needs a gradient: those of ``inputs``,
+    without elements where there is none."""
     empty_gradients: Callable[[I, S, bool], I]
     as_gradients: Callable[[Sequence[Tensor], I], list[Tensor | None]]
     """What autograd takes, made of what ``backward`` returns and of the inputs."""
@@ -116,9 +116,7 @@ class EagerFunction(torch.autograd.Function):
         ctx.operator, ctx.reference, ctx.settings = operator, reference, settings
         ctx.set_materialize_grads(False)
         if settings.keep:
-            saved = (*inputs, *constants, *outputs[operator.first_saved :])
-            ctx.save_for_backward(*saved)
-            ctx.places = places(saved)
+            ctx.save_for_backward(*inputs, *constants, *outputs[operator.first_saved :])
         ctx.mark_non_differentiable(*outputs[operator.differentiable :])
         return outputs[: operator.returned]
 
@@ -128,28 +126,15 @@ class EagerFunction(torch.autograd.Function):
         grads = grads[: operator.differentiable]
         if all(grad is None for grad in grads):
             return (None,) * len(needs_grad)
-        tensors = ctx.saved_tensors
-        inputs, constants, saved = operator.split(tensors)
+        inputs, constants, saved = operator.split(ctx.saved_tensors)
         if torch.is_grad_enabled() or is_observed() or not all(map(is_plain, grads)):
             reference, settings = ctx.reference, ctx.settings
             found = gradients_on_torch(
                 lambda *own: reference(operator.inputs(*own), constants, settings), inputs, grads
             )
             return (None, None, None, None, *found)
-        is_known = places(tensors) == ctx.places
-        results = operator.backward(grads, inputs, constants, ctx.settings, saved, needs_grad[4], is_known)
+        results = operator.backward(grads, inputs, constants, ctx.settings, saved, needs_grad[4])
         return (None, None, None, None, *operator.as_gradients(results, inputs))
-
-
-def places(tensors: Sequence[Tensor | None]) -> list[tuple[int, torch.Size] | None] | None:
-    """Addresses and shapes of dense tensors, which change if memory is given back; ``None`` if one has no address.
-
-    Hooks on saved tensors may put others in their place.
-    """
-    try:
-        return [None if value is None else (value.data_ptr(), value.shape) for value in tensors]
-    except RuntimeError:
-        return None
 
 
 def gradients_on_torch(

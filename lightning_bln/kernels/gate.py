@@ -54,15 +54,9 @@ def serves(backend: str, reason: str | None) -> bool:
     return reason is None and (backend == "cpu" or not is_exporting())
 
 
-def admit(
-    name: str, value: Tensor | None, shape: Sequence[int], dtype: torch.dtype, is_known: bool = False
-) -> Tensor | None:
-    """A tensor as most of the library reads it: :func:`checked`, unless that was done before, and contiguous."""
-    if value is None:
-        return None
-    if is_known and value.dtype is dtype:
-        return value.contiguous()
-    return checked(name, value, shape, dtype).contiguous()
+def admit(name: str, value: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+    """A tensor as most of the library reads it: :func:`checked`, and contiguous."""
+    return None if value is None else checked(name, value, shape, dtype).contiguous()
 
 
 def checked(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -155,10 +155,8 @@ def allocate(inputs: Inputs, constants: Constants, settings: Settings) -> Output
     return outputs
 
 
-def admitted(
-    inputs: Inputs, constants: Constants, settings: Settings, is_known: bool = False
-) -> tuple[Inputs, Constants]:
-    """The tensors as the library reads them; where ``is_known``, they were before.
+def admitted(inputs: Inputs, constants: Constants, settings: Settings) -> tuple[Inputs, Constants]:
+    """The tensors as the library reads them.
 
     Raises:
         ValueError: A shape does not fit the others, or the running sequences are not those of the rows.
@@ -178,8 +176,8 @@ def admitted(
     of_constants = ((steps,), state, (2, rows, units), (3, 2, steps), of_gates, of_gates, of_cell)
     kinds = (torch.int64, dtype, dtype, torch.float64, dtype, dtype, dtype)
     return (
-        Inputs(*map(admit, Inputs._fields, inputs, shapes, repeat(dtype), repeat(is_known))),  # type: ignore[arg-type]
-        Constants(*map(admit, Constants._fields, constants, of_constants, kinds, repeat(is_known))),
+        Inputs(*map(admit, Inputs._fields, inputs, shapes, repeat(dtype))),  # type: ignore[arg-type]
+        Constants(*map(admit, Constants._fields, constants, of_constants, kinds)),
     )
 
 
@@ -233,12 +231,11 @@ def backward(
     settings: Settings,
     saved: Sequence[Tensor],
     needs_x: bool,
-    is_known: bool = False,
 ) -> Inputs:
     """Gradients of ``inputs`` from those of output, h and c; one that does not exist has no elements."""
-    inputs, constants = admitted(inputs, constants, settings, is_known)
+    inputs, constants = admitted(inputs, constants, settings)
     dtype, shapes = inputs.weight_hh.dtype, output_shapes(inputs, settings)
-    outputs = Outputs(*map(admit, Outputs._fields, saved, shapes, repeat(dtype), repeat(is_known)))  # type: ignore
+    outputs = Outputs(*map(admit, Outputs._fields, saved, shapes, repeat(dtype)))  # type: ignore[arg-type]
     args = arguments(inputs, constants, settings, outputs)
     # kept until the call, since a pointer keeps nothing alive
     of_outputs = [*map(admit, ("grad_output", "grad_h", "grad_c"), grads, shapes, repeat(dtype))]

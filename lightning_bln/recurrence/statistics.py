@@ -42,9 +42,11 @@ def can_merge(population: Population, moments: Tensor, positions: tuple[int, ...
         and population.estimator == "pooled"
         and population.momentum is None
         and not population.merge_positions
+        and population.stands_for == 1
         and type(count) is Tensor
         and type(mean) is Tensor
         and mean.dtype == moments.dtype
+        and mean.shape[-1] == population.num_features + 3
         and count.shape in (positions, (0,))
     )
 

@@ -53,7 +53,8 @@ def main(population: str, out: Path) -> None:
         for sampler in samplers:
             sampler.set_epoch(1)
         loaders = [DataLoader(data, 8, sampler=sampler) for sampler in samplers]
-        recompute_population(model, [batch for loader in loaders for batch in loader])
+        samples = None if population == "epoch" else 1024
+        recompute_population(model, [batch for loader in loaders for batch in loader], samples=samples)
         alone = zoo.oracle(model, DataLoader(validation, 10))
         out.write_text(
             json.dumps(

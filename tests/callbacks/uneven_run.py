@@ -105,7 +105,9 @@ def main(case: str, out: Path) -> None:
     if trainer.global_rank == 0:
         torch.distributed.destroy_process_group()
         sizes, seed = (TRAINING, 10) if case == "epoch" else (STATISTICS, 30)
-        recompute_population(model, [batch for rank in (0, 1) for batch in batches(sizes, rank, seed)])
+        samples = None if case == "epoch" else 1024
+        every = [batch for rank in (0, 1) for batch in batches(sizes, rank, seed)]
+        recompute_population(model, every, samples=samples)
         truth = torch.cat([getattr(one, name).flatten() for one in populations(model) for name in FROZEN])
         alone = zoo.oracle(model, loader([batch for rank in (0, 1) for batch in batches(validation, rank, 20)]))
         found = {

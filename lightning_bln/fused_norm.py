@@ -1,0 +1,52 @@
+"""The equation on an array by the fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_bln.equation import Equation, Source, Statistics, mixing_rows, observation
+from lightning_bln.kernels.batch_layer_norm import DenseConstants, DenseInputs, DenseSettings, dense, dense_in_modes
+from lightning_bln.kernels.library import bits_of
+from lightning_bln.modes import StatisticsMode
+
+
+def normalize_fused(
+    x: Tensor,
+    equation: Equation,
+    source: Source,
+    over: tuple[int, ...],
+    observes: bool,
+    modes: Sequence[StatisticsMode] | None = None,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Statistics | None]:
+    """:func:`~lightning_bln.equation.normalize_by` on the fused kernels.
+
+    Args:
+        x: ``(m, *positions, d)``, or ``(modes, m, *positions, d)``.
+        equation: Parameters and mixing weights.
+        source: A population, and which of its statistics to use.
+        over: The batch axis, or all axes but the features'.
+        observes: Whether to return the statistics.
+        modes: The statistics mode of each group of samples, without gradients.
+        rows: The mixing weights as kernels read them, where they are known.
+    """
+    batch_axis, is_shared = over[0], over[-1] == x.ndim - 2
+    flat = x.flatten(batch_axis, -2).unsqueeze(-2) if is_shared else x.flatten(batch_axis + 1, -2)
+    if rows is None:
+        rows = mixing_rows(equation.w_feature, equation.w_batch, flat.shape[-2])
+    inputs = DenseInputs(flat, equation.weight, equation.bias)
+    constants = DenseConstants(rows, source.flat(x.dtype))
+    if modes is not None:
+        each = [bits_of(mode.uses_population) for mode in modes]
+        settings = DenseSettings(0, 0, equation.scale, equation.eps)
+        return dense_in_modes(inputs, constants, settings, each).view(x.shape), None
+    keeps = observes or (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in inputs))
+    settings = DenseSettings(int(keeps), bits_of(source.uses), equation.scale, equation.eps)
+    y, seen = dense(inputs, constants, settings)
+    if observes:
+        assert seen is not None
+        seen = observation(seen, equation, (1,) if is_shared else tuple(x.shape[1:-1]), x)
+    return y.view(x.shape), seen if observes else None
