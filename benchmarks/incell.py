@@ -58,17 +58,17 @@ TASKS = {
 class Data:
     """A task's batches, loaded once into memory and the same for every training run."""
 
-    def __init__(self, name: str, directory: Path | None) -> None:
-        task = TASKS[name]
+    def __init__(self, name: str, directory: Path | None, batch_size: int | None = None) -> None:
+        size = batch_size or TASKS[name].batch_size
         module: Any
         if name in ("rows", "permuted"):
             permutation = 0 if name == "permuted" else None
             steps = "rows" if name == "rows" else "pixels"
-            module = MNISTData(directory, sequence=steps, permutation=permutation, batch_size=task.batch_size)
+            module = MNISTData(directory, sequence=steps, permutation=permutation, batch_size=size)
         elif name == "ptb":
-            module = LanguageData("ptb", directory, level="character", batch_size=task.batch_size, window=50)
+            module = LanguageData("ptb", directory, level="character", batch_size=size, window=50)
         else:
-            module = IMDBData(directory, batch_size=task.batch_size, max_length=100, max_tokens=10_000)
+            module = IMDBData(directory, batch_size=size, max_length=100, max_tokens=10_000)
         module.setup()
         self.module = module
         self.tokens = len(module.vocabulary) if name in ("ptb", "imdb") else 0
@@ -188,6 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", help=f"which of {', '.join(TASKS)}; all by default")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--norms", nargs="*", default=NORMS, help="which norms to train, all by default")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--output", type=Path, default=Path("incell"))
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
@@ -198,7 +199,7 @@ def main() -> None:
     for name in [] if arguments.table else arguments.tasks or list(TASKS):
         data: Data | None = None
         for seed, norm, scale in product(range(arguments.seeds), NORMS, SCALES):
-            if norm == "none" and scale != SCALES[-1]:
+            if norm not in arguments.norms or (norm == "none" and scale != SCALES[-1]):
                 continue
             path = arguments.output / f"{name}-{norm}-{scale:g}-{seed}.json"
             if path.exists():

@@ -90,6 +90,10 @@ class Moments(NamedTuple):
             return self
         return Moments(*(torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) for part in self))
 
+    def moved(self, places: int) -> Moments:
+        """These moments behind so many empty ones along the first position axis."""
+        return Moments(*(torch.cat([part.new_zeros(places, *part.shape[1:]), part]) for part in self))
+
 
 def merge_grown(a: Moments, b: Moments) -> Moments:
     """Merge moments that may differ in length along the first position axis."""

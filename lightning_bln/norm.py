@@ -36,6 +36,13 @@ WARNED: WeakSet[nn.Module] = WeakSet()
 WARNED_OF_ONE: WeakSet[nn.Module] = WeakSet()
 """Layers that have warned of a batch of one."""
 
+WARNED_STALE: WeakSet[nn.Module] = WeakSet()
+"""Layers that have warned of a population of other weights."""
+MENDS = (
+    "call recompute_population(model, batches) before eval(), train with "
+    "lightning.Trainer(callbacks=[BLNStatsCallback()]), or set momentum"
+)
+
 NONE_USED: Uses = (False,) * 4
 """All statistics are the current input's."""
 
@@ -187,13 +194,14 @@ class Normalization(HasMode):
         self.gather(observed, joint.sizes, joint.seen)
         return y
 
-    def gather(self, observed: Statistics, batch_size: int | Tensor, seen: int | Tensor) -> None:
+    def gather(self, observed: Statistics, batch_size: int | Tensor, seen: int | Tensor, start: int = 0) -> None:
         """Let the population take in a training batch.
 
         Args:
             observed: What :func:`~lightning_bln.equation.observation` gives.
             batch_size: Samples of the batch, a number or one for each position.
             seen: How many rows of features each position's statistics are taken over.
+            start: How many positions along the first axis come before.
         """
         assert observed.feature_mean is not None
         places, device = tuple(observed.feature_mean.shape), observed.feature_mean.device
@@ -203,7 +211,7 @@ class Normalization(HasMode):
             return number.expand(places) if isinstance(number, Tensor) else torch.full(places, number, device=device)
 
         with torch.no_grad():
-            self.population.gather(Observed(*observed, counts(seen), counts(batch_size)))  # type: ignore[arg-type]
+            self.population.gather(Observed(*observed, counts(seen), counts(batch_size)), start)  # type: ignore[arg-type]
 
     def _mixing(self, batch_size: float | Tensor, frozen_size: Tensor | None = None) -> Mixing:
         """The mixing weights for batches of this size, or of the population's where there is one to use."""
@@ -222,9 +230,11 @@ class Normalization(HasMode):
         scale = scale_factor(self.scale, self.num_features)
         return Equation(self.weight, self.bias, scale, self.eps, mixing.w_feature, mixing.w_batch)
 
-    def _source(self, positions: tuple[int, ...]) -> tuple[Source, Tensor | None]:
+    def _source(self, positions: tuple[int, ...], start: int = 0) -> tuple[Source, Tensor | None]:
         """Origin of the statistics at ``positions``, and the population's batch size where there is one to use."""
         if self.training:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self.population.is_stale = True
             return Source(Statistics(), NONE_USED), None
         # a fanned-out layer may have no mode of its own: in joint evaluation, to read one is an error
         fan, device = self.fan, self.population.batch_mean.device
@@ -232,17 +242,33 @@ class Normalization(HasMode):
         if not self.population.is_frozen:
             self._warn_unfrozen(uses)
             return Source(Statistics(), NONE_USED), None
-        population, batch_size = self.population.at(positions)
+        if self.population.is_stale:
+            self._warn_stale(uses)
+        population, batch_size = self.population.at(positions, start)
         return Source(population, uses), batch_size
 
-    def _warn_unfrozen(self, uses: Uses) -> None:
+    def _reads_population(self, uses: Uses) -> bool:
+        """Whether the equation takes one of these statistics from the population."""
         relevant = (() if self.norm == "layer" else uses[:2]) + (() if self.norm == "batch" else uses[2:])
-        if self in WARNED or all(use is False for use in relevant):
+        return any(use is not False for use in relevant)
+
+    def _warn_unfrozen(self, uses: Uses) -> None:
+        if self in WARNED or not self._reads_population(uses):
             return
         WARNED.add(self)
         warnings.warn(
             f"mode={str(self.mode)!r} needs a population, but none is frozen, so the current input's statistics are "
-            "used; call recompute_population(model, batches) before eval(), or set momentum",
+            f"used; {MENDS}",
+            stacklevel=2,
+        )
+
+    def _warn_stale(self, uses: Uses) -> None:
+        is_followed = self.population.momentum is not None
+        if torch.compiler.is_compiling() or is_followed or self in WARNED_STALE or not self._reads_population(uses):
+            return
+        WARNED_STALE.add(self)
+        warnings.warn(
+            f"the layer has been trained since its population was frozen, which is that of other weights; {MENDS}",
             stacklevel=2,
         )
 

@@ -65,6 +65,8 @@ class Population(nn.Module):
 
     stands_for: float = 1
     """How many training batches each batch stands for while it is gathered, see ``recompute_population``."""
+    is_stale = False
+    """Whether the layer has been trained since the statistics were frozen."""
     ignores_batch = False
     """Whether each sample is normalised by its own features alone while statistics are gathered."""
 
@@ -128,8 +130,12 @@ class Population(nn.Module):
         super().__setstate__(state)
         self._ticket = traced.ticket(self)  # a copy gathers for itself
 
-    def gather(self, observed: Observed) -> None:
+    def gather(self, observed: Observed, start: int = 0) -> None:
         """Add one batch; with ``momentum``, also move the frozen statistics towards it.
+
+        Args:
+            observed: Its statistics.
+            start: How many positions along the first axis come before those.
 
         Raises:
             RuntimeError: ``torch.vmap`` runs over the statistics, so that there is one batch for each of its entries,
@@ -140,21 +146,24 @@ class Population(nn.Module):
         check_one_batch(observed)
         # with momentum a graph may evaluate after it has gathered, and has to see what changed
         if self.momentum is None and traced.gathers_by_ticket(observed.seen.device):
-            traced.gather(self._ticket, [*observed])
+            traced.gather(self._ticket, [*observed], start)
         else:
-            self._add(observed)
+            self._add(observed, start)
 
-    def take(self, observed: list[Tensor]) -> None:
+    def take(self, observed: list[Tensor], start: int) -> None:
         """:meth:`gather`, or :meth:`reset` without statistics, called by a compiled graph."""
         if not observed:
             self.reset()
         elif self.takes_batch and observed[0].device == self.mean.device:
-            self._add(Observed(*observed))
+            self.is_stale = True  # no graph tells whether gradients are taken; those who freeze do so afterwards
+            self._add(Observed(*observed), start)
 
-    def _add(self, observed: Observed) -> None:
+    def _add(self, observed: Observed, start: int) -> None:
         moments = self._moments(observed)
         if self.merge_positions:
             moments = Moments(*(part[None] for part in moments.merge_positions()))
+        elif start:
+            moments = moments.moved(start)
         with one_at_a_time():
             total = merge_grown(Moments(self.count, self.mean, self.m2), moments) if self.is_gathering else moments
             self.assign(total)
@@ -186,6 +195,7 @@ class Population(nn.Module):
             return False
         with torch.no_grad():
             self._assign_frozen(self._values(moments))
+        self.is_stale = False
         return True
 
     def broadcast_frozen(self) -> None:
@@ -204,19 +214,24 @@ class Population(nn.Module):
     def reset(self, *, frozen: bool = False) -> None:
         """Empty the gathered moments; frozen statistics stay unless they are to go, too."""
         if self.momentum is None and not frozen and traced.gathers_by_ticket(self.count.device):
-            traced.gather(self._ticket, [])
+            traced.gather(self._ticket, [], 0)
             return
         own_buffers(self).update({n: getattr(self, n)[:0] for n in (*Moments._fields, *(FROZEN if frozen else ()))})
 
-    def at(self, positions: tuple[int, ...]) -> tuple[Statistics, Tensor]:
-        """Frozen statistics and batch size at the leading ``positions``, with a feature axis of size 1 or ``d``."""
+    def at(self, positions: tuple[int, ...], start: int = 0) -> tuple[Statistics, Tensor]:
+        """Frozen statistics and batch size at ``positions``, with a feature axis of size 1 or ``d``.
+
+        Args:
+            positions: Their shape.
+            start: How many positions along the first axis come before.
+        """
         if tuple(self.feature_mean.shape[1:]) != positions[1:]:
             raise ValueError(position_mismatch(positions, tuple(self.feature_mean.shape)))
         last = self.feature_mean.shape[0] - 1
         buffers = own_buffers(self)
         frozen: list[Any] = [buffers[name] for name in FROZEN]
-        if torch.compiler.is_compiling() or positions[0] != last + 1:  # one graph for any number of positions
-            index = torch.arange(positions[0], device=self.feature_mean.device).clamp(max=last)
+        if torch.compiler.is_compiling() or start or positions[0] != last + 1:  # one graph for any number of positions
+            index = torch.arange(start, start + positions[0], device=self.feature_mean.device).clamp(max=last)
             frozen = [value[index] for value in frozen]
         batch_mean, batch_var, *positional = frozen
         feature_mean, feature_var, batch_size = (value[..., None] for value in positional)
@@ -289,6 +304,7 @@ class Population(nn.Module):
             saved = state_dict.get(prefix + name)
             if saved is not None and saved.shape != own.shape:
                 setattr(self, name, own.new_zeros(saved.shape))
+        self.is_stale = False
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

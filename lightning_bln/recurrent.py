@@ -21,6 +21,7 @@ from lightning_bln.recurrence.gate_norm import GateNorm
 from lightning_bln.recurrence.parameters import HasCells
 from lightning_bln.recurrence.regularization import Regularization
 from lightning_bln.recurrence.sequences import Form, LayerState, State, first_states, flip, reversal
+from lightning_bln.recurrence.streaming import check_start, follow
 
 
 class Recurrent(HasCells):
@@ -174,16 +175,21 @@ class Recurrent(HasCells):
     def flatten_parameters(self) -> None:
         """Nothing to do; there for code that calls it on :class:`torch.nn.LSTM`."""
 
-    def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
+    def forward(
+        self, input: Tensor | PackedSequence, hx: State | None = None, *, start: int = 0
+    ) -> tuple[Tensor | PackedSequence, State]:
         """Run over a batch of sequences.
 
         Args:
             input: The sequences, see *Shape*.
             hx: First states, ``(num_layers * num_directions, batch, size)`` each; zeros if left out.
+            start: How many steps of the sequences came before, where ``hx`` is the state after them: statistics are
+                those of the steps that follow.
 
         Returns:
             The last layer's output at each step, and the last states of each layer and direction.
         """
+        check_start(start, self.bidirectional)
         packed = isinstance(input, PackedSequence)
         if isinstance(input, PackedSequence):
             self._check_input(input.data, (2,), "(packed data of 2)", self.weight_ih_l0)
@@ -196,20 +202,22 @@ class Recurrent(HasCells):
             if not form.is_batched:
                 raise ValueError("fan-out needs a batch axis to lay modes along; pass a batch of one")
             if packed or (torch.is_grad_enabled() and self._runs_fused(form.x)):
-                return run_each_mode(self, input, hx, fan, 0 if self.batch_first else 1)
+                return run_each_mode(self, input, hx, fan, 0 if self.batch_first else 1, start)
         x = form.x if fan is None else fan.enter(form.x, 1)
         sizes = {name: self.state_size(name) for name in self.cell.states}
         modes = 1 if fan is None else len(fan.modes)
         state = form.sort(first_states(hx, x, sizes, self.num_layers * self.num_directions, form.is_batched, modes))
         if fan is not None:
             state = [tuple(s.unflatten(0, (modes, -1)) for s in cell) for cell in state]
-        outputs, last = self._layers(x, state, form.sizes, fan)
+        outputs, last = self._layers(x, state, form.sizes, fan, start)
         if fan is not None:
             outputs, last = outputs.flatten(1, 2), [tuple(s.flatten(0, 1) for s in cell) for cell in last]
-        return form.restore(outputs, last)
+        output, last_state = form.restore(outputs, last)
+        follow(self, hx, start, last_state)
+        return output, last_state
 
     def _layers(
-        self, x: Tensor, state: list[LayerState], sizes: list[int] | None, fan: FanOut | None
+        self, x: Tensor, state: list[LayerState], sizes: list[int] | None, fan: FanOut | None, start: int
     ) -> tuple[Tensor, list[LayerState]]:
         """All layers in both directions, over ``(T, ..., B, input_size)``."""
         regularization = Regularization(self.input_dropout, self.recurrent_dropout, self.zoneout, self.training)
@@ -231,6 +239,7 @@ class Recurrent(HasCells):
                     regularization=regularization,
                     recompute=self.recompute,
                     fan=fan,
+                    start=start,
                 )
                 outputs.append(flip(output, back) if reverse else output)
                 last.append(final)

@@ -19,7 +19,7 @@ from lightning_bln.joining import flatten, is_unambiguous, join, ways_to_join
 from lightning_bln.moments import Moments
 from lightning_bln.population import Population
 
-TOLERANCE = 1e-2
+TOLERANCE = 1e-3
 """Largest difference between moments of the same samples, relative to the largest: recurrences amplify rounding."""
 
 
@@ -85,7 +85,7 @@ class Together:
                 except Exception as error:
                     reasons.append(str(error))
                     continue
-                if all(map(agree, expected, found)):
+                if all(map(agree, expected, found)) and all(map(is_of_more, found, expected)):
                     return axes
                 reasons.append("samples would not stay as they are")
         raise ValueError(reasons[0])
@@ -186,3 +186,9 @@ def agree(a: Moments, b: Moments) -> bool:
     scale = TOLERANCE * max(float(one.abs().max()) for one in (*means, *deviations))
     pairs = [one[..., :-1] for one in means], [one[..., :-3] for one in deviations]
     return all(bool(((x - y).abs() <= scale).all()) for x, y in pairs)
+
+
+def is_of_more(joint: Moments, apart: Moments) -> bool:
+    """Whether a joint batch has more samples at some position, and is not one batch after the other in time."""
+    inverse_sizes = [one.mean[..., -1] for one in (joint, apart)]
+    return not joint.count.numel() or bool((inverse_sizes[0] < inverse_sizes[1]).any())

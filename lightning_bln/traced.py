@@ -15,7 +15,7 @@ from lightning_bln._torch import HAS_CUSTOM_OPS, disable_current_modes, is_expor
 class Gatherer(Protocol):
     """A population, which takes in the statistics of batches."""
 
-    def take(self, observed: list[Tensor]) -> None:
+    def take(self, observed: list[Tensor], start: int) -> None:
         """Take in one batch, or begin again where there are no statistics."""
 
 
@@ -38,15 +38,15 @@ def gathers_by_ticket(device: torch.device) -> bool:
     return HAS_CUSTOM_OPS and torch.compiler.is_compiling() and not is_exporting() and device.type == "cpu"
 
 
-def gather(ticket: Tensor, observed: list[Tensor]) -> None:
+def gather(ticket: Tensor, observed: list[Tensor], start: int) -> None:
     """Let the gatherer of ``ticket`` take in a batch, when the graph runs.
 
     The ticket counts as written into, or a compiler would leave the operator out.
     """
-    GATHERERS[int(ticket)].take([one.clone() for one in observed])  # the graph may use their memory again
+    GATHERERS[int(ticket)].take([one.clone() for one in observed], start)  # the graph may use their memory again
 
 
 if HAS_CUSTOM_OPS:
-    schema = "(Tensor(a!) ticket, Tensor[] observed) -> ()"
+    schema = "(Tensor(a!) ticket, Tensor[] observed, SymInt start) -> ()"
     gather = torch.library.custom_op("lightning_bln::gather", gather, mutates_args=("ticket",), schema=schema)
-    gather.register_fake(lambda ticket, observed: None)
+    gather.register_fake(lambda ticket, observed, start: None)

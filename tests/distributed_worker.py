@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from lightning_bln import BatchLayerNorm, Normalization, recompute_population
+from lightning_bln import BLNLSTM, BatchLayerNorm, Normalization, Recurrent, recompute_population
 from lightning_bln.callbacks import BLNStatsCallback
 from lightning_bln.population import FROZEN
 from lightning_bln.recomputation import populations
@@ -201,11 +202,25 @@ def sharded_case(rank: int | None, world: int) -> dict[str, Any]:
     return {"weights": [one.detach() for one in weights], "population": frozen(model)}
 
 
+def recurrent_case(rank: int | None, world: int) -> dict[str, Any]:
+    """The population of a recurrence over batches of different lengths, dealt to the ranks; the last has fewer."""
+    torch.manual_seed(7)
+    lengths = [4, 6, 5, 3, 6, 2, 4][: 2 * world + 1]
+    batches = [pack_sequence(list(torch.randn(3, length, 4, dtype=torch.float64))) for length in lengths]
+    layers = nn.ModuleList(
+        [BLNLSTM(4, 5, dtype=torch.float64), Recurrent("gru", 4, 5, norm="batch", dtype=torch.float64)]
+    )
+    for layer in layers:
+        recompute_population(layer, batches if rank is None else batches[rank::world])
+    return {"population": frozen(layers)}
+
+
 def main(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     results: dict[str, Any] = {name: layer_case(name, rank, world) for name in LAYERS}
     results["longer"] = longer_case(rank, world)
+    results["recurrent"] = recurrent_case(rank, world)
     results["training"] = training_case(rank, world)
     results["trainer"] = trainer_case(rank, world, folder)
     try:

@@ -142,6 +142,15 @@ def test_a_fit_with_the_callback_gives_the_weights_population_and_sweep_of_one_p
                 assert_close(actual, expected)
 
 
+def test_ranks_gather_recurrent_populations_as_one_process_does(ranks) -> None:
+    alone = worker.recurrent_case(None, len(ranks))
+    for one in ranks:
+        for actual, expected in zip(one["recurrent"]["population"], alone["population"], strict=True):
+            assert_close(actual, expected)
+        for actual, first in zip(one["recurrent"]["population"], ranks[0]["recurrent"]["population"], strict=True):
+            assert torch.equal(actual, first)
+
+
 def test_sharded_weights_train_alike(ranks) -> None:
     alone = worker.sharded_case(None, len(ranks))
     for one in ranks:

@@ -103,7 +103,7 @@ class RichLine:
         self.bar, self.progress = bar, bar.progress
         self.task = next((one.id for one in self.progress.tasks if one.fields.get("is_sweep")), None)
         if self.task is None:
-            self.task = self.progress.add_task(text, total=total, is_sweep=True)
+            self.task = self.progress.add_task(text, total=math.inf if total is None else total, is_sweep=True)
         else:
             self.progress.reset(self.task, total=total, description=text, visible=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -80,6 +81,12 @@ def recompute(
             wrapped=trainer.strategy.model if is_sharded(trainer.strategy.model) else None,
         )
         reset_population(module)
+
+
+def batches_for(loader: Any, samples: int | None, ranks: int) -> float:
+    """Batches of a loader that each rank reads for so many samples; infinite where that is unknown."""
+    size = getattr(loader, "batch_size", None)
+    return math.inf if samples is None or not isinstance(size, int) else -(-samples // (size * ranks))
 
 
 def check_recompute(trainer: Any, module: Any) -> None:

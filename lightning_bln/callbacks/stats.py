@@ -19,7 +19,7 @@ from lightning_bln.callbacks.checks import check_arguments, check_model, check_v
 from lightning_bln.callbacks.display import SweepBar, label_bar, log_choice, log_scores, print_table, save
 from lightning_bln.callbacks.evaluation import Evaluation, shared_forward
 from lightning_bln.callbacks.guard import Guard
-from lightning_bln.callbacks.recompute import check_recompute, fingerprint, recompute
+from lightning_bln.callbacks.recompute import batches_for, check_recompute, fingerprint, recompute
 from lightning_bln.modes import StatisticsMode, mode_layers
 from lightning_bln.population import Population
 from lightning_bln.recomputation import freeze_population, populations, reset_population
@@ -321,9 +321,10 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             freeze_population(module)
         elif has_moved and (self.population == "recompute" or self._frozen_weights is not None):
             # weights that changed without a step are an average's, for which no epoch has gathered statistics
-            batches = trainer.num_training_batches if self.stats_dataloader is None else math.inf
-            known = batches if self.samples is None else math.inf
-            self._bar.start(trainer, "Population", min(known, self.recompute_batches or math.inf))
+            source = trainer.train_dataloader if self.stats_dataloader is None else self.stats_dataloader
+            most = trainer.num_training_batches if self.stats_dataloader is None else math.inf
+            total = min(most, self.recompute_batches or math.inf, batches_for(source, self.samples, trainer.world_size))
+            self._bar.start(trainer, "Population", total)
             recompute(
                 trainer,
                 module,

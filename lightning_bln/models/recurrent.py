@@ -160,6 +160,8 @@ class LanguageModel(ClippedAdam):
         scale: Initial value of the norm's weight; ``None`` for the norm's own default.
         learning_rate: Adam's learning rate.
         max_norm: Norm to which gradients are clipped; ``None`` for no clipping.
+        time_statistics: ``"shared"``: one population for all steps, since a text has no first one; ``"separate"``: one
+            for each step of a batch.
 
     Example:
         >>> model = LanguageModel(10, hidden_size=8, embedding=4)
@@ -180,13 +182,22 @@ class LanguageModel(ClippedAdam):
         scale: float | None = None,
         learning_rate: float = 2e-3,
         max_norm: float | None = 1.0,
+        time_statistics: str = "shared",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.embedding = nn.Embedding(vocabulary, embedding)
         between = dropout if num_layers > 1 else 0.0
         self.recurrent = Recurrent(
-            cell, embedding, hidden_size, num_layers, batch_first=True, dropout=between, norm=norm, scale=scale
+            cell,
+            embedding,
+            hidden_size,
+            num_layers,
+            batch_first=True,
+            dropout=between,
+            norm=norm,
+            scale=scale,
+            time_statistics=time_statistics,
         )
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(hidden_size, vocabulary)

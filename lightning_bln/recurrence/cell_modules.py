@@ -12,12 +12,14 @@ from lightning_bln.recurrence.direction import run_direction
 from lightning_bln.recurrence.parameters import HasCells
 from lightning_bln.recurrence.regularization import Regularization
 from lightning_bln.recurrence.sequences import State, named_states, unwrap
+from lightning_bln.recurrence.streaming import check_start
 
 
 class RecurrentCell(HasCells):
     """One step of a cell, its products normalised: :class:`torch.nn.LSTMCell` for any cell and norm.
 
-    A single step knows no time, so there is one population for all steps.
+    There is one population for all steps, unless ``time_statistics="separate"`` keeps one for each; ``start``, the
+    number of steps before, then says which.
 
     Args:
         cell: A name in :data:`lightning_bln.cells.registry`, or a :class:`Cell` subclass.
@@ -51,6 +53,7 @@ class RecurrentCell(HasCells):
         norm_input: bool = True,
         norm_hidden: bool = True,
         norm_cell: bool = True,
+        time_statistics: str = "shared",
         gate_statistics: str = "separate",
         eps: float = 1e-3,
         delta: float = 1e-4,
@@ -71,7 +74,7 @@ class RecurrentCell(HasCells):
             norm_hidden=norm_hidden,
             norm_cell=norm_cell,
             scale=scale,
-            time_statistics="shared",
+            time_statistics=time_statistics,
             gate_statistics=gate_statistics,
             eps=eps,
             delta=delta,
@@ -83,8 +86,9 @@ class RecurrentCell(HasCells):
         self._register("", self.input_size)
         self.reset_parameters()
 
-    def forward(self, input: Tensor, hx: State | None = None) -> State:
-        """The next state, a tuple where the cell has several."""
+    def forward(self, input: Tensor, hx: State | None = None, *, start: int = 0) -> State:
+        """The next state, a tuple where the cell has several; ``start`` steps came before."""
+        check_start(start, False)
         self._check_input(input, (1, 2), "(batch, input_size) or (input_size,)", self.weight_ih)
         batched = input.ndim == 2
         x = input if batched else input[None]
@@ -104,6 +108,7 @@ class RecurrentCell(HasCells):
             None,
             backend="reference",
             regularization=Regularization(training=self.training),
+            start=start,
         )
         return unwrap(after if batched else tuple(s[0] for s in after))
 

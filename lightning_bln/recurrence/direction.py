@@ -25,6 +25,7 @@ def run_direction(
     regularization: Regularization,
     recompute: bool = False,
     fan: FanOut | None = None,
+    start: int = 0,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Outputs and last states of one layer in one direction, by the backend that serves it.
 
@@ -37,12 +38,13 @@ def run_direction(
         regularization: Dropout and zoneout.
         recompute: Whether the fused backward pass computes products again.
         fan: The statistics modes along the second axis of ``x``.
+        start: Steps before the first one.
     """
     mask = regularization.mask(x[0], regularization.input_dropout)
     x = x if mask is None else x * mask
     if runs_fused(backend, weights, x, state):
-        return run_fused(x, state, weights, sizes, regularization, recompute=recompute, fan=fan)
-    running, number = Running.of(x, sizes), len(weights.cell.gates)
+        return run_fused(x, state, weights, sizes, regularization, recompute=recompute, fan=fan, start=start)
+    running, number = Running.of(x, sizes, start), len(weights.cell.gates)
     norm_ih = None if weights.norm_ih is None else weights.norm_ih.sequence(running)
     product = linear if backend == "auto" else F.linear
     gates, observed = project_input(x, weights.weight_ih, weights.bias_ih, norm_ih, running, number, product)

@@ -15,7 +15,9 @@ from lightning_bln.recurrence.sequences import lengths_of
 Sequences = Tensor | PackedSequence
 
 
-def run_each_mode(layer: nn.Module, input: Sequences, hx: Any, fan: FanOut, batch_dim: int) -> tuple[Sequences, Any]:
+def run_each_mode(
+    layer: nn.Module, input: Sequences, hx: Any, fan: FanOut, batch_dim: int, start: int = 0
+) -> tuple[Sequences, Any]:
     """Outputs and states of ``layer`` in every mode of ``fan``, mode by mode along the batch axis.
 
     Raises:
@@ -34,7 +36,7 @@ def run_each_mode(layer: nn.Module, input: Sequences, hx: Any, fan: FanOut, batc
         for mode, part, state in zip(fan.modes, parts, states, strict=True):
             # not by name: within a joint evaluation the layers have no mode to restore, but a sentinel
             with setting(layers, _mode=mode):
-                results.append(layer(part, state))
+                results.append(layer(part, state, start=start))
     outputs, last = zip(*results, strict=True)
     if not isinstance(input, PackedSequence):
         output: Sequences = torch.cat(outputs, batch_dim)

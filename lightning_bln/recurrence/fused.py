@@ -37,12 +37,13 @@ def run_fused(
     *,
     recompute: bool,
     fan: FanOut | None,
+    start: int = 0,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """:func:`~lightning_bln.recurrence.direction.run_direction` as one call of the fused kernels.
 
     Only rows that hold data are passed on: those of each step after those of the step before.
     """
-    dtype, running = weights.weight_ih.dtype, Running.of(x, sizes)
+    dtype, running = weights.weight_ih.dtype, Running.of(x, sizes, start)
     if fan is not None:
         x = contiguous_in_modes(x.transpose(0, 1))
     modules = (weights.norm_ih, *(weights.norm_hh or (None,)), weights.norm_cell)

@@ -131,7 +131,7 @@ class GateNorm(Normalization):
     def sequence(self, running: Running) -> SequenceNorm:
         """The norm for the steps of a batch of sequences."""
         self._warn_single(running.samples)
-        source, frozen_size = self._source((running.steps, self.groups))
+        source, frozen_size = self._source((running.steps, self.groups), running.start)
         if frozen_size is None:
             mixing = self._mixing(self._batch_size(running))
         else:
@@ -155,7 +155,7 @@ class GateNorm(Normalization):
         """Let the population take in all steps of a batch of training sequences."""
         assert observed.feature_mean is not None
         counts = running.counts(observed.feature_mean.device)
-        self.gather(observed, counts, counts)
+        self.gather(observed, counts, counts, running.start)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise one step on its own, shaped ``(B, gates, hidden_size)``."""

@@ -24,11 +24,13 @@ class Running(NamedTuple):
     samples: int
     sizes: Sequence[int] | None = None
     """How many run at each step, longest first; ``None`` if all run to the end."""
+    start: int = 0
+    """Steps that came before the first one, in earlier parts of the sequences."""
 
     @classmethod
-    def of(cls, x: Tensor, sizes: Sequence[int] | None) -> Running:
+    def of(cls, x: Tensor, sizes: Sequence[int] | None, start: int = 0) -> Running:
         """Those of ``x``, shaped ``(T, ..., B, size)``."""
-        return cls(x.shape[0], x.shape[-2], sizes)
+        return cls(x.shape[0], x.shape[-2], sizes, start)
 
     def counts(self, device: torch.device) -> int | Tensor:
         """Running sequences: a number for all steps, or one for each, ``(T, 1)``."""

@@ -27,7 +27,7 @@ def gather(module: GateNorm, norm: SequenceNorm, moments: Tensor, running: Runni
         running: Running sequences at each step.
     """
     with one_at_a_time():
-        if can_merge(module.population, moments, (running.steps, norm.groups)):
+        if not running.start and can_merge(module.population, moments, (running.steps, norm.groups)):
             merge_fused(module.population, norm, moments, running)
         else:
             module.gather_steps(observed(moments, norm, running), running)
@@ -56,7 +56,7 @@ def merge_fused(population: Population, norm: SequenceNorm, moments: Tensor, run
     if not population.takes_batch:
         return
     equation, width, dtype = norm.equation, population.num_features, moments.dtype
-    (steps, samples, sizes), groups = running, norm.groups
+    (steps, samples, sizes, _), groups = running, norm.groups
     batch_sizes = None if sizes is None else torch.tensor(sizes, device="cpu")
     before = Moments(*map(own_buffers(population).__getitem__, Moments._fields))  # type: ignore[arg-type]
     places = tuple(before.count.shape)
@@ -79,7 +79,7 @@ def merge_fused(population: Population, norm: SequenceNorm, moments: Tensor, run
 
 def observed(moments: Tensor, norm: SequenceNorm, running: Running) -> Statistics:
     """The moments as :func:`~lightning_bln.equation.observation` gives them, time first."""
-    steps, samples, _ = running
+    steps, samples, *_ = running
     batch, feature = moments.tensor_split([moments.numel() - steps * 2 * norm.groups * samples])
     batch, feature = batch.view(steps, 2, norm.groups, -1), feature.view(steps, 2, norm.groups, samples)
     counts = running.counts(moments.device)

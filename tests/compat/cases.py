@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -101,10 +102,12 @@ def data() -> DataLoader:
     return DataLoader(TensorDataset(x, (x.mean((1, 2)) > 0).long()), batch_size=8)
 
 
-def fit(folder: Path, epochs: int, checkpoint: Path | None = None) -> tuple[Network, BLNStatsCallback, Trainer]:
+def fit(
+    folder: Path, epochs: int, checkpoint: Path | None = None, **options: Any
+) -> tuple[Network, BLNStatsCallback, Trainer]:
     """Train a :class:`Network` up to an epoch, from the start or from a checkpoint."""
     torch.manual_seed(0)
-    network, callback = Network(), BLNStatsCallback(verbose=False)
+    network, callback = Network(), BLNStatsCallback(verbose=False, **options)
     trainer = Trainer(
         default_root_dir=folder,
         max_epochs=epochs,
