@@ -139,7 +139,8 @@ class ConvBLN2d(_ConvBLN):
         ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height', width')``.
 
     Raises:
-        ValueError: An option is unknown or out of range, or the input has another number of axes or channels.
+        ValueError: An option is unknown or out of range; or the input has another number of axes or channels, or with
+            separate positions another size than those before.
         TypeError: An option's type is wrong.
 
     Example:

@@ -99,11 +99,12 @@ def merge_grown(a: Moments, b: Moments) -> Moments:
     return a.grown(longest).merge(b.grown(longest))
 
 
-def position_mismatch(positions: tuple[int, ...], known: tuple[int, ...]) -> str:
+def position_mismatch(positions: tuple[int, ...], known: tuple[int, ...], is_image: bool = False) -> str:
     """The error message for an input whose positions do not fit the population's."""
+    rule = "images keep their size" if is_image else "only the first position axis may change its length"
     return (
-        f"x has positions of shape {positions}, but the population has {known}, and only the first position axis may "
-        "change its length; use positions='shared' for inputs of any size, or reset the population"
+        f"x has positions of shape {positions}, but the population has {known}, and {rule}; "
+        "use positions='shared' for inputs of any size, or reset the population"
     )
 
 

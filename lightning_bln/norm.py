@@ -99,6 +99,8 @@ class Normalization(HasMode):
         self._register_affine(self.num_features, affine, affine and bias, factory)
         self.population = Population(self.num_features, estimator=population, momentum=momentum, **factory)
         self.population.is_joint = sync_batch_stats
+        if self.batch_dim == 0:
+            self.population.channel_dim = self.channel_dim
         self.sync_batch_stats, self.takes_part = sync_batch_stats, True
 
     def _register_affine(self, size: int, weight: bool, bias: bool, factory: dict[str, Any]) -> None:

@@ -65,6 +65,8 @@ class Population(nn.Module):
 
     stands_for: float = 1
     """How many training batches each batch stands for while it is gathered, see ``recompute_population``."""
+    channel_dim = -1
+    """The layer's feature axis, if its batch axis is first: ahead of several axes of positions it is that of images."""
     ignores_batch = False
     """Whether each sample is normalised by its own features alone while statistics are gathered."""
 
@@ -132,6 +134,7 @@ class Population(nn.Module):
         """Add one batch; with ``momentum``, also move the frozen statistics towards it.
 
         Raises:
+            ValueError: Its positions do not fit the population's.
             RuntimeError: ``torch.vmap`` runs over the statistics, so that there is one batch for each of its entries,
                 or ``torch.compile`` traces a transform, and cannot tell.
         """
@@ -155,6 +158,10 @@ class Population(nn.Module):
         moments = self._moments(observed)
         if self.merge_positions:
             moments = Moments(*(part[None] for part in moments.merge_positions()))
+        if self.is_gathering:
+            self.check_fit(tuple(moments.count.shape), tuple(self.count.shape))
+        if self.momentum is not None and self.is_frozen:
+            self.check_fit(tuple(moments.count.shape), tuple(self.feature_mean.shape))
         with one_at_a_time():
             total = merge_grown(Moments(self.count, self.mean, self.m2), moments) if self.is_gathering else moments
             self.assign(total)
@@ -210,8 +217,7 @@ class Population(nn.Module):
 
     def at(self, positions: tuple[int, ...]) -> tuple[Statistics, Tensor]:
         """Frozen statistics and batch size at the leading ``positions``, with a feature axis of size 1 or ``d``."""
-        if tuple(self.feature_mean.shape[1:]) != positions[1:]:
-            raise ValueError(position_mismatch(positions, tuple(self.feature_mean.shape)))
+        self.check_fit(positions, tuple(self.feature_mean.shape))
         last = self.feature_mean.shape[0] - 1
         buffers = own_buffers(self)
         frozen: list[Any] = [buffers[name] for name in FROZEN]
@@ -221,6 +227,13 @@ class Population(nn.Module):
         batch_mean, batch_var, *positional = frozen
         feature_mean, feature_var, batch_size = (value[..., None] for value in positional)
         return Statistics(batch_mean, batch_var, feature_mean, feature_var), batch_size
+
+    def check_fit(self, positions: tuple[int, ...], known: tuple[int, ...]) -> None:
+        """Raise unless a batch at ``positions`` goes with statistics at those known: only sequences may grow."""
+        axes = len(positions)
+        is_image = axes > 1 and self.channel_dim % (axes + 2) == 1
+        if positions[1:] != known[1:] or (is_image and positions[0] != known[0]):
+            raise ValueError(position_mismatch(positions, known, is_image))
 
     def _moments(self, observed: Observed) -> Moments:
         """The batch as moments of all that will be frozen, one vector for each position."""
