@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
-from threading import RLock
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +12,17 @@ from torch import Tensor, nn
 from lightning_bln import traced
 from lightning_bln._checks import check_bool, check_choice, check_floating, check_int, check_momentum
 from lightning_bln._torch import is_fake, is_observed, is_repetition, lasting, own_buffers
+from lightning_bln._turns import one_at_a_time
 from lightning_bln.equation import Statistics
-from lightning_bln.moments import Moments, check_one_batch, merge_grown, position_mismatch
+from lightning_bln.moments import Moments, check_one_batch, filled, merge_grown, position_mismatch
 
 ESTIMATORS = ("pooled", "paper")
 FROZEN = (*Statistics._fields, "batch_size")
 """Buffers that are frozen."""
 POSITIONAL = ("count", "feature_mean", "feature_var", "batch_size")
 """Buffers without a feature axis."""
+NOTHING_SEEN = (0.0, 1.0, 0.0, 1.0, 1.0)
+"""Frozen values where no position of a kind has had data: each sample is normalised by its own features."""
 
 
 class Observed(NamedTuple):
@@ -130,8 +130,12 @@ class Population(nn.Module):
         super().__setstate__(state)
         self._ticket = traced.ticket(self)  # a copy gathers for itself
 
-    def gather(self, observed: Observed) -> None:
+    def gather(self, observed: Observed, has_gaps: bool = False) -> None:
         """Add one batch; with ``momentum``, also move the frozen statistics towards it.
+
+        Args:
+            observed: Its statistics; those of a position that nothing was seen at count for nothing.
+            has_gaps: Whether there may be such positions.
 
         Raises:
             ValueError: Its positions do not fit the population's.
@@ -145,7 +149,7 @@ class Population(nn.Module):
         if self.momentum is None and traced.gathers_by_ticket(observed.seen.device):
             traced.gather(self._ticket, [*observed])
         else:
-            self._add(observed)
+            self._add(observed, has_gaps)
 
     def take(self, observed: list[Tensor]) -> None:
         """:meth:`gather`, or :meth:`reset` without statistics, called by a compiled graph."""
@@ -154,7 +158,7 @@ class Population(nn.Module):
         elif self.takes_batch and observed[0].device == self.mean.device:
             self._add(Observed(*observed))
 
-    def _add(self, observed: Observed) -> None:
+    def _add(self, observed: Observed, has_gaps: bool = False) -> None:
         moments = self._moments(observed)
         if self.merge_positions:
             moments = Moments(*(part[None] for part in moments.merge_positions()))
@@ -166,7 +170,11 @@ class Population(nn.Module):
             total = merge_grown(Moments(self.count, self.mean, self.m2), moments) if self.is_gathering else moments
             self.assign(total)
             if self.momentum is not None:
-                self._follow(self._values(moments), self.momentum)
+                values = self._values(moments)
+                if has_gaps:
+                    self._follow(filled(values, NOTHING_SEEN, moments.count), self.momentum, moments.count)
+                else:
+                    self._follow(values, self.momentum)
 
     def assign(self, moments: Moments) -> None:
         """Put ``moments`` in place of those gathered so far."""
@@ -192,7 +200,7 @@ class Population(nn.Module):
         if not moments.count.numel():
             return False
         with torch.no_grad():
-            self._assign_frozen(self._values(moments))
+            self._assign_frozen(filled(self._values(moments), NOTHING_SEEN, moments.count))
         return True
 
     def broadcast_frozen(self) -> None:
@@ -249,7 +257,7 @@ class Population(nn.Module):
         quantities = torch.cat(
             [mean, var * unbias[..., None], torch.stack([feature_mean, feature_var * unbias, inverse], -1)], -1
         )
-        return Moments(torch.ones_like(observed.seen), quantities, torch.zeros_like(quantities))
+        return Moments(observed.seen.clamp(max=1), quantities, torch.zeros_like(quantities))
 
     def _values(self, moments: Moments) -> list[Tensor]:
         """The values to freeze, in the order of ``FROZEN``."""
@@ -276,8 +284,11 @@ class Population(nn.Module):
             else:
                 buffers[name] = lasting(value)
 
-    def _follow(self, values: list[Tensor], momentum: float) -> None:
-        """Move the frozen statistics towards ``values``; positions that only one of them has are taken as they are."""
+    def _follow(self, values: list[Tensor], momentum: float, count: Tensor | None = None) -> None:
+        """Move the frozen statistics towards ``values``, but not at positions of zero ``count``.
+
+        Positions that only one of them has are taken as they are.
+        """
         if not self.is_frozen:
             return self._assign_frozen(values)
         moved = []
@@ -285,7 +296,11 @@ class Population(nn.Module):
             own = getattr(self, name)
             both = min(own.shape[0], value.shape[0])
             longer = own if own.shape[0] > value.shape[0] else value
-            moved.append(torch.cat([torch.lerp(own[:both], value[:both], momentum), longer[both:]]))
+            share: Any = momentum
+            if count is not None:
+                share = momentum * (count[:both] > 0).to(own.dtype)
+                share = share if own.ndim == share.ndim else share[..., None]
+            moved.append(torch.cat([torch.lerp(own[:both], value[:both], share), longer[both:]]))
         self._assign_frozen(moved)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Population:
@@ -307,21 +322,6 @@ class Population(nn.Module):
     def extra_repr(self) -> str:
         state = "frozen" if self.is_frozen else "empty"
         return f"{self.num_features}, estimator={self.estimator!r}, positions={self.positions}, {state}"
-
-
-class Turns:
-    """A lock, in a list so that a forked process, in which no thread would open it, has one of its own."""
-
-    locks: ClassVar[list[Any]] = [RLock()]
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: Turns.locks.__setitem__(0, RLock()))
-
-
-def one_at_a_time() -> AbstractContextManager[Any]:
-    """Context in which one thread at a time adds to populations, so that none is lost; graphs hold no locks."""
-    return nullcontext() if torch.compiler.is_compiling() else Turns.locks[0]
 
 
 def may_hold(buffer: Tensor, value: Tensor) -> bool:

@@ -19,8 +19,8 @@ PACKAGE = Path(lightning_bln.__file__).parent
 NAME = PACKAGE.name
 
 FLOORS = (
-    ("_torch", "_moved", "_scoped", "_files", "_checks"),
-    ("equation",),
+    ("_torch", "_moved", "_scoped", "_turns", "_files", "_checks"),
+    ("equation", "masks"),
     ("functional", "moments", "modes", "traced"),
     ("kernels",),
     ("distributed", "population", "recomputation", "joining", "together", "frozen"),

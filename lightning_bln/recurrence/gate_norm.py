@@ -157,7 +157,7 @@ class GateNorm(Normalization):
         counts = running.counts(observed.feature_mean.device)
         self.gather(observed, counts, counts)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # cells know which sequences run
         """Normalise one step on its own, shaped ``(B, gates, hidden_size)``."""
         running = Running(1, x.shape[-3])
         y, observed = self.sequence(running)(x[None], slice(None))

@@ -1,0 +1,25 @@
+"""Turns of threads that add to populations."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from threading import RLock
+from typing import Any, ClassVar
+
+import torch
+
+
+class Turns:
+    """A lock, in a list so that a forked process, in which no thread would open it, has one of its own."""
+
+    locks: ClassVar[list[Any]] = [RLock()]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: Turns.locks.__setitem__(0, RLock()))
+
+
+def one_at_a_time() -> AbstractContextManager[Any]:
+    """Context in which one thread at a time adds to populations, so that none is lost; graphs hold no locks."""
+    return nullcontext() if torch.compiler.is_compiling() else Turns.locks[0]
