@@ -119,7 +119,7 @@ class _ConvBLN(nn.Module):
     def _forward_masked(self, x: Tensor, mask: Tensor) -> Tensor:
         """:meth:`forward` with a mask."""
         fan = None if self.training else self.norm.fan
-        if fan is not None and isinstance(mask, Tensor):
+        if fan is not None:
             mask = fan.repeat_mask(mask, x.shape[0])
         check_mask(mask, x, channel_dim=1)
         y, mask = self.conv(blank(x, mask, channel_dim=1)), self.output_mask(mask)

@@ -23,6 +23,7 @@ from lightning_bln import (
     freeze_population,
     recompute_population,
 )
+from lightning_bln._torch import HAS_CUSTOM_OPS
 from lightning_bln.modes import fan_out
 from lightning_bln.population import Population
 from lightning_bln.sweep import sweep_modes
@@ -470,6 +471,7 @@ def _fresh_graphs() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_fresh_graphs")
+@pytest.mark.skipif(not HAS_CUSTOM_OPS, reason="this torch has no custom operators")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("momentum", [None, 0.1])
 def test_one_graph_trains_and_evaluates(backend, momentum) -> None:
@@ -489,6 +491,22 @@ def test_one_graph_trains_and_evaluates(backend, momentum) -> None:
         one.eval()
     for x, mask in ragged([4, 2, 3], [5, 1, 1]):
         torch.testing.assert_close(compiled(x, mask), reference(x, mask))
+
+
+@pytest.mark.usefixtures("_fresh_graphs")
+@pytest.mark.skipif(not HAS_CUSTOM_OPS, reason="this torch has no custom operators")
+def test_a_program_takes_masks_of_other_sizes() -> None:
+    net = Net()
+    for x, mask in ragged([4, 2, 3], [5, 1, 1]):
+        net(x, mask)
+    freeze_population(net)
+    net.eval()
+    (example, other) = ragged([4, 2, 3], [9, 2, 3, 4])
+    axes = {0: torch.export.Dim("samples", min=2, max=64), 1: torch.export.Dim("steps", min=2, max=64)}
+    program = torch.export.export(net, example, dynamic_shapes=(axes, axes)).module()
+    traced = torch.jit.trace(net, example)
+    torch.testing.assert_close(program(*other), net(*other))
+    torch.testing.assert_close(traced(*example), net(*example))
 
 
 def test_transforms_see_every_operation() -> None:
