@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lightning_bln._checks import check_axes, check_bool, check_choice, check_floating, check_int
+from lightning_bln.masks import blank, check_mask, convolved
 from lightning_bln.norm import BatchLayerNorm
 
 ORDERS = ("conv-act-norm", "conv-norm-act")
@@ -91,8 +92,14 @@ class _ConvBLN(nn.Module):
             dtype=dtype,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the block on ``(batch, in_channels, *spatial)``."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Run the block.
+
+        Args:
+            x: ``(batch, in_channels, *spatial)``.
+            mask: True where ``x`` holds data, bool, ``(batch, *spatial)``. The convolution reads zeros at padding.
+                Where the output is padding, as :meth:`output_mask` says, it enters no statistic and is zero.
+        """
         spatial = len(self.conv.kernel_size)
         if x.ndim != spatial + 2:
             raise ValueError(
@@ -104,8 +111,35 @@ class _ConvBLN(nn.Module):
                 f"in_channels={self.conv.in_channels}, but the input's channel axis (dim 1) has {x.shape[1]}; "
                 "change one of them"
             )
+        if mask is not None:
+            return self._forward_masked(x, mask)
         y = self.conv(x)
         return self.norm(self.activation(y)) if self.order == "conv-act-norm" else self.activation(self.norm(y))
+
+    def _forward_masked(self, x: Tensor, mask: Tensor) -> Tensor:
+        """:meth:`forward` with a mask."""
+        fan = None if self.training else self.norm.fan
+        if fan is not None:
+            mask = fan.repeat_mask(mask, x.shape[0])
+        check_mask(mask, x, channel_dim=1)
+        y, mask = self.conv(blank(x, mask, channel_dim=1)), self.output_mask(mask)
+        y = blank(y, mask, channel_dim=1)
+        if self.order == "conv-act-norm":
+            return self.norm(self.activation(y), mask)
+        y = self.norm(y, mask)
+        if fan is not None:
+            mask = fan.repeat_mask(mask, y.shape[0])
+        return blank(self.activation(y), mask, channel_dim=1)
+
+    def output_mask(self, mask: Tensor) -> Tensor:
+        """The mask of the output for a mask of the input, ``(batch, *spatial)``, for the layers that follow.
+
+        A padded sample has as many outputs as the convolution gives it by itself, as a sequence of length ``n`` has by
+        torch's formula. Along each axis, as many places under the kernel as the convolution pads at each end of its
+        input may be without data; with ``padding="same"`` the kernel's centre decides, without padding all places do.
+        """
+        conv = self.conv
+        return convolved(mask, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
 
     def extra_repr(self) -> str:
         return f"order={self.order!r}"
@@ -136,11 +170,13 @@ class ConvBLN2d(_ConvBLN):
         eps: As for :class:`BatchLayerNorm`, as are the remaining arguments.
 
     Shape:
-        ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height', width')``.
+        ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height', width')``. A ``mask`` for the call
+        is ``(batch, height, width)``, true where there is data; :meth:`output_mask` gives that of the output.
 
     Raises:
-        ValueError: An option is unknown or out of range, or the input has another number of axes or channels.
-        TypeError: An option's type is wrong.
+        ValueError: An option is unknown or out of range; or the input has another number of axes or channels, or with
+            separate positions another size than those before, or its mask does not fit.
+        TypeError: An option's type is wrong, or a mask holds no bools.
 
     Example:
         >>> block = ConvBLN2d(3, 6, 5, padding="same", activation=nn.ReLU, order="conv-norm-act")

@@ -12,6 +12,7 @@ from torch import distributed as dist
 
 from lightning_bln._scoped import setting
 from lightning_bln.equation import feature_statistics, widen
+from lightning_bln.masks import blank
 
 
 class JointBatch(NamedTuple):
@@ -31,7 +32,9 @@ class JointBatch(NamedTuple):
     sizes: Tensor
     """Samples, ``(P, ...)``."""
     batch_size: Tensor | float
-    """Samples at each of this rank's positions, ``(*positions, 1)``; a number where positions are shared."""
+    """Samples at each of this rank's positions, ``(*positions, 1)``; a number where these are shared without masks."""
+    has_gaps: bool = False
+    """Whether a rank has a mask, so that there may be positions without samples."""
 
 
 class _AllReduce(torch.autograd.Function):
@@ -65,22 +68,25 @@ def number_of_ranks() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def joint_batch(x: Tensor, shared: bool, takes_part: bool = True) -> JointBatch:
+def joint_batch(x: Tensor, shared: bool, takes_part: bool = True, mask: Tensor | None = None) -> JointBatch:
     """Statistics of the batch whose parts lie on all ranks; every rank must call this equally often.
 
     Args:
         x: This rank's part, ``(m, *positions, d)``; ``m`` and the first position axis may differ between ranks.
         shared: Whether statistics are taken over positions too.
         takes_part: Whether this rank's part counts; a rank without further data passes ``False``.
+        mask: True where ``x`` holds data, ``(m, *positions)``; some ranks may have one and others not.
 
     Raises:
         ValueError: Other axes than those differ between ranks.
     """
     x = widen(x)
-    own = torch.tensor([len(x) if takes_part else 0, *x.shape[1:]], device=x.device)
+    own = torch.tensor([len(x) if takes_part else 0, *x.shape[1:], int(mask is not None)], device=x.device)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, own)
-    shapes = [shape.tolist() for shape in gathered]
+    shapes, masked = [shape.tolist()[:-1] for shape in gathered], [bool(shape[-1]) for shape in gathered]
+    if any(masked):
+        return masked_batch(x, shared, shapes, takes_part, mask)
     if not shared and any(shape[2:] != shapes[0][2:] for shape in shapes):
         raise ValueError(
             f"sync_batch_stats=True, but the ranks' inputs have {[tuple(shape[1:]) for shape in shapes]} positions and "
@@ -89,6 +95,36 @@ def joint_batch(x: Tensor, shared: bool, takes_part: bool = True) -> JointBatch:
     features = torch.stack([statistic.squeeze(-1) for statistic in feature_statistics(x.detach())], -1)
     weight = 1.0 if takes_part else 0.0
     return (over_positions if shared else at_each_position)(x, features, shapes, weight)
+
+
+def masked_batch(x: Tensor, shared: bool, shapes: list[list[int]], takes_part: bool, mask: Tensor | None) -> JointBatch:
+    """:func:`joint_batch` of data among padding, on some rank at least."""
+    mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
+    if x.ndim == 2:  # no axis of positions
+        x, mask, shapes = x[:, None], mask[:, None], [[shape[0], 1, shape[1]] for shape in shapes]
+    if any(shape[2:] != shapes[0][2:] for shape in shapes):
+        raise ValueError(
+            f"sync_batch_stats=True and mask is given, but the ranks' inputs have {[tuple(one[1:]) for one in shapes]} "
+            "positions and features, and only the first position axis may differ; pass inputs of one size"
+        )
+    x, weight, length = blank(x, mask), 1.0 if takes_part else 0.0, x.shape[1]
+    missing = max(shape[1] for shape in shapes) - length
+    features = torch.stack([one.squeeze(-1) for one in feature_statistics(x.detach())], -1)
+
+    def total(part: Tensor) -> Tensor:
+        part = nn.functional.pad(part.sum(0) * weight, [0, 0] * (part.ndim - 2) + [0, missing])
+        part = all_reduce_sum(part)
+        return part.flatten(0, -2).sum(0)[None] if shared else part
+
+    each = all_reduce_sum(nn.functional.pad(mask.sum(0) * weight, [0, 0] * (mask.ndim - 2) + [0, missing])).long()
+    seen = each.sum()[None] if shared else each
+    count = seen.clamp(min=1)[..., None].to(x.dtype)
+    mean = total(x) / count
+    var = total(blank(x - mean[:length], mask).square()) / count
+    feature_mean, feature_var = (total(blank(features, mask)) / count).unbind(-1)
+    sizes = (seen / (each > 0).sum().clamp(min=1).to(x.dtype)).clamp(min=1) if shared else each.clamp(min=1)
+    batch_size = each[:length].clamp(min=1)[..., None].to(x.dtype)
+    return JointBatch(mean, var, feature_mean, feature_var, seen, sizes, batch_size, has_gaps=True)
 
 
 def over_positions(x: Tensor, features: Tensor, shapes: list[list[int]], weight: float) -> JointBatch:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_bln._torch import is_observed
+from lightning_bln.masks import blank
 
 Uses = tuple["bool | Tensor", ...]
 """For each of the four statistics, whether it is given; a tensor answers for each group of samples by itself."""
@@ -82,15 +83,18 @@ def normalize_by(
         source: Given statistics, which broadcast against ``x``, and which of them to use. Where the uses differ between
             groups of samples, the axis before the first of ``over`` counts groups.
         over: Axes of the batch statistics.
-        mask: True where ``x`` holds data, the shape of ``x`` without its feature axis.
+        mask: True where ``x`` holds data, the shape of ``x`` without its feature axis. Where it is false, the output is
+            some finite number.
         observes: Whether to return the statistics.
 
     Returns:
         The normalised input, and the statistics of each remaining position as :func:`observation` gives them.
     """
     if mask is not None:  # what is no data may be no number either, which gradients would carry on
-        x = x.masked_fill(~mask[..., None], 0)
+        x = blank(x, mask)
     statistics = statistics_of(x, equation, source, over, mask)
+    if mask is not None and not equation.eps:  # to divide by
+        statistics = with_variance(statistics, over, mask)
     y = normalize(x, statistics, equation)
     if not observes:
         return y, None
@@ -170,6 +174,17 @@ def observation(statistics: Statistics, equation: Equation, places: tuple[int, .
     return Statistics(*found)
 
 
+def with_variance(statistics: Statistics, over: tuple[int, ...], mask: Tensor) -> Statistics:
+    """The statistics with variances of one where there is no data."""
+    mask = mask[..., None]
+    batch_var, feature_var = statistics.batch_var, statistics.feature_var
+    if batch_var is not None:
+        batch_var = torch.where(mask.any(over, keepdim=True) if over else mask, batch_var, 1.0)
+    if feature_var is not None:
+        feature_var = torch.where(mask, feature_var, 1.0)
+    return statistics._replace(batch_var=batch_var, feature_var=feature_var)
+
+
 def masked_mean(value: Tensor | None, over: tuple[int, ...], mask: Tensor | None) -> Tensor | None:
     """The mean of feature statistics, shaped as the input with one feature, over the entries where ``mask`` is true."""
     if value is None:
@@ -177,7 +192,7 @@ def masked_mean(value: Tensor | None, over: tuple[int, ...], mask: Tensor | None
     value = value.detach().squeeze(-1)
     if mask is None:
         return value.mean(over)
-    return value.masked_fill(~mask, 0).sum(over) / mask.sum(over)
+    return value.masked_fill(~mask, 0).sum(over) / mask.sum(over).clamp(min=1)
 
 
 def batch_statistics(x: Tensor, over: tuple[int, ...], mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_bln._checks import check_choice
 from lightning_bln._torch import is_autocast_enabled
 from lightning_bln.equation import Equation, Source, Statistics, normalize_by, widen
+from lightning_bln.masks import blank, check_mask, sizes_of
 
 NORMS = ("bln", "layer", "batch")
 
@@ -54,8 +55,8 @@ def batch_layer_norm(
         feature_mean: Used in place of :math:`\mu_F`: ``(*positions, 1)`` or ``(m, *positions, 1)``.
         feature_var: Used in place of :math:`\sigma_F^2`.
         batch_size: Used in place of :math:`m` in the two weights: a number, or a tensor that broadcasts as above.
-        mask: True where ``x`` holds data, shape ``(m, *positions)``; padding enters no batch statistic, and
-            :math:`m` is the number of true entries at a position.
+        mask: True where ``x`` holds data, bool, shape ``(m, *positions)``. Padding, whatever it holds, enters no
+            statistic and no gradient, and its output is zero. :math:`m` is the number of true entries at a position.
         eps: Added to the variances.
         delta: The authors' correction of the two weights.
         scale: ``True`` for :math:`s = 1/\sqrt{d}`, ``False`` for 1, or :math:`s` itself.
@@ -69,7 +70,7 @@ def batch_layer_norm(
 
     Raises:
         ValueError: An axis, a shape or an option does not fit, or the batch is empty.
-        TypeError: ``x`` does not hold floating-point numbers.
+        TypeError: ``x`` does not hold floating-point numbers, or ``mask`` no bools.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0, 6.0], [3.0, 8.0, 1.0], [2.0, 2.0, 2.0]])
@@ -92,21 +93,17 @@ def batch_layer_norm(
                 f"{num_features}; pass a {name} of shape ({num_features},)"
             )
     canonical = x.movedim((batch_dim, channel_dim), (0, -1))
-    if mask is not None and mask.shape != canonical.shape[:-1]:
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)}, but the input without its feature axis, batch first, has "
-            f"{tuple(canonical.shape[:-1])}; pass one bool for each of those"
-        )
+    if mask is not None:
+        check_mask(mask, canonical)
     over = tuple(range(canonical.ndim - 1)) if positions == "shared" else (0,)
     if batch_size is None:
-        batch_size = canonical.shape[0]
-        if mask is not None:
-            batch_size = mask.sum(0, keepdim=True)[..., None].clamp(min=1).to(widen(x).dtype)
+        batch_size = canonical.shape[0] if mask is None else sizes_of(mask, 0, widen(x).dtype)
     given = Statistics(batch_mean, batch_var, feature_mean, feature_var)
     source = Source(given, tuple(value is not None for value in given))
     weights = parts(batch_size, delta, norm)
     equation = Equation(weight, bias, scale_factor(scale, num_features), eps, *weights)
     y, _ = normalize_by(canonical, equation, source, over, mask)
+    y = y if mask is None else blank(y, mask)
     return y.movedim((0, -1), (batch_dim, channel_dim))
 
 

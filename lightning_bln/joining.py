@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 from torch.utils.data import DataLoader
@@ -73,12 +74,19 @@ def number_of_samples(batch: Any) -> int:
 
 
 def ways_to_join(batch: Any) -> Iterator[tuple[int, ...]]:
-    """The batch axis of each leaf: the first of all, or the second of those with two, as time-first sequences have."""
+    """The batch axis of each leaf: the first of all, or the second of those with two, as time-first sequences have.
+
+    Masks may come batch first beside these, too.
+    """
     leaves, _ = flatten(batch)
     ranks = [leaf.ndim if isinstance(leaf, Tensor) else 0 for leaf in leaves]
     yield (0,) * len(ranks)
     if max(ranks, default=0) > 1:
         yield tuple(int(rank > 1) for rank in ranks)
+        is_mask = [isinstance(leaf, Tensor) and leaf.dtype == torch.bool for leaf in leaves]
+        others = tuple(int(rank > 1 and not mask) for rank, mask in zip(ranks, is_mask, strict=True))
+        if any(others) and any(rank > 1 and mask for rank, mask in zip(ranks, is_mask, strict=True)):
+            yield others
 
 
 def is_unambiguous(batch: Any) -> bool:

@@ -105,6 +105,23 @@ class FanOut:
         sizes[batch_dim] = len(self.modes)
         return x.unsqueeze(batch_dim).expand(sizes)
 
+    def enter_mask(self, mask: Tensor, samples: int) -> Tensor:
+        """The mask for an input of as many ``samples``, as :meth:`enter` is about to return it.
+
+        It may come from before the modes were laid out, with a row for each sample of one mode.
+        """
+        modes = len(self.modes)
+        if self.is_fanned and mask.shape[0] == samples:
+            return mask.unflatten(0, (modes, -1))
+        return mask.expand(modes, *mask.shape)
+
+    def repeat_mask(self, mask: Tensor, samples: int) -> Tensor:
+        """The mask with a row for each of ``samples``, which modes may have been laid out among."""
+        modes = len(self.modes)
+        if self.is_fanned and isinstance(mask, Tensor) and mask.ndim and mask.shape[0] * modes == samples:
+            return mask.repeat(modes, *[1] * (mask.ndim - 1))
+        return mask
+
     def uses_population(self, device: torch.device) -> tuple[bool | Tensor, ...]:
         """Whether the population gives each statistic: a bool, or one for each mode ``(modes,)`` where they differ."""
         if device not in self.uses:

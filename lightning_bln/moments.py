@@ -103,12 +103,41 @@ def merge_grown(a: Moments, b: Moments) -> Moments:
     return a.grown(longest).merge(b.grown(longest))
 
 
-def position_mismatch(positions: tuple[int, ...], known: tuple[int, ...]) -> str:
+def position_mismatch(positions: tuple[int, ...], known: tuple[int, ...], is_image: bool = False) -> str:
     """The error message for an input whose positions do not fit the population's."""
+    rule = "images keep their size" if is_image else "only the first position axis may change its length"
     return (
-        f"x has positions of shape {positions}, but the population has {known}, and only the first position axis may "
-        "change its length; use positions='shared' for inputs of any size, or reset the population"
+        f"x has positions of shape {positions}, but the population has {known}, and {rule}; "
+        "use positions='shared' for inputs of any size, or reset the population"
     )
+
+
+def filled(values: Iterable[Tensor], defaults: Iterable[float], count: Tensor) -> list[Tensor]:
+    """Values of each position, with those of others where nothing was counted.
+
+    They are those of the last position before along the first axis, or else of the first after.
+
+    Args:
+        values: Tensors of ``(*positions)`` or ``(*positions, k)`` numbers.
+        defaults: A number for each, where neither position is.
+        count: Numbers seen, ``(*positions)``.
+
+    Example:
+        >>> filled([torch.tensor([0.0, 5.0, 0.0, 7.0])], [1.0], torch.tensor([0, 2, 0, 1]))
+        [tensor([5., 5., 5., 7.])]
+    """
+    there, length = count > 0, count.shape[0]
+    places = torch.arange(length, device=count.device).view(-1, *[1] * (count.ndim - 1)).expand(count.shape)
+    before = torch.where(there, places, -1).cummax(0).values
+    after = torch.where(there, places, length).flip(0).cummin(0).values.flip(0)
+    source = torch.where(before < 0, after, before)
+    is_nowhere, found = source == length, []
+    for value, default in zip(values, defaults, strict=True):
+        index, empty = source.clamp(max=length - 1), is_nowhere
+        if value.ndim > count.ndim:
+            index, empty = index[..., None].expand(value.shape), empty[..., None]
+        found.append(value.gather(0, index).masked_fill(empty, default))
+    return found
 
 
 def check_one_batch(statistics: Iterable[Tensor]) -> None:

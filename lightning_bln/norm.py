@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -20,28 +18,18 @@ from lightning_bln._checks import (
     check_scale,
 )
 from lightning_bln.distributed import is_distributed, joint_batch
-from lightning_bln.equation import Equation, Source, Statistics, Uses, normalize_by, observation
+from lightning_bln.equation import Equation, Source, Statistics, Uses, normalize_by, observation, widen
 from lightning_bln.frozen import Mixing, mixing_of
 from lightning_bln.functional import NORMS, check_dtype, check_input, parts, scale_factor
 from lightning_bln.fused_norm import normalize_fused
 from lightning_bln.kernels.batch_layer_norm import has_adjacent_features, reason_against_fused
 from lightning_bln.kernels.gate import serves
+from lightning_bln.masks import blank, check_mask, counts_of, sizes_of
 from lightning_bln.modes import FanOut, HasMode
+from lightning_bln.norm_warnings import warn_single, warn_stale, warn_unfrozen
 from lightning_bln.population import Observed, Population, check_state_dict
 
 BACKENDS = ("auto", "reference", "cpu")
-
-WARNED: WeakSet[nn.Module] = WeakSet()
-"""Layers that have warned of a missing population; no attribute of theirs, which would be a change of the model."""
-WARNED_OF_ONE: WeakSet[nn.Module] = WeakSet()
-"""Layers that have warned of a batch of one."""
-
-WARNED_STALE: WeakSet[nn.Module] = WeakSet()
-"""Layers that have warned of a population of other weights."""
-MENDS = (
-    "call recompute_population(model, batches) before eval(), train with "
-    "lightning.Trainer(callbacks=[BLNStatsCallback()]), or set momentum"
-)
 
 NONE_USED: Uses = (False,) * 4
 """All statistics are the current input's."""
@@ -106,6 +94,8 @@ class Normalization(HasMode):
         self._register_affine(self.num_features, affine, affine and bias, factory)
         self.population = Population(self.num_features, estimator=population, momentum=momentum, **factory)
         self.population.is_joint = sync_batch_stats
+        if self.batch_dim == 0:
+            self.population.channel_dim = self.channel_dim
         self.sync_batch_stats, self.takes_part = sync_batch_stats, True
 
     def _register_affine(self, size: int, weight: bool, bias: bool, factory: dict[str, Any]) -> None:
@@ -120,8 +110,14 @@ class Normalization(HasMode):
             nn.init.zeros_(self.bias)
         self.population.reset(frozen=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x``; in training by its own statistics, which are gathered, else as ``mode`` says."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalise ``x``; in training by its own statistics, which are gathered, else as ``mode`` says.
+
+        Args:
+            x: The input.
+            mask: True where ``x`` holds data, bool, of its shape without the feature axis, batch first. Padding,
+                whatever it holds, enters no statistic and no gradient, and its output is zero.
+        """
         batch_dim, channel_dim = check_input(x, batch_dim=self.batch_dim, channel_dim=self.channel_dim)
         if x.shape[channel_dim] != self.num_features:
             raise ValueError(
@@ -131,10 +127,13 @@ class Normalization(HasMode):
         self._check_parameters(x)
         fan = None if self.training else self.fan
         canonical = x.movedim((batch_dim, channel_dim), (0, -1))
+        if mask is not None:
+            self._check_mask(mask, canonical)
         if fan is None:
-            y = self._normalize(canonical, None)
+            y = self._normalize(canonical, None, mask)
         else:
-            y = self._normalize(fan.enter(canonical, 0), fan).flatten(0, 1)
+            mask = None if mask is None else fan.enter_mask(mask, canonical.shape[0])
+            y = self._normalize(fan.enter(canonical, 0), fan, mask).flatten(0, 1)
         return y.movedim((0, -1), (batch_dim, channel_dim))
 
     def _check_parameters(self, x: Tensor) -> None:
@@ -154,19 +153,31 @@ class Normalization(HasMode):
                     f"x is on {x.device}, but the layer's {owner} is on {value.device}; move one with .to()"
                 )
 
-    def _normalize(self, x: Tensor, fan: FanOut | None) -> Tensor:
+    def _check_mask(self, mask: Tensor, x: Tensor) -> None:
+        """Raise unless ``mask`` fits ``x``, batch first and features last, and the layer takes one."""
+        fan = None if self.training else self.fan
+        check_mask(mask if fan is None else fan.repeat_mask(mask, x.shape[0]), x)
+        serves(self.backend, "mask is given, and the compiled kernels take all of x")
+
+    def _normalize(self, x: Tensor, fan: FanOut | None, mask: Tensor | None = None) -> Tensor:
         """Normalise ``x``, shaped ``(m, *positions, d)``, or ``(modes, m, *positions, d)`` under a fan-out."""
         batch_axis = 0 if fan is None else 1
         is_shared = self.positions == "shared" or x.ndim == batch_axis + 2
         if self.training and self.sync_batch_stats and is_distributed():
-            return self._normalize_jointly(x, is_shared)
+            return self._normalize_jointly(x, is_shared, mask)
         over = tuple(range(batch_axis, x.ndim - 1)) if is_shared else (batch_axis,)
         places = (1,) if is_shared else tuple(x.shape[batch_axis + 1 : -1])
         source, batch_size = self._source(places)
         seen = math.prod(x.shape[:-1]) // math.prod(places)
-        self._warn_single(seen)
-        mixing = self._mixing(x.shape[batch_axis], batch_size)
+        warn_single(self, seen)
+        own_size = x.shape[batch_axis] if mask is None else sizes_of(mask, batch_axis, widen(x).dtype)
+        mixing = self._mixing(own_size, batch_size)
         equation = self._equation(mixing)
+        if mask is not None:
+            y, observed = normalize_by(x, equation, source, over, mask, self.training)
+            if observed is not None:
+                self.gather(observed, *counts_of(mask, over, widen(x).dtype), has_gaps=True)
+            return blank(y, mask)
         if not (fan is not None and torch.is_grad_enabled()) and self._runs_fused(x, source):
             modes = None if fan is None else fan.modes
             y, observed = normalize_fused(x, equation, source, over, self.training, modes, mixing.rows)
@@ -182,19 +193,27 @@ class Normalization(HasMode):
             return False
         return serves(self.backend, reason_against_fused(x, (self.weight, self.bias, source.given.batch_mean)))
 
-    def _normalize_jointly(self, x: Tensor, is_shared: bool) -> Tensor:
+    def _normalize_jointly(self, x: Tensor, is_shared: bool, mask: Tensor | None) -> Tensor:
         """Normalise in training by the batch that all ranks hold together; each rank gathers the same."""
-        joint = joint_batch(x, is_shared, self.takes_part)
+        joint = joint_batch(x, is_shared, self.takes_part, mask)
         equation = self._equation(self._mixing(joint.batch_size))
         own = Statistics(joint.mean[: x.shape[1]], joint.var[: x.shape[1]])
-        y, _ = normalize_by(x, equation, Source(own, (True, True, False, False)), ())
+        y, _ = normalize_by(x, equation, Source(own, (True, True, False, False)), (), mask)
         observed = Statistics(joint.mean, joint.var, joint.feature_mean, joint.feature_var)
         with torch.no_grad():
             observed = observation(observed, equation, tuple(joint.seen.shape), x)
-        self.gather(observed, joint.sizes, joint.seen)
-        return y
+        self.gather(observed, joint.sizes, joint.seen, has_gaps=joint.has_gaps)
+        return y if mask is None else blank(y, mask)
 
-    def gather(self, observed: Statistics, batch_size: int | Tensor, seen: int | Tensor, start: int = 0) -> None:
+    def gather(
+        self,
+        observed: Statistics,
+        batch_size: int | Tensor,
+        seen: int | Tensor,
+        *,
+        start: int = 0,
+        has_gaps: bool = False,
+    ) -> None:
         """Let the population take in a training batch.
 
         Args:
@@ -202,6 +221,7 @@ class Normalization(HasMode):
             batch_size: Samples of the batch, a number or one for each position.
             seen: How many rows of features each position's statistics are taken over.
             start: How many positions along the first axis come before.
+            has_gaps: Whether that may be none at some.
         """
         assert observed.feature_mean is not None
         places, device = tuple(observed.feature_mean.shape), observed.feature_mean.device
@@ -211,7 +231,8 @@ class Normalization(HasMode):
             return number.expand(places) if isinstance(number, Tensor) else torch.full(places, number, device=device)
 
         with torch.no_grad():
-            self.population.gather(Observed(*observed, counts(seen), counts(batch_size)), start)  # type: ignore[arg-type]
+            taken = Observed(*observed, counts(seen), counts(batch_size))  # type: ignore[arg-type]
+            self.population.gather(taken, start, has_gaps)
 
     def _mixing(self, batch_size: float | Tensor, frozen_size: Tensor | None = None) -> Mixing:
         """The mixing weights for batches of this size, or of the population's where there is one to use."""
@@ -240,47 +261,12 @@ class Normalization(HasMode):
         fan, device = self.fan, self.population.batch_mean.device
         uses: Uses = self.mode.uses_population if fan is None else fan.uses_population(device)
         if not self.population.is_frozen:
-            self._warn_unfrozen(uses)
+            warn_unfrozen(self, uses)
             return Source(Statistics(), NONE_USED), None
         if self.population.is_stale:
-            self._warn_stale(uses)
+            warn_stale(self, uses)
         population, batch_size = self.population.at(positions, start)
         return Source(population, uses), batch_size
-
-    def _reads_population(self, uses: Uses) -> bool:
-        """Whether the equation takes one of these statistics from the population."""
-        relevant = (() if self.norm == "layer" else uses[:2]) + (() if self.norm == "batch" else uses[2:])
-        return any(use is not False for use in relevant)
-
-    def _warn_unfrozen(self, uses: Uses) -> None:
-        if self in WARNED or not self._reads_population(uses):
-            return
-        WARNED.add(self)
-        warnings.warn(
-            f"mode={str(self.mode)!r} needs a population, but none is frozen, so the current input's statistics are "
-            f"used; {MENDS}",
-            stacklevel=2,
-        )
-
-    def _warn_stale(self, uses: Uses) -> None:
-        is_followed = self.population.momentum is not None
-        if torch.compiler.is_compiling() or is_followed or self in WARNED_STALE or not self._reads_population(uses):
-            return
-        WARNED_STALE.add(self)
-        warnings.warn(
-            f"the layer has been trained since its population was frozen, which is that of other weights; {MENDS}",
-            stacklevel=2,
-        )
-
-    def _warn_single(self, seen: int) -> None:
-        if not self.training or self.norm != "batch" or seen != 1 or self in WARNED_OF_ONE:
-            return
-        WARNED_OF_ONE.add(self)
-        warnings.warn(
-            "norm='batch' and a batch of one: its variance is zero and its output nothing but the bias, and so are the "
-            "population's; train with larger batches, or with norm='bln' or 'layer'",
-            stacklevel=2,
-        )
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         check_state_dict(self, state_dict, prefix)
@@ -327,12 +313,13 @@ class BatchLayerNorm(Normalization):
         dtype: Their dtype.
 
     Shape:
-        Any with at least a batch and a feature axis; the output has the input's.
+        Any with at least a batch and a feature axis; the output has the input's. A ``mask`` for the call has the
+        input's without the feature axis, batch first, and is true where there is data.
 
     Raises:
         ValueError: An argument is out of range; or the input's feature axis is not ``num_features`` long, its rank does
-            not fit, it is empty, or its positions do not fit the population's.
-        TypeError: An argument's type is wrong, or the input's dtype is not the parameters'.
+            not fit, it is empty, its positions do not fit the population's, or its mask does not fit.
+        TypeError: An argument's type is wrong, the input's dtype is not the parameters', or a mask holds no bools.
 
     Example:
         >>> import lightning_bln

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
-from threading import RLock
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +12,17 @@ from torch import Tensor, nn
 from lightning_bln import traced
 from lightning_bln._checks import check_bool, check_choice, check_floating, check_int, check_momentum
 from lightning_bln._torch import is_fake, is_observed, is_repetition, lasting, own_buffers
+from lightning_bln._writing import may_hold, one_at_a_time
 from lightning_bln.equation import Statistics
-from lightning_bln.moments import Moments, check_one_batch, merge_grown, position_mismatch
+from lightning_bln.moments import Moments, check_one_batch, filled, merge_grown, position_mismatch
 
 ESTIMATORS = ("pooled", "paper")
 FROZEN = (*Statistics._fields, "batch_size")
 """Buffers that are frozen."""
 POSITIONAL = ("count", "feature_mean", "feature_var", "batch_size")
 """Buffers without a feature axis."""
+NOTHING_SEEN = (0.0, 1.0, 0.0, 1.0, 1.0)
+"""Frozen values where no position of a kind has had data: each sample is normalised by its own features."""
 
 
 class Observed(NamedTuple):
@@ -67,6 +67,8 @@ class Population(nn.Module):
     """How many training batches each batch stands for while it is gathered, see ``recompute_population``."""
     is_stale = False
     """Whether the layer has been trained since the statistics were frozen."""
+    channel_dim = -1
+    """The layer's feature axis, if its batch axis is first: ahead of several axes of positions it is that of images."""
     ignores_batch = False
     """Whether each sample is normalised by its own features alone while statistics are gathered."""
 
@@ -130,14 +132,16 @@ class Population(nn.Module):
         super().__setstate__(state)
         self._ticket = traced.ticket(self)  # a copy gathers for itself
 
-    def gather(self, observed: Observed, start: int = 0) -> None:
+    def gather(self, observed: Observed, start: int = 0, has_gaps: bool = False) -> None:
         """Add one batch; with ``momentum``, also move the frozen statistics towards it.
 
         Args:
-            observed: Its statistics.
+            observed: Its statistics; those of a position that nothing was seen at count for nothing.
             start: How many positions along the first axis come before those.
+            has_gaps: Whether there may be positions that nothing was seen at.
 
         Raises:
+            ValueError: Its positions do not fit the population's.
             RuntimeError: ``torch.vmap`` runs over the statistics, so that there is one batch for each of its entries,
                 or ``torch.compile`` traces a transform, and cannot tell.
         """
@@ -148,7 +152,7 @@ class Population(nn.Module):
         if self.momentum is None and traced.gathers_by_ticket(observed.seen.device):
             traced.gather(self._ticket, [*observed], start)
         else:
-            self._add(observed, start)
+            self._add(observed, start, has_gaps)
 
     def take(self, observed: list[Tensor], start: int) -> None:
         """:meth:`gather`, or :meth:`reset` without statistics, called by a compiled graph."""
@@ -158,17 +162,25 @@ class Population(nn.Module):
             self.is_stale = True  # no graph tells whether gradients are taken; those who freeze do so afterwards
             self._add(Observed(*observed), start)
 
-    def _add(self, observed: Observed, start: int) -> None:
+    def _add(self, observed: Observed, start: int = 0, has_gaps: bool = False) -> None:
         moments = self._moments(observed)
         if self.merge_positions:
             moments = Moments(*(part[None] for part in moments.merge_positions()))
         elif start:
-            moments = moments.moved(start)
+            moments, has_gaps = moments.moved(start), True
+        if self.is_gathering:
+            self.check_fit(tuple(moments.count.shape), tuple(self.count.shape))
+        if self.momentum is not None and self.is_frozen:
+            self.check_fit(tuple(moments.count.shape), tuple(self.feature_mean.shape))
         with one_at_a_time():
             total = merge_grown(Moments(self.count, self.mean, self.m2), moments) if self.is_gathering else moments
             self.assign(total)
             if self.momentum is not None:
-                self._follow(self._values(moments), self.momentum)
+                values = self._values(moments)
+                if has_gaps:
+                    self._follow(filled(values, NOTHING_SEEN, moments.count), self.momentum, moments.count)
+                else:
+                    self._follow(values, self.momentum)
 
     def assign(self, moments: Moments) -> None:
         """Put ``moments`` in place of those gathered so far."""
@@ -194,7 +206,7 @@ class Population(nn.Module):
         if not moments.count.numel():
             return False
         with torch.no_grad():
-            self._assign_frozen(self._values(moments))
+            self._assign_frozen(filled(self._values(moments), NOTHING_SEEN, moments.count))
         self.is_stale = False
         return True
 
@@ -225,8 +237,7 @@ class Population(nn.Module):
             positions: Their shape.
             start: How many positions along the first axis come before.
         """
-        if tuple(self.feature_mean.shape[1:]) != positions[1:]:
-            raise ValueError(position_mismatch(positions, tuple(self.feature_mean.shape)))
+        self.check_fit(positions, tuple(self.feature_mean.shape))
         last = self.feature_mean.shape[0] - 1
         buffers = own_buffers(self)
         frozen: list[Any] = [buffers[name] for name in FROZEN]
@@ -236,6 +247,13 @@ class Population(nn.Module):
         batch_mean, batch_var, *positional = frozen
         feature_mean, feature_var, batch_size = (value[..., None] for value in positional)
         return Statistics(batch_mean, batch_var, feature_mean, feature_var), batch_size
+
+    def check_fit(self, positions: tuple[int, ...], known: tuple[int, ...]) -> None:
+        """Raise unless a batch at ``positions`` goes with statistics at those known: only sequences may grow."""
+        axes = len(positions)
+        is_image = axes > 1 and self.channel_dim % (axes + 2) == 1
+        if positions[1:] != known[1:] or (is_image and positions[0] != known[0]):
+            raise ValueError(position_mismatch(positions, known, is_image))
 
     def _moments(self, observed: Observed) -> Moments:
         """The batch as moments of all that will be frozen, one vector for each position."""
@@ -251,7 +269,7 @@ class Population(nn.Module):
         quantities = torch.cat(
             [mean, var * unbias[..., None], torch.stack([feature_mean, feature_var * unbias, inverse], -1)], -1
         )
-        return Moments(torch.ones_like(observed.seen), quantities, torch.zeros_like(quantities))
+        return Moments(observed.seen.clamp(max=1), quantities, torch.zeros_like(quantities))
 
     def _values(self, moments: Moments) -> list[Tensor]:
         """The values to freeze, in the order of ``FROZEN``."""
@@ -278,8 +296,11 @@ class Population(nn.Module):
             else:
                 buffers[name] = lasting(value)
 
-    def _follow(self, values: list[Tensor], momentum: float) -> None:
-        """Move the frozen statistics towards ``values``; positions that only one of them has are taken as they are."""
+    def _follow(self, values: list[Tensor], momentum: float, count: Tensor | None = None) -> None:
+        """Move the frozen statistics towards ``values``, but not at positions of zero ``count``.
+
+        Positions that only one of them has are taken as they are.
+        """
         if not self.is_frozen:
             return self._assign_frozen(values)
         moved = []
@@ -287,7 +308,11 @@ class Population(nn.Module):
             own = getattr(self, name)
             both = min(own.shape[0], value.shape[0])
             longer = own if own.shape[0] > value.shape[0] else value
-            moved.append(torch.cat([torch.lerp(own[:both], value[:both], momentum), longer[both:]]))
+            share: Any = momentum
+            if count is not None:
+                share = momentum * (count[:both] > 0).to(own.dtype)
+                share = share if own.ndim == share.ndim else share[..., None]
+            moved.append(torch.cat([torch.lerp(own[:both], value[:both], share), longer[both:]]))
         self._assign_frozen(moved)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Population:
@@ -310,32 +335,6 @@ class Population(nn.Module):
     def extra_repr(self) -> str:
         state = "frozen" if self.is_frozen else "empty"
         return f"{self.num_features}, estimator={self.estimator!r}, positions={self.positions}, {state}"
-
-
-class Turns:
-    """A lock, in a list so that a forked process, in which no thread would open it, has one of its own."""
-
-    locks: ClassVar[list[Any]] = [RLock()]
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: Turns.locks.__setitem__(0, RLock()))
-
-
-def one_at_a_time() -> AbstractContextManager[Any]:
-    """Context in which one thread at a time adds to populations, so that none is lost; graphs hold no locks."""
-    return nullcontext() if torch.compiler.is_compiling() else Turns.locks[0]
-
-
-def may_hold(buffer: Tensor, value: Tensor) -> bool:
-    """Whether ``value`` can be written into ``buffer`` and nothing changes but numbers."""
-    return (
-        buffer.shape == value.shape
-        and buffer.dtype == value.dtype
-        and buffer.device == value.device
-        and not (buffer.is_inference() or buffer.requires_grad)
-        and buffer.is_contiguous()
-    )
 
 
 def check_state_dict(module: nn.Module, state_dict: dict, prefix: str) -> None:
@@ -377,15 +376,11 @@ def check_positions(population: Population, names: Iterable[str], state_dict: di
         )
 
 
+MOVED = {"freeze_population", "gathering", "populations", "recompute_population", "require_populations"}
+
+
 def __getattr__(name: str) -> Any:
     """Functions that lay here in version 0.1.0."""
-    if name in (
-        "freeze_population",
-        "gathering",
-        "populations",
-        "recompute_population",
-        "require_populations",
-        "reset_population",
-    ):
+    if name in MOVED or name == "reset_population":
         return getattr(import_module("lightning_bln.recomputation"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,6 +32,13 @@ LAYERS: dict[str, dict[str, Any]] = {
     "momentum": {"shape": (4, 6), "momentum": 0.3},
     "batch": {"shape": (4, 6), "norm": "batch"},
     "layer": {"shape": (4, 6), "norm": "layer"},
+    "masked": {"shape": (4, 6), "masks": True},
+    "masked flat": {"shape": (6,), "masks": True},
+    "masked images": {"shape": (2, 3, 6), "masks": True},
+    "masked shared": {"shape": (4, 6), "masks": True, "positions": "shared"},
+    "masked paper": {"shape": (4, 6), "masks": True, "population": "paper"},
+    "masked momentum": {"shape": (4, 6), "masks": True, "momentum": 0.3},
+    "masked on one rank": {"shape": (4, 6), "masks": [0]},
 }
 
 
@@ -44,18 +51,31 @@ def frozen(model: nn.Module) -> list[Tensor]:
     return [getattr(population, name) for population in populations(model) for name in FROZEN]
 
 
+def mask_of(joined: Tensor, masks: bool | list[int], rank: int | None, world: int) -> Tensor | None:
+    """A rank's mask of its part of ``joined``: of all ranks, or of those in the list; a last step that none has."""
+    if not masks:
+        return None
+    mask = torch.rand(joined.shape[:-1], generator=torch.Generator().manual_seed(3)) > 0.4
+    if masks is True and mask.ndim == 2:
+        mask[:, -1] = False
+    for place, size in enumerate(SIZES[world]):
+        if masks is not True and place not in masks:
+            mask[sum(SIZES[world][:place]) :][:size] = True
+    return part(mask, rank, world) if rank is None or masks is True or rank in masks else None
+
+
 def layer_case(name: str, rank: int | None, world: int) -> dict[str, Any]:
     """Two training batches through one layer, then its population: outputs, gradients, statistics."""
     torch.manual_seed(1)
     options = dict(LAYERS[name])
-    shape = options.pop("shape")
+    shape, masks = options.pop("shape"), options.pop("masks", False)
     layer = Normalization(6, sync_batch_stats=rank is not None, dtype=torch.float64, **options)
     outputs, grads = [], []
     for _ in range(2):
         joined = torch.randn(sum(SIZES[world]), *shape, dtype=torch.float64) * 3 + 1
         wanted = torch.randn_like(joined)
         x = part(joined, rank, world).clone().requires_grad_()
-        y = layer(x)
+        y = layer(x, mask_of(joined, masks, rank, world))
         (y.sin() * part(wanted, rank, world)).sum().backward()
         outputs.append(y.detach())
         grads.append(x.grad)

@@ -19,12 +19,12 @@ PACKAGE = Path(lightning_bln.__file__).parent
 NAME = PACKAGE.name
 
 FLOORS = (
-    ("_torch", "_moved", "_scoped", "_files", "_checks"),
-    ("equation",),
+    ("_torch", "_moved", "_scoped", "_writing", "_files", "_checks"),
+    ("equation", "masks"),
     ("functional", "moments", "modes", "traced"),
     ("kernels",),
     ("distributed", "population", "recomputation", "joining", "together", "frozen"),
-    ("fused_norm", "norm"),
+    ("fused_norm", "norm_warnings", "norm"),
     ("cells",),
     ("recurrence",),
     ("recurrent", "conv"),

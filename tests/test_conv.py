@@ -37,6 +37,24 @@ def test_any_callable_activates() -> None:
         assert ConvBLN2d(2, 4, 3, activation=activation)(torch.randn(3, 2, 6, 6)).shape == (3, 4, 4, 4)
 
 
+@pytest.mark.parametrize("axis", [2, 3, 4])
+@pytest.mark.parametrize("training", [True, False])
+def test_blocks_with_separate_positions_refuse_images_of_another_size(axis, training) -> None:
+    for axes in range(max(2, axis - 1), 4):
+        block, shape = BLOCKS[axes](2, 4, 3), [3, 2, *[6] * axes]
+        recompute_population(block, [torch.randn(shape)])
+        shape[axis] += 1
+        with pytest.raises(ValueError, match="images keep their size"):
+            block.train(training)(torch.randn(shape))
+
+
+def test_sequences_of_any_length_go_through_a_block() -> None:
+    block = ConvBLN1d(2, 4, 3)
+    recompute_population(block, [torch.randn(3, 2, 6)])
+    block.train()(torch.randn(3, 2, 9))
+    assert block.eval()(torch.randn(1, 2, 12)).shape == (1, 4, 10)
+
+
 def test_shared_positions_evaluate_images_of_another_size() -> None:
     block = ConvBLN2d(2, 4, 3, positions="shared")
     recompute_population(block, [torch.randn(3, 2, 6, 6)])

@@ -64,13 +64,37 @@ def test_sequences_grow_the_population_and_the_last_position_serves_beyond() -> 
     torch.testing.assert_close(layer(x)[:, 6:], layer(x)[:, 6:7].expand(2, 3, 5))
 
 
-def test_images_of_another_width_are_refused_before_anything_changed() -> None:
-    layer = BatchLayerNorm(3, channel_dim=1)
+@pytest.mark.parametrize("size", [(6, 7), (7, 5), (5, 5)])
+@pytest.mark.parametrize("options", [{"channel_dim": 1}, {"channel_dim": -3}, {"channel_dim": 1, "momentum": 0.1}])
+def test_images_of_another_size_are_refused_before_anything_changed(options, size) -> None:
+    layer = BatchLayerNorm(3, **options)
     layer(torch.randn(4, 3, 6, 5))
-    count = layer.population.count.clone()
-    with pytest.raises(ValueError, match="positions='shared'"):
-        layer(torch.randn(4, 3, 6, 7))
-    assert torch.equal(layer.population.count, count)
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    with pytest.raises(ValueError, match=r"images keep their size; use positions='shared'"):
+        layer(torch.randn(4, 3, *size))
+    torch.testing.assert_close(dict(layer.named_buffers()), before)
+    freeze_population(layer)
+    with pytest.raises(ValueError, match=r"images keep their size; use positions='shared'"):
+        layer.eval()(torch.randn(4, 3, *size))
+    layer.train().population.reset(frozen=True)
+    layer(torch.randn(4, 3, *size))
+    assert layer.population.positions == size
+
+
+@pytest.mark.parametrize("options", [{"channel_dim": -1}, {"channel_dim": 3}, {"channel_dim": 1, "batch_dim": 3}])
+def test_several_axes_of_positions_grow_along_the_first_where_they_are_no_image(options) -> None:
+    layer = BatchLayerNorm(3, **options)
+
+    def batch(steps: int) -> torch.Tensor:
+        return torch.randn(4, steps, 2, 3).movedim((0, -1), (layer.batch_dim, layer.channel_dim))
+
+    layer(batch(5))
+    layer(batch(7))
+    freeze_population(layer)
+    assert layer.population.positions == (7, 2)
+    assert layer.eval()(batch(9)).shape == batch(9).shape
+    with pytest.raises(ValueError, match="only the first position axis may change its length"):
+        layer(torch.randn(4, 5, 3, 3).movedim((0, -1), (layer.batch_dim, layer.channel_dim)))
 
 
 def test_momentum_follows_each_batch_as_batch_norm_does() -> None:

@@ -85,7 +85,7 @@ def test_statistics_of_a_step_are_those_of_states_that_the_population_produced()
         same(population.batch_size, torch.full_like(population.batch_size, 4.0))
 
 
-@pytest.mark.parametrize("mode", map(str, ALL_MODES))
+@pytest.mark.parametrize("mode", [str(mode) for mode in ALL_MODES])
 def test_evaluation_is_that_of_the_equations(mode: str) -> None:
     layer, steps, _ = lstm_and_steps()
     set_mode(layer, mode)
@@ -248,7 +248,9 @@ class Several(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "batch", [Record(X), {"x": X}, {"a", "b"}, ("text", X), (X, torch.ones(12), torch.ones(12))], ids=str
+    "batch",
+    [Record(X), {"x": X}, {"a", "b"}, ("text", X), (X, torch.ones(12), torch.ones(12))],
+    ids=["a dataclass", "a dict", "a set", "a text first", "three entries"],
 )
 def test_a_batch_that_does_not_say_what_to_call_names_predict(batch: Any) -> None:
     model = Several()

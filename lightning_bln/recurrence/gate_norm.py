@@ -11,6 +11,7 @@ from lightning_bln._checks import check_bool, check_choice, check_int
 from lightning_bln.equation import Equation, Source, Statistics, normalize_by
 from lightning_bln.functional import NORMS
 from lightning_bln.norm import Normalization
+from lightning_bln.norm_warnings import warn_single
 from lightning_bln.recurrence.sequences import Running
 
 START_SCALES = {"bln": 0.3, "layer": 1.0, "batch": 0.1}
@@ -130,7 +131,7 @@ class GateNorm(Normalization):
 
     def sequence(self, running: Running) -> SequenceNorm:
         """The norm for the steps of a batch of sequences."""
-        self._warn_single(running.samples)
+        warn_single(self, running.samples)
         source, frozen_size = self._source((running.steps, self.groups), running.start)
         if frozen_size is None:
             mixing = self._mixing(self._batch_size(running))
@@ -155,9 +156,9 @@ class GateNorm(Normalization):
         """Let the population take in all steps of a batch of training sequences."""
         assert observed.feature_mean is not None
         counts = running.counts(observed.feature_mean.device)
-        self.gather(observed, counts, counts, running.start)
+        self.gather(observed, counts, counts, start=running.start)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # cells know which sequences run
         """Normalise one step on its own, shaped ``(B, gates, hidden_size)``."""
         running = Running(1, x.shape[-3])
         y, observed = self.sequence(running)(x[None], slice(None))

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_bln._torch import own_buffers
+from lightning_bln._writing import one_at_a_time
 from lightning_bln.equation import Statistics, observation
 from lightning_bln.kernels.gate import admit
 from lightning_bln.kernels.library import GatherArgs, call, pointer
 from lightning_bln.moments import Moments
-from lightning_bln.population import Population, one_at_a_time
+from lightning_bln.population import Population
 from lightning_bln.recurrence.gate_norm import GateNorm, SequenceNorm
 from lightning_bln.recurrence.sequences import Running
 
