@@ -49,7 +49,7 @@ def password(url: str) -> str:
 
 
 def host(rest: str) -> str:
-    """What follows the user in an address."""
+    """The part of an address that follows the user."""
     return rest.rpartition("@")[2]
 
 
