@@ -1,4 +1,4 @@
-"""Files that are replaced in one step."""
+"""Files that are replaced in one step, and the error of files that cannot be read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
+
+
+class FileError(ValueError):
+    """A file is missing, damaged or of another format. The message is one line and names the file."""
+
+
+def one_line(error: object) -> str:
+    """The text of an error on one line; its type where it has no text."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -202,3 +203,32 @@ def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
     """Exclude buffers from DDP's broadcast, which would replace every rank's statistics by those of rank 0."""
     before = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
     module._ddp_params_and_buffers_to_ignore = [*before, *(name for name in names if name not in set(before))]  # type: ignore[assignment]
+
+
+def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The dictionary of a module's children, in which one that stands under two names appears twice."""
+    return module._modules
+
+
+def is_persistent(module: nn.Module, buffer: str) -> bool:
+    """Whether a buffer is part of the state dict; public names only say so when it is registered."""
+    return buffer not in module._non_persistent_buffers_set
+
+
+HOOKS = tuple(sorted(name for name in MODULE_INTERNALS if name.endswith(("_hooks", "_with_kwargs", "_always_called"))))
+"""Attributes in which nn.Module keeps hooks, whose handles hold on to these very dictionaries."""
+
+
+def carry_hooks(source: nn.Module, target: nn.Module, *, shared: bool) -> None:
+    """Give ``target`` the hooks of ``source``: its very dictionaries, so that handles still remove them, or copies."""
+    for name in HOOKS:
+        hooks = getattr(source, name)
+        if not shared:
+            hooks = type(hooks)(
+                (key, copy(hook)) if hasattr(hook, "with_module") else (key, hook) for key, hook in hooks.items()
+            )
+        for hook in hooks.values():
+            if getattr(hook, "with_module", False):  # torch wraps such a hook with a reference to the module
+                hook.module = ref(target)
+        setattr(target, name, hooks)
+    target._is_full_backward_hook = source._is_full_backward_hook

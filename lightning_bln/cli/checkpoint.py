@@ -3,29 +3,60 @@
 from __future__ import annotations
 
 import pickle
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_bln._files import replacing
+from lightning_bln._files import FileError, one_line, replacing
 from lightning_bln._torch import EXTRA_STATE
 from lightning_bln.modes import HasMode
 
 
-def load_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, *, weights_only: bool = True, is_checked: bool = False) -> dict[str, Any]:
     """Load the checkpoint at ``path`` to the CPU.
 
+    Args:
+        path: A file that ``torch.save`` has written.
+        weights_only: Refuse files that could run code when they are loaded.
+        is_checked: Whether to compare checksums as well, without which changed numbers are taken as they are.
+
     Raises:
-        ValueError: The file holds objects that could run code, and ``weights_only`` forbids those.
+        FileError: The file is missing, damaged or of another format, or holds objects that could run code, and
+            ``weights_only`` forbids those.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=weights_only)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors and plain values; if you trust it, pass weights_only=False ({error})"
-        ) from error
+        if is_checked and zipfile.is_zipfile(path):
+            check_sums(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except Exception as error:  # a damaged file raises all there is
+        reason = one_line(error)
+        if isinstance(error, pickle.UnpicklingError) and FORBIDDEN.search(reason):
+            raise FileError(
+                f"{path} holds more than tensors and plain values; if you trust it, pass weights_only=False "
+                f"({FORBIDDEN.findall(reason)[0].strip()})"
+            ) from error
+        if isinstance(error, FileNotFoundError):
+            raise FileError(f"{path}: no such file") from error
+        raise FileError(f"{path}: truncated, corrupt or no checkpoint ({reason[:160]})") from error
+    if not isinstance(checkpoint, dict):
+        raise FileError(f"{path}: no checkpoint, but a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+FORBIDDEN = re.compile(r"(?:Unsupported (?:global|class|operand)|Trying to (?:call|instantiate|load))[^.]*[.\w]*")
+"""Pattern of torch's messages on pickles that would run code, as opposed to damaged ones."""
+
+
+def check_sums(path: str | Path) -> None:
+    """Raise where an entry of a file by ``torch.save`` does not have its checksum, which torch does not look at."""
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
 
 
 def write_mode(
@@ -52,7 +83,9 @@ def write_mode(
         ValueError: The file has no mode for a layer of ``model``; nothing is written then.
     """
     checkpoint = load_checkpoint(path, weights_only=weights_only)
-    state_dict = checkpoint["state_dict"]
+    state_dict = checkpoint.get("state_dict")
+    if not isinstance(state_dict, dict):
+        raise FileError(f"{path}: no checkpoint of a Trainer, since it has no state_dict")
     for name, layer in model.named_modules():
         if isinstance(layer, HasMode):
             key = f"{name}.{EXTRA_STATE}".lstrip(".")

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lightning_bln._files import FileError
+
 LIGHTNING = {
     "fit": "train the model that a YAML file configures (LightningCLI)",
     "validate": "evaluate a checkpoint on validation data",
@@ -23,6 +25,14 @@ LIGHTNING = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the ``bln`` command with the arguments ``argv``, by default those of the process."""
     args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        dispatch(args)
+    except FileError as error:  # says all there is to say about a file
+        raise SystemExit(f"bln {args[0]}: {error}") from error
+
+
+def dispatch(args: list[str]) -> None:
+    """Run the subcommand ``args[0]`` with the arguments that follow it."""
     if args and args[0] in LIGHTNING:
         if not is_installed("jsonargparse"):
             raise SystemExit(f"bln {args[0]} needs jsonargparse; run: pip install 'lightning-bln[cli]'")

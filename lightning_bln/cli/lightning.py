@@ -15,8 +15,10 @@ import torch
 import yaml
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 
+from lightning_bln._files import FileError
 from lightning_bln.callbacks import BLNStatsCallback
 from lightning_bln.cli.checkpoint import load_checkpoint, write_mode
+from lightning_bln.cli.trust import check_trust, import_paths, read_config
 from lightning_bln.recomputation import populations
 from lightning_bln.sweep.result import Direction, SweepResult
 
@@ -40,20 +42,24 @@ def run(args: Sequence[str]) -> None:
         warnings.filterwarnings("ignore", message=message)
     if args[0] == "sweep":
         with tempfile.TemporaryDirectory() as folder:
-            CLI(args=own_config(list(args), Path(folder)))
+            CLI(args=own_config(with_value(list(args), "--trust"), Path(folder)))
     else:
-        CLI(args=list(args))
+        CLI(args=checked(list(args)))
 
 
 def own_config(args: list[str], folder: Path) -> list[str]:
-    """``args``, preceded by the configuration that the checkpoint they name holds, if any, as a file in ``folder``."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--ckpt", type=Path)
-    parser.add_argument("-c", "--config")
-    known, _ = parser.parse_known_args(args[1:])
+    """``args``, preceded by the configuration that the checkpoint they name holds, if any, as a file in ``folder``.
+
+    Raises:
+        FileError: The file is damaged, or its configuration names foreign modules and ``args`` do not trust it.
+    """
+    known = parsed(args, "ckpt")
     if known.ckpt is None or not known.ckpt.is_file():
         return args
-    saved = load_checkpoint(known.ckpt, weights_only="--weights_only=false" not in args).get(CONFIG_KEY)
+    checkpoint = load_checkpoint(known.ckpt, weights_only="--weights_only=false" not in args, is_checked=True)
+    if not isinstance(checkpoint.get("state_dict"), dict):
+        raise FileError(f"{known.ckpt}: no checkpoint of a Trainer, since it has no state_dict")
+    saved = checkpoint.get(CONFIG_KEY)
     if saved is None:
         if known.config is None:
             raise SystemExit(
@@ -61,10 +67,62 @@ def own_config(args: list[str], folder: Path) -> list[str]:
                 "pass --config too"
             )
         return args
-    recipe = {key: value for key, value in yaml.safe_load(saved).items() if key in RECIPE}
+    recipe = {key: value for key, value in read_config(saved, known.ckpt).items() if key in RECIPE}
+    if "--trust=true" not in args:
+        check_trust(known.ckpt, recipe, named_by_user(args, known.config))
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return [args[0], "--config", str(path), *args[1:]]
+
+
+def checked(args: list[str]) -> list[str]:
+    """``args`` without ``--trust``; raise where it is missing and their ``--ckpt_path`` is of a foreign class.
+
+    Newer versions of Lightning build the model of the class that a checkpoint's hyperparameters name.
+    """
+    args = with_value(args, "--trust")
+    known = parsed(args, "ckpt_path")
+    trusts = "--trust=true" in args
+    args = [one for one in args if not one.startswith("--trust=")]
+    if trusts or known.ckpt_path is None or not known.ckpt_path.is_file():
+        return args
+    try:
+        hyperparameters = load_checkpoint(known.ckpt_path).get("hyper_parameters", {})
+    except FileError:
+        if "--weights_only=false" in args:
+            return args
+        raise
+    names = {key: value for key, value in dict(hyperparameters or {}).items() if key != "_instantiator"}
+    check_trust(known.ckpt_path, names, named_by_user(args, known.config))
+    return args
+
+
+def parsed(args: list[str], checkpoint: str) -> argparse.Namespace:
+    """The checkpoint and the configuration that a command line names."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{checkpoint}", type=Path)
+    parser.add_argument("-c", "--config", type=Path, action="append")
+    return parser.parse_known_args(args[1:])[0]
+
+
+def with_value(args: list[str], flag: str) -> list[str]:
+    """``args``, ``flag`` alone or followed by true or false as one argument with a value."""
+    found: list[str] = []
+    for one in args:
+        if found and found[-1] == flag and one in ("true", "false"):
+            found[-1] = f"{flag}={one}"
+        else:
+            found.append(one)
+    return [f"{flag}=true" if one == flag else one for one in found]
+
+
+def named_by_user(args: list[str], configs: list[Path] | None) -> set[str]:
+    """Import paths on the command line and in the user's own configurations, which need no consent."""
+    found = {part for one in args for part in one.split("=")}
+    for path in configs or []:
+        if path.is_file():
+            found |= {*import_paths(read_config(path.read_text(), path))}
+    return found
 
 
 class Trainer(L.Trainer):
@@ -81,6 +139,7 @@ class Trainer(L.Trainer):
         monitor: str = "val_loss",
         mode: Direction = "min",
         weights_only: bool = True,
+        trust: bool = False,
     ) -> SweepResult:
         """Evaluate a checkpoint in every statistics mode, and write the best one into it.
 
@@ -93,6 +152,8 @@ class Trainer(L.Trainer):
             monitor: The validation metric by which to choose, unless the configuration has a BLNStatsCallback.
             mode: Its direction, "min" or "max".
             weights_only: Refuse files that could run code when they are loaded.
+            trust: Import whatever classes the checkpoint's configuration names, as ``--trust``; without it, those of
+                this package, torch, lightning and torchmetrics only.
 
         Returns:
             The scores of every mode and the choice.

@@ -10,18 +10,21 @@ import tarfile
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lightning_bln._files import replacing
+from lightning_bln._files import FileError, one_line, replacing
 
 PathLike = str | os.PathLike[str]
 DATA_DIR_VARIABLE = "BLN_DATA_DIR"
 
+PIECE = 2**20
+"""Bytes that are read at once."""
 
-class DataError(RuntimeError):
+
+class DataError(FileError, RuntimeError):
     """A data file is missing, truncated or of the wrong format. The message is one line and names the file."""
 
 
@@ -88,7 +91,7 @@ def reading(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DataError(f"{error.filename or path}: no such file") from error
     except (EOFError, OSError, tarfile.TarError, zlib.error, UnicodeError, ValueError, KeyError, IndexError) as error:
-        raise damaged(path, " ".join(str(error).split()) or type(error).__name__) from error
+        raise damaged(path, one_line(error)) from error
 
 
 def read_bytes(path: Path) -> bytes:
@@ -96,6 +99,35 @@ def read_bytes(path: Path) -> bytes:
     with reading(path):
         raw = path.read_bytes()
         return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+
+
+def read_sized(path: Path, header: int, size_of: Callable[[bytes], tuple[int, int]]) -> bytes:
+    """Return the contents of a file whose header says how long it is, and read no more than it has.
+
+    Args:
+        path: The file, compressed by gzip or not.
+        header: Bytes to read for ``size_of``, or all where there are fewer.
+        size_of: Gives the header's and the body's length from these bytes, or raises.
+
+    Raises:
+        DataError: The file is longer or shorter than its header says.
+    """
+    with reading(path), path.open("rb") as plain:
+        is_packed = plain.read(2) == b"\x1f\x8b"
+        plain.seek(0)
+        stream: Any = gzip.GzipFile(fileobj=plain) if is_packed else plain
+        start = stream.read(header)
+        head, body = size_of(start)
+        parts, missing = [start], head + body - len(start)
+        # in pieces, since a damaged header may name any size, and read() makes room for what it is asked for
+        while missing >= 0 and (part := stream.read(min(missing + 1, PIECE))):
+            parts.append(part)
+            missing -= len(part)
+        if missing:
+            promised = f"{body}" if body < 2**63 else "more than 2^63"
+            found = f"{body - missing} follow" if missing > 0 else "more follow"
+            raise damaged(path, f"header says {promised} bytes, {found}")
+        return b"".join(parts)
 
 
 def read_text(path: Path) -> str:

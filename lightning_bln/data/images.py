@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
+import math
 import tarfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_bln._files import one_line
 from lightning_bln.data.files import (
     DataError,
     PathLike,
@@ -19,9 +20,10 @@ from lightning_bln.data.files import (
     data_dir,
     download,
     locate,
-    read_bytes,
+    read_sized,
     reading,
 )
+from lightning_bln.data.pickled import read_arrays
 
 CIFAR10 = Remote("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "md5:c32a1d4ab5d03f1284b67883e8d87530")
 _MNIST_MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -87,10 +89,17 @@ def read_mnist(directory: PathLike | None = None, *, fetch: bool = False) -> tup
     """
     root = data_dir(directory)
     root = root / "mnist" if (root / "mnist").is_dir() else root
-    arrays = []
+    found = {}
     for name, remote in MNIST.items():
         packed = f"{name}.gz"
-        arrays.append(read_idx(locate(root, (packed, name), "MNIST", remote, packed if fetch else None)))
+        path = locate(root, (packed, name), "MNIST", remote, packed if fetch else None)
+        found[name] = read_idx(path)
+        axes = 3 if "images" in name else 1
+        if found[name].ndim != axes:
+            raise damaged(path, f"{found[name].ndim} axes, where {axes} belong")
+        if axes == 1 and len(found[name]) and int(found[name].max()) > 9:
+            raise damaged(path, f"label {int(found[name].max())}, classes are 0 to 9")
+    arrays = [*found.values()]
     splits = [Images(arrays[i].unsqueeze(1), arrays[i + 1].long()) for i in (0, 2)]
     for split in splits:
         if len(split.pixels) != len(split.labels):
@@ -107,14 +116,18 @@ def read_idx(path: PathLike) -> Tensor:
         DataError: The header is not idx, or the file is shorter or longer than the header says.
     """
     path = Path(path)
-    raw = read_bytes(path)
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
-        raise damaged(path, "not an idx file of unsigned bytes")
-    shape = tuple(int(size) for size in np.frombuffer(raw, ">u4", raw[3], 4))
-    start = 4 + 4 * raw[3]
-    if len(raw) - start != int(np.prod(shape)):
-        raise damaged(path, f"header says {int(np.prod(shape))} bytes, {len(raw) - start} follow")
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=start).reshape(shape).copy())
+    shape: tuple[int, ...] = ()
+
+    def sizes(raw: bytes) -> tuple[int, int]:
+        nonlocal shape
+        if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
+            raise damaged(path, "not an idx file of unsigned bytes")
+        shape = tuple(int(size) for size in np.frombuffer(raw, ">u4", raw[3], 4))
+        return 4 + 4 * raw[3], math.prod(shape)  # not numpy's, whose integers overflow
+
+    raw = read_sized(path, 4 + 4 * 255, sizes)
+    with reading(path):
+        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy())
 
 
 def _binary_batch(path: Path) -> Images:
@@ -129,27 +142,15 @@ def _binary_batch(path: Path) -> Images:
     return Images(records[:, 1:].reshape(-1, 3, 32, 32), labels)
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickler of the dicts, lists and numpy arrays in CIFAR's files, which refuses anything that could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_array = module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype")
-        if not is_array and (module, name) != ("_codecs", "encode"):
-            raise pickle.UnpicklingError(f"asks for {module}.{name}")
-        if not hasattr(np, "core"):
-            module = module.replace("numpy.core", np.ndarray.__module__ + "._core")
-        return super().find_class(module, name)
-
-
 def _python_batch(path: Path) -> Images:
     with reading(path):
-        try:
-            with path.open("rb") as stream:
-                batch = _ArraysOnly(stream, encoding="bytes").load()
-        except (pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise damaged(path, error) from error
-        pixels = torch.from_numpy(np.array(batch[b"data"], np.uint8)).view(-1, 3, 32, 32)
-        labels = torch.tensor(batch[b"labels"], dtype=torch.long)
-    if len(pixels) != len(labels):
-        raise damaged(path, f"{len(pixels)} images, {len(labels)} labels")
-    return Images(pixels, labels)
+        batch = read_arrays(path.read_bytes(), path)
+    data, labels = (batch.get(key) if isinstance(batch, dict) else None for key in (b"data", b"labels"))
+    if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != _RECORD - 1:
+        raise damaged(path, f"no array of images of {_RECORD - 1} bytes under b'data'")
+    if not isinstance(labels, list) or len(labels) != len(data) or not labels:
+        raise damaged(path, f"no list of as many labels as the {len(data)} images under b'labels'")
+    wrong = [label for label in labels if type(label) is not int or not 0 <= label <= 9]
+    if wrong:
+        raise damaged(path, f"label {one_line(repr(wrong[0]))[:20]}, classes are 0 to 9")
+    return Images(torch.from_numpy(data.copy()).view(-1, 3, 32, 32), torch.tensor(labels))

@@ -12,11 +12,11 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from lightning_bln.modes import ALL_MODES
+from lightning_bln.reproduce.kept import STATISTICS
 from lightning_bln.reproduce.training import canonical_mode
 
 Result = dict[str, Any]
 Rows = list[list[str]]
-STATISTICS = ("paper", "recomputed")
 COLOURS = {"bln": "C0", "batch": "C1", "layer": "C2", "layer-scaled": "C3"}
 
 

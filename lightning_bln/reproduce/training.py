@@ -16,6 +16,7 @@ from lightning_bln.models.paper.modules import AUTHORS_THRESHOLD, Classifier
 from lightning_bln.modes import ALL_MODES
 from lightning_bln.recomputation import freeze_population, recompute_population, reset_population
 from lightning_bln.reproduce.experiments import Experiment, Samples
+from lightning_bln.reproduce.kept import read_result, read_state, save_state, whole
 from lightning_bln.sweep.evaluate import sweep_modes
 
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -80,8 +81,8 @@ def run(experiment: Experiment, pool: Samples, test: Samples, settings: Settings
     folder.mkdir(parents=True, exist_ok=True)
     finished = folder / "result.json"
     if finished.exists():
-        result = json.loads(finished.read_text())
-        _check_same(settings, result, folder)
+        result = read_result(finished, modes_of(settings.norm))
+        _check_same(settings, result, finished)
         return result
     train_set, valid_set, test_set = experiment.split(pool, test, settings.fraction, settings.seed)
     train = train_set.batches(settings.batch_size, settings.limit)
@@ -90,7 +91,9 @@ def run(experiment: Experiment, pool: Samples, test: Samples, settings: Settings
     model = experiment.build(settings.norm, "paper")
     twin = _sharing_weights(model, experiment.build(settings.norm, "pooled"))
     history = _train(experiment, model, twin, train, valid, settings, folder)
-    model.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["model"])
+    best = read_state(folder / "best.pt")
+    with whole(folder / "best.pt"):
+        model.load_state_dict(best["model"])
     _recompute(twin, train, settings)
     result = {"experiment": experiment.name, **asdict(settings), "history": history}
     result["best_epoch"] = 1 + min(range(len(history)), key=lambda index: history[index]["val_loss"])
@@ -119,11 +122,13 @@ def _train(
     assert isinstance(optimizer, torch.optim.Optimizer)
     history: list[dict[str, Any]] = []
     if (folder / "last.pt").exists():
-        state = torch.load(folder / "last.pt", weights_only=True)
-        _check_same(settings, state["settings"], folder)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        history = state["history"]
+        state = read_state(folder / "last.pt")
+        with whole(folder / "last.pt"):
+            kept, history = state["settings"], state["history"]
+        _check_same(settings, kept, folder / "last.pt")
+        with whole(folder / "last.pt"):
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
     recomputed_modes = list(dict.fromkeys(canonical_mode(settings.norm, mode) for mode in ("cccc", "ppcc", "pppp")))
     for epoch in range(len(history), settings.epochs):
         # Seeded by epoch, so that a resumed training run draws the same numbers as an uninterrupted one.
@@ -137,9 +142,9 @@ def _train(
         record["recomputed"] = evaluate([twin], valid, recomputed_modes)[0]
         history.append(record)
         if record["val_loss"] <= min(entry["val_loss"] for entry in history):
-            _save(folder / "best.pt", model=model.state_dict())
+            save_state(folder / "best.pt", model=model.state_dict())
         kept = {"optimizer": optimizer.state_dict(), "history": history, "settings": asdict(settings)}
-        _save(folder / "last.pt", model=model.state_dict(), **kept)
+        save_state(folder / "last.pt", model=model.state_dict(), **kept)
         print(
             f"{experiment.name} {settings.name} epoch {epoch + 1}/{settings.epochs}: train loss "
             f"{record['train_loss']:.4f}, val loss {record['val_loss']:.4f}, val acc {record['val_acc']:.4f}",
@@ -233,15 +238,12 @@ def _sharing_weights(model: torch.nn.Module, twin: Classifier) -> Classifier:
     return twin
 
 
-def _check_same(settings: Settings, kept: dict[str, Any], folder: Path) -> None:
+def _check_same(settings: Settings, kept: dict[str, Any], path: Path) -> None:
     for name, value in asdict(settings).items():
-        if kept[name] != value:
+        with whole(path):
+            found = kept[name]
+        if found != value:
             raise ValueError(
-                f"{folder} holds a run with {name}={kept[name]}, but {value} is asked for; "
+                f"{path.parent} holds a run with {name}={found}, but {value} is asked for; "
                 "name another folder by --output"
             )
-
-
-def _save(path: Path, **state: Any) -> None:
-    with replacing(path) as file:
-        torch.save(state, file)

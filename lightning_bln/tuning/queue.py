@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bln.tuning._private import storage_of, trial_id
+from lightning_bln.tuning.storage import FILES, masked, opening
 
 SLOT, OWNER, ERROR = "bln_slot", "bln_owner", "bln_error"
 """Names of a trial's user attributes: its slot, the worker that runs it, and the traceback that ended it."""
@@ -40,24 +41,22 @@ class Store:
     def __init__(self, url: str, heartbeat: int = 30) -> None:
         self.url = url
         kind, _, path = url.partition(":")
-        self.file = (
-            Path(path.removeprefix("///") if kind == "sqlite" else path) if kind in ("sqlite", "journal") else None
-        )
-        if self.file is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file = Path(path.removeprefix("///") if kind == "sqlite" else path) if kind in FILES else None
         self.storage: Any
-        if kind == "journal":
-            from optuna.storages.journal import JournalFileBackend, JournalStorage
+        with opening(url):
+            if self.file is not None:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+            if kind == "journal":
+                from optuna.storages.journal import JournalFileBackend, JournalStorage
 
-            self.storage = JournalStorage(JournalFileBackend(str(self.file)))
-            return
-        if kind in ("postgres", "postgresql"):
-            url = f"postgresql+psycopg:{path}"
-        waits = {"connect_args": {"timeout": 60}} if kind == "sqlite" else {"pool_pre_ping": True}
-        with self._file_lock() if self.file is not None else nullcontext():  # two must not create tables at once
-            self.storage = optuna.storages.RDBStorage(
-                url, engine_kwargs=waits, heartbeat_interval=heartbeat, grace_period=4 * heartbeat
-            )
+                self.storage = JournalStorage(JournalFileBackend(str(self.file)))
+                return
+            waits = {"connect_args": {"timeout": 60}} if kind == "sqlite" else {"pool_pre_ping": True}
+            address = f"postgresql+psycopg:{path}" if kind in ("postgres", "postgresql") else url
+            with self._file_lock() if self.file is not None else nullcontext():  # two must not create tables at once
+                self.storage = optuna.storages.RDBStorage(
+                    address, engine_kwargs=waits, heartbeat_interval=heartbeat, grace_period=4 * heartbeat
+                )
 
     def _file_lock(self) -> FileLock:
         return FileLock(f"{self.file}.queue.lock")  # not .lock, which a journal itself uses
@@ -75,7 +74,9 @@ class Store:
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": zlib.crc32(name.encode())})
                 yield
         else:
-            raise ValueError(f"storage={self.url!r} cannot be locked; use sqlite:///, journal: or postgresql://")
+            raise ValueError(
+                f"storage={masked(self.url)!r} cannot be locked; use sqlite:///, journal: or postgresql://"
+            )
 
     @contextmanager
     def alive(self, trial: optuna.Trial) -> Iterator[None]:

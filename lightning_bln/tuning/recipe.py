@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lightning_bln._checks import check_choice
+from lightning_bln._checks import check_bool, check_choice, check_int
+from lightning_bln._files import FileError, one_line
 from lightning_bln.cli.lightning import CLI, NOISE, RECIPE
 from lightning_bln.sweep.result import Direction, check_direction
 from lightning_bln.tuning.space import Distribution
@@ -74,18 +76,27 @@ class Recipe:
         check_choice("pruner", self.pruner, PRUNERS)
         check_choice("sampler", self.sampler, SAMPLERS)
         check_direction(self.mode)
+        check_bool("latency", self.latency)
+        check_int("seed", self.seed)
+        if not isinstance(self.monitor, str):
+            raise ValueError(f"monitor={self.monitor!r}, but it must be the name of a metric")
         if not self.search:
             raise ValueError("search is empty, so there is nothing to tune; name at least one hyperparameter")
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> Recipe:
-        """Read a YAML file, whose ``fit`` may name another one; without a file, the demo's search."""
+        """Read a YAML file, whose ``fit`` may name another one; without a file, the demo's search.
+
+        Raises:
+            FileError: A file is missing, no YAML, or describes no search.
+        """
         if path is None:
             return cls.parse(DEMO)
-        spec = yaml.safe_load(Path(path).read_text())
+        spec = read_yaml(Path(path))
         if isinstance(spec, dict) and isinstance(spec.get("fit"), str):
-            spec["fit"] = yaml.safe_load((Path(path).parent / spec["fit"]).read_text())
-        return cls.parse(spec)
+            spec["fit"] = read_yaml(Path(path).parent / spec["fit"])
+        with naming(path):
+            return cls.parse(spec)
 
     @classmethod
     def parse(cls, spec: Any) -> Recipe:
@@ -93,13 +104,20 @@ class Recipe:
         known = [field.name for field in fields(cls)]
         if not isinstance(spec, dict) or not {"fit", "search"} <= set(spec) <= set(known):
             raise ValueError(f"the configuration must have fit and search, and may have {', '.join(known[2:])}")
+        for name in ("fit", "search"):
+            if not isinstance(spec[name], dict):
+                raise ValueError(f"{name} is a {type(spec[name]).__name__}, but it must be a mapping")
         fit = {key: value for key, value in copy.deepcopy(spec["fit"]).items() if key in RECIPE}
         fit.setdefault("seed_everything", 0)
         search = {name: Distribution.parse(name, one) for name, one in spec["search"].items()}
         recipe = cls(**{**spec, "fit": fit, "search": search})
         recipe.configuration(recipe.first_values())  # raises where a path leads nowhere
-        callbacks = fit.setdefault("trainer", {}).setdefault("callbacks", []) or []
+        if not isinstance(fit.setdefault("trainer", {}), dict):
+            raise ValueError(f"fit.trainer is a {type(fit['trainer']).__name__}, but it must be a mapping")
+        callbacks = fit["trainer"].setdefault("callbacks", []) or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if not all(isinstance(one, dict) and isinstance(one.get("class_path"), str) for one in callbacks):
+            raise ValueError("fit.trainer.callbacks must be mappings with a class_path each")
         if not any(str(one.get("class_path")).endswith("BLNStatsCallback") for one in callbacks):
             arguments = {"monitor": recipe.monitor, "mode": recipe.mode}
             callbacks.append({"class_path": "lightning_bln.callbacks.BLNStatsCallback", "init_args": arguments})
@@ -165,11 +183,32 @@ def prepare(recipe: Recipe | str | Path | None, output: str | Path, trials: int,
     """Check what all engines need before anything is stored; returns the recipe loaded and the folder's full path."""
     if trials < 1 or jobs < 1:
         raise ValueError(f"trials={trials} and jobs={jobs}, but both must be positive")
+    source = recipe
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
     output = Path(output).resolve()
-    recipe.build(recipe.first_values(), output)
+    with naming(source) if isinstance(source, (str, Path)) else nullcontext():
+        recipe.build(recipe.first_values(), output)
     return recipe, output
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file."""
+    with naming(path):
+        return yaml.safe_load(path.read_text())
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Within the context, an error in what a file describes becomes one line that names the file."""
+    try:
+        yield
+    except FileError:
+        raise
+    except RecursionError:
+        raise FileError(f"{path}: nested too deeply") from None
+    except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FileError(f"{path}: {one_line(error)[:400]}") from error
 
 
 def set_path(config: Any, path: str, value: Any) -> None:

@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lightning_bln.tuning.queue import ERROR, Queue, Store
 from lightning_bln.tuning.recipe import Recipe, prepare
 from lightning_bln.tuning.report import best_trial, complete_trials, write_report
 from lightning_bln.tuning.space import suggest
+from lightning_bln.tuning.storage import masked, opening, scrubbed
 
 POLL = 1.0
 """Seconds between two looks at a study in which other processes run the last trials."""
@@ -35,7 +36,7 @@ ERRORS = 3
 class Plan:
     """Settings of a search that its worker processes need; see :func:`tune`."""
 
-    storage: str
+    storage: str = field(repr=False)  # may hold a password
     name: str
     trials: int
     output: Path
@@ -104,7 +105,8 @@ def tune(
         update()
     if not complete_trials(study):
         errors = [one.user_attrs[ERROR] for one in study.get_trials(deepcopy=False) if ERROR in one.user_attrs]
-        raise RuntimeError(f"no trial has finished; the last error was:\n{errors[-1] if errors else 'none'}")
+        last = scrubbed(errors[-1], plan.storage) if errors else "none"
+        raise RuntimeError(f"no trial has finished; the last error was:\n{last}")
     write_report(study, recipe, output)
     return study
 
@@ -113,22 +115,24 @@ def open_queue(recipe: Recipe, plan: Plan, worker_number: int) -> Queue:
     """Create or load the study of a plan as a worker's queue; each worker's sampler has its own seed."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    store = Store(plan.storage, plan.heartbeat)
     directions: list[Any] = ["minimize" if recipe.mode == "min" else "maximize"]
     if recipe.latency:
         directions.append("minimize")
-    study = optuna.create_study(
-        storage=store.storage,
-        study_name=plan.name,
-        directions=directions,
-        sampler=make_sampler(recipe, recipe.seed + worker_number),
-        pruner=make_pruner(recipe),
-        load_if_exists=True,
-    )
+    with opening(plan.storage):
+        store = Store(plan.storage, plan.heartbeat)
+        study = optuna.create_study(
+            storage=store.storage,
+            study_name=plan.name,
+            directions=directions,
+            sampler=make_sampler(recipe, recipe.seed + worker_number),
+            pruner=make_pruner(recipe),
+            load_if_exists=True,
+        )
+        study.get_trials(deepcopy=False)  # a damaged one shows here
     found = [one.name.lower() for one in study.directions]
     if found != directions:
         raise ValueError(
-            f"name={plan.name!r} is a study in {plan.storage} whose directions are {found}, not {directions}; "
+            f"name={plan.name!r} is a study in {masked(plan.storage)} whose directions are {found}, not {directions}; "
             "take another name"
         )
     return Queue(store, study, plan.trials, plan.retries)
@@ -219,7 +223,7 @@ def supervise(recipe: Recipe, plan: Plan, jobs: int, queue: Queue, update: Calla
     if not queue.is_finished():
         raise RuntimeError(
             f"all {started} workers of study {plan.name!r} died with trials left; what is finished is kept in "
-            f"{plan.storage}, and the same command goes on from there"
+            f"{masked(plan.storage)}, and the same command goes on from there"
         )
 
 
