@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,10 @@ def reading_items(loader: DataLoader[Any], number: int) -> DataLoader[Any]:
     return altered(loader, collate_fn=partial(as_items, number), pin_memory=False)
 
 
+PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+"""Types of values that batches may have in common."""
+
+
 def is_leaf(value: Any) -> bool:
     """Whether joining takes ``value`` whole: a packed batch, or a list of no tensors, such as names or lengths."""
     return is_packed(value) or (
@@ -61,16 +66,27 @@ def collated(batch: Any, functions: Sequence[Callable[[list[Any]], Any]]) -> Any
     return tree_unflatten(made, structure)
 
 
-def number_of_samples(batch: Any) -> int:
-    """Samples in a batch, by its first leaf that has several."""
-    for leaf in flatten(batch)[0]:
+def samples_along(batch: Any, axes: Sequence[int] | None = None) -> int:
+    """Samples in a batch, by its first leaf that has several, along the first axis unless others are known."""
+    leaves = flatten(batch)[0]
+    for leaf, axis in zip(leaves, [0] * len(leaves) if axes is None else axes, strict=True):
         if is_packed(leaf):
             return int(leaf.batch_sizes[0])
         if isinstance(leaf, Tensor) and leaf.ndim:
-            return leaf.shape[0]
+            return leaf.shape[axis]
         if isinstance(leaf, list):
             return len(leaf)
+        if isinstance(leaf, Mapping):
+            return samples_along(dict(leaf))
+        if hasattr(leaf, "__dict__") and not callable(leaf):
+            return samples_along(vars(leaf))
     return 1
+
+
+def owned(batch: Any) -> Any:
+    """A batch whose tensors nobody else writes into, as a loader may that uses its memory again."""
+    leaves, structure = flatten(batch)
+    return tree_unflatten([leaf.clone() if type(leaf) is Tensor else leaf for leaf in leaves], structure)
 
 
 def ways_to_join(batch: Any) -> Iterator[tuple[int, ...]]:
@@ -87,11 +103,6 @@ def ways_to_join(batch: Any) -> Iterator[tuple[int, ...]]:
         others = tuple(int(rank > 1 and not mask) for rank, mask in zip(ranks, is_mask, strict=True))
         if any(others) and any(rank > 1 and mask for rank, mask in zip(ranks, is_mask, strict=True)):
             yield others
-
-
-def is_unambiguous(batch: Any) -> bool:
-    """Whether there is one way only to join batches such as this."""
-    return all(is_packed(leaf) or isinstance(leaf, Items) for leaf in flatten(batch)[0])
 
 
 def join(batches: Sequence[Any], axes: Sequence[int]) -> Any:
@@ -132,9 +143,13 @@ def joined(leaves: Sequence[Any], axis: int) -> Any:
         return [one for leaf in leaves for one in leaf]
     if type(first) is Tensor and first.ndim:
         return cat([*leaves], axis)
-    if all(type(leaf) is type(first) for leaf in leaves) and all(bool(leaf == first) for leaf in leaves):
+    if is_dataclass(first) and not isinstance(first, type) and all(type(leaf) is type(first) for leaf in leaves):
+        parts = {one.name: joined([getattr(leaf, one.name) for leaf in leaves], axis) for one in fields(first)}
+        return replace(first, **parts)
+    alike = all(type(leaf) is type(first) for leaf in leaves)
+    if isinstance(first, PLAIN) and alike and all(bool(leaf == first) for leaf in leaves):
         return first
-    raise ValueError(f"a batch holds {type(first).__name__}s that differ, which do not join")
+    raise ValueError(f"a batch holds a {type(first).__name__}, of which it is not known how it joins")
 
 
 def cat(tensors: list[Tensor], axis: int) -> Tensor:

@@ -244,7 +244,13 @@ class Normalization(HasMode):
         """The mixing weights of a batch, which may stand for many training batches, or of each sample by itself."""
         if self.population.ignores_batch:
             return Mixing(None if self.norm == "batch" else 1.0, None if self.norm == "layer" else 0.0)
-        return Mixing(*parts(self.population.share(batch_size), self.delta, self.norm))
+        sizes = self.population.training_sizes
+        batch_size = self.population.share(batch_size) if sizes is None else self._broadcast(sizes)
+        return Mixing(*parts(batch_size, self.delta, self.norm))
+
+    def _broadcast(self, sizes: Tensor) -> Tensor:
+        """Batch sizes of each position as the equation takes them."""
+        return sizes[..., None]
 
     def _equation(self, mixing: Mixing) -> Equation:
         """The equation with these mixing weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -69,6 +70,8 @@ class Population(nn.Module):
     """Whether the layer has been trained since the statistics were frozen."""
     channel_dim = -1
     """The layer's feature axis, if its batch axis is first: ahead of several axes of positions it is that of images."""
+    training_sizes: Tensor | None = None
+    """Batch sizes of training at each position, where those are known in place of ``stands_for``."""
     ignores_batch = False
     """Whether each sample is normalised by its own features alone while statistics are gathered."""
 
@@ -205,6 +208,12 @@ class Population(nn.Module):
             moments = moments.all_reduce()
         if not moments.count.numel():
             return False
+        if not (moments.count[0] > 0).any():
+            warnings.warn(
+                "nothing was gathered for the first steps, whose population is that of a later one; begin with a fresh "
+                "state and start=0",
+                stacklevel=4,
+            )
         with torch.no_grad():
             self._assign_frozen(filled(self._values(moments), NOTHING_SEEN, moments.count))
         self.is_stale = False
@@ -259,7 +268,8 @@ class Population(nn.Module):
         """The batch as moments of all that will be frozen, one vector for each position."""
         dtype = self.mean.dtype
         mean, var, feature_mean, feature_var = (value.to(dtype) for value in tuple(observed)[:4])
-        inverse = 1.0 / self.share(observed.batch_size.to(dtype))
+        sizes = self.share(observed.batch_size.to(dtype)) if self.training_sizes is None else self.training_sizes
+        inverse = (1.0 / sizes).to(dtype)
         if self.estimator == "pooled":
             quantities = torch.cat([mean, torch.stack([feature_mean, feature_var, inverse], -1)], -1)
             spread = torch.cat([var * observed.seen[..., None], var.new_zeros(*var.shape[:-1], 3)], -1)

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 
 from lightning_bln._checks import check_int
 from lightning_bln._scoped import setting
-from lightning_bln._torch import is_packed
+from lightning_bln._torch import MODULE_INTERNALS, is_packed
 from lightning_bln.distributed import in_step, is_distributed, number_of_ranks
-from lightning_bln.joining import collated, number_of_samples, reading_items, serves_items
+from lightning_bln.joining import collated, owned, reading_items, samples_along, serves_items
 from lightning_bln.population import Population
 from lightning_bln.together import Together
 
@@ -118,8 +118,9 @@ def recompute_population(
     Args:
         model: Module with layers that have a population. It runs without dropout and gradients.
         batches: Training batches as a rule.
-        predict: Function to call with each batch. By default the model is called with the batch, or with its first
-            entry if the batch is a tuple or list.
+        predict: Function to call with each batch, such as ``lambda batch: model(**batch)``. By default the model is
+            called with the batch, or with its first entry if the batch is a tuple or list. One that carries a state
+            from batch to batch needs ``samples=None``.
         samples: Use the first batches that hold as many samples, over all ranks. ``None``: use all batches, one by one.
         limit: Largest number of batches to use, on each rank.
 
@@ -137,8 +138,13 @@ def recompute_population(
     collate: list[Callable[[list[Any]], Any]] = []
     if samples is not None and isinstance(batches, DataLoader) and serves_items(batches):
         collate, batches = [batches.collate_fn], reading_items(batches, 0)
-    run = partial(call_model, model) if predict is None else predict
-    gather_population(model, batches, run, samples=samples, limit=limit, collate=collate)
+    if isinstance(batches, Tensor):
+        raise ValueError(f"batches is a tensor of shape {tuple(batches.shape)}, not a list of batches; pass [x]")
+    if predict is None:
+        run, restart = partial(call_model, model), state_of(model)
+        gather_population(model, batches, run, samples=samples, limit=limit, collate=collate, restart=restart)
+    else:
+        gather_population(model, batches, predict, samples=samples, limit=limit, collate=collate)
 
 
 def gather_population(
@@ -149,7 +155,7 @@ def gather_population(
     samples: int | None,
     limit: int | None = None,
     collate: Sequence[Callable[[list[Any]], Any]] = (),
-    restart: Callable[[], Any] = lambda: None,
+    restart: Callable[[], Any] | None = None,
     wrapped: nn.Module | None = None,
 ) -> None:
     """:func:`recompute_population` by a function that runs the model.
@@ -161,7 +167,7 @@ def gather_population(
         samples: As there.
         limit: As there.
         collate: Collate functions of the loaders that :class:`~lightning_bln.joining.Items` come from.
-        restart: Called before batches that have been run are run again.
+        restart: Called before batches that have been run are run again; ``None`` where nothing gives states back.
         wrapped: What contains ``model`` and says whether ranks must run it together, if not ``model`` itself.
     """
     for name, number in (("samples", samples), ("limit", limit)):
@@ -169,15 +175,16 @@ def gather_population(
             check_int(name, number, 1)
     with gathering(model):
         batches = islice(batches, limit)
-        together = Together(model, lambda batch: run(collated(batch, collate)), restart)
         if samples is not None:
-            batches = list(holding(batches, -(-samples // number_of_ranks())))
-            if together.gather(batches):
+            taken = list(holding(batches, -(-samples // number_of_ranks())))
+            together = Together(model, run, partial(collated, functions=collate), restart)
+            if together.gather(taken, samples, map(owned, batches)):
                 freeze_alike(model)
                 return
+            batches = iter(taken)
         seen = 0
         for batch in in_step(model if wrapped is None else wrapped, batches):
-            together.run(batch)
+            run(collated(batch, collate))
             seen += 1
         # one rank may have no batch: its population is merged from the other ranks'
         if not seen and not is_distributed():
@@ -195,11 +202,25 @@ def freeze_alike(model: nn.Module) -> None:
             population.broadcast_frozen()
 
 
+def state_of(model: nn.Module) -> Callable[[], None]:
+    """A function that gives the model's modules the attributes back that they have now, such as carried states."""
+    others = (module for module in model.modules() if not isinstance(module, Population))
+    before = [(vars(module), dict(vars(module))) for module in others]
+
+    def restore() -> None:
+        for fields, values in before:
+            for name in [name for name in fields if name not in values]:
+                del fields[name]
+            fields.update({name: value for name, value in values.items() if name not in MODULE_INTERNALS})
+
+    return restore
+
+
 def holding(batches: Iterable[Any], samples: int) -> Iterator[Any]:
     """The first batches that hold as many samples."""
     for batch in batches:
-        yield batch
-        samples -= number_of_samples(batch)
+        yield owned(batch)
+        samples -= samples_along(batch)
         if samples <= 0:
             return
 

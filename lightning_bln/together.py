@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -13,14 +14,16 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lightning_bln._scoped import setting
-from lightning_bln._torch import OutOfMemoryError, tree_map
+from lightning_bln._torch import OutOfMemoryError, is_packed, tree_map
 from lightning_bln.distributed import is_distributed, number_of_ranks
-from lightning_bln.joining import flatten, is_unambiguous, join, ways_to_join
+from lightning_bln.joining import flatten, join, samples_along, ways_to_join
 from lightning_bln.moments import Moments
 from lightning_bln.population import Population
 
 TOLERANCE = 1e-3
-"""Largest difference between moments of the same samples, relative to the largest: recurrences amplify rounding."""
+"""Largest difference between moments of the same samples, relative to a feature's: recurrences amplify rounding."""
+ROUNDING = 1e-5
+"""The same, relative to the largest of all features."""
 
 
 class Together:
@@ -29,19 +32,30 @@ class Together:
     Args:
         model: Module with layers that have a population, which gather.
         run: Runs it on a batch.
-        restart: Called before batches that have been run are run again.
+        collated: Makes a batch ready to be run.
+        restart: Called before batches that have been run are run again; ``None`` where states that ``run`` may carry
+            cannot be given back.
     """
 
-    def __init__(self, model: nn.Module, run: Callable[[Any], Any], restart: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Callable[[Any], Any],
+        collated: Callable[[Any], Any],
+        restart: Callable[[], Any] | None,
+    ) -> None:
         self.populations = [module for module in model.modules() if isinstance(module, Population)]
         self.synced = [module for module in model.modules() if getattr(module, "sync_batch_stats", False)]
-        self.run, self.restart, self.joint_share = run, restart, 1.0
+        self.run, self.collated, self.restart = run, collated, restart or nothing
+        self.can_restart, self.joint_share = restart is not None, 1.0
 
-    def gather(self, own: Sequence[Any]) -> bool:
+    def gather(self, own: list[Any], samples: int, more: Iterator[Any]) -> bool:
         """Gather the statistics of all ranks' batches together, the same on every rank.
 
         Args:
-            own: This rank's batches.
+            own: This rank's batches; it is extended where they hold fewer samples than it seemed.
+            samples: How many samples to gather.
+            more: Further batches.
 
         Returns:
             Whether they were; if not, nothing has been gathered, and a warning said why.
@@ -52,61 +66,83 @@ class Together:
         batches, self.joint_share = from_all_ranks(own)
         if not batches:
             raise ValueError("batches is empty, so there is nothing to compute a population from; pass at least one")
+        if len(batches) == 1:
+            self.run(self.collated(batches[0]))
+            return True
+        axes = self.way_to_join(batches)
+        if isinstance(axes, str):
+            return self.give_up(axes)
+        missing = samples * len(batches) / max(sum(samples_along(one, axes) for one in batches), 1) - len(batches)
+        if missing > 0:  # the first axis was not that of the samples
+            own += islice(more, math.ceil(missing / number_of_ranks()))
+            batches, self.joint_share = from_all_ranks(own)
         try:
-            axes = self.way_to_join(batches)
             self.run_joined(batches, axes)
         except Exception as error:
-            if len(batches) == 1:
-                raise
-            self.reset()
-            warnings.warn(
-                f"the population is computed batch by batch, since the batches cannot go through the model together: "
-                f"{error}; samples=None does the same without a warning",
-                stacklevel=6,
-            )
-            return False
+            return self.give_up(f"the model takes no such batch ({error})")
         return True
 
-    def way_to_join(self, batches: Sequence[Any]) -> Sequence[int]:
-        """The batch axis of each leaf.
+    def give_up(self, reason: str) -> bool:
+        """Begin again and say why batches are not joined."""
+        self.begin_again()
+        warnings.warn(
+            f"the population is computed batch by batch, since the batches cannot go through the model together: "
+            f"{reason}; samples=None does the same without a warning",
+            stacklevel=6,
+        )
+        return False
 
-        Two batches, of different shapes if there are any, are run one by one and joined, while each sample is
+    def way_to_join(self, batches: Sequence[Any]) -> Sequence[int] | str:
+        """The batch axis of each leaf, or why there is none.
+
+        Some batches, of different shapes if there are any, are run one by one and joined, while each sample is
         normalised by its own features alone: a layer then sees the same in both ways, or the batches do not join so.
+
+        Raises:
+            ValueError: A batch gives something else the second time.
         """
-        ways = list(ways_to_join(batches[0]))
-        if len(batches) == 1 or is_unambiguous(batches[0]):
-            return ways[0]
-        pair, reasons = two_of(batches), []
-        with setting(self.populations, ignores_batch=True, estimator="pooled"):
-            expected = self.moments_of(pair)
-            for axes in ways:
+        tried, reason = different(batches, [shapes_of(self.collated(batch)) for batch in batches]), ""
+        with self.setting_apart():
+            if not self.repeats(tried[0]):
+                if not self.can_restart:
+                    raise ValueError(CARRIES)
+                return "a state is carried from one to the next"
+            expected = self.moments_of(tried)
+            for axes in ways_to_join(batches[0]):
                 try:
-                    found = self.moments_of([join(pair, axes)])
+                    found = self.moments_of([join(tried, axes)])
                 except Exception as error:
-                    reasons.append(str(error))
+                    reason = reason or str(error)
                     continue
                 if all(map(agree, expected, found)) and all(map(is_of_more, found, expected)):
                     return axes
-                reasons.append("samples would not stay as they are")
-        raise ValueError(reasons[0])
+                reason = reason or SEEN
+        return reason
 
-    def moments_of(self, batches: Sequence[Any]) -> list[Moments]:
-        """Moments that the layers gather of some batches, run from the start."""
-        self.reset()
+    def repeats(self, batch: Any) -> bool:
+        """Whether a batch gives the same the second time, with the same random numbers."""
+        with torch.random.fork_rng(devices=devices_of(self.populations)):
+            first = self.moments_of([batch], begins=False)
+        return all(map(agree, first, self.moments_of([batch], begins=False)))
+
+    def moments_of(self, batches: Sequence[Any], begins: bool = True) -> list[Moments]:
+        """Moments that the layers gather of some batches, run from the start if ``begins``."""
+        if begins:
+            self.begin_again()
         for batch in batches:
-            self.run(batch)
+            self.run(self.collated(batch))
         found = [Moments(one.count, one.mean, one.m2) for one in self.populations]
-        self.reset()
+        self.begin_again(restarts=begins)
         return found
 
     def run_joined(self, batches: Sequence[Any], axes: Sequence[int]) -> None:
         """Run all batches as one, or if memory is short as few as it takes."""
-        parts = 1
+        parts, sizes = 1, self.training_sizes(batches)
         while True:
             try:
                 for part in split(batches, parts):
-                    with self.standing_for(len(part)):
-                        self.run(join(part, axes))
+                    with self.standing_for(len(part), sizes if parts == 1 else None):
+                        self.run(self.collated(join(part, axes)))
             except (OutOfMemoryError, MemoryError):
                 failed = True
             else:
@@ -115,11 +151,27 @@ class Together:
                 return
             if parts >= len(batches):
                 raise MemoryError("a single batch does not fit into memory")
-            self.reset()
+            self.begin_again()
             parts = min(2 * parts, len(batches))
 
+    def training_sizes(self, batches: Sequence[Any]) -> list[Tensor] | None:
+        """Batch sizes of training at each population's positions, where not all batches have data at all positions.
+
+        They are those of the batches run one by one.
+        """
+        shapes = {str(shapes_of(self.collated(batch))) for batch in batches}
+        has_masks = any(leaf.dtype == torch.bool for leaf in tensors_of(self.collated(batches[0])))
+        if len(shapes) == 1 and not has_masks and not any(map(is_packed, flatten(self.collated(batches[0]))[0])):
+            return None
+        with self.setting_apart(merge_positions=False):
+            return [1.0 / one.mean[..., -1] for one in self.moments_of(batches)]
+
+    def setting_apart(self, **options: Any) -> AbstractContextManager[None]:
+        """Context in which samples are normalised apart."""
+        return setting(self.populations, ignores_batch=True, estimator="pooled", **options)
+
     @contextmanager
-    def standing_for(self, batches: int) -> Iterator[None]:
+    def standing_for(self, batches: int, sizes: list[Tensor] | None) -> Iterator[None]:
         """Context in which a batch stands for this many, and layers that take those of all ranks have them all."""
         apart = [one for one in self.populations if not one.is_joint]
         joint = [one for one in self.populations if one.is_joint]
@@ -127,14 +179,38 @@ class Together:
             setting(self.synced, sync_batch_stats=False),
             setting(apart, stands_for=batches),
             setting(joint, stands_for=batches * self.joint_share),
+            ExitStack() as stack,
         ):
+            for population, size in zip(self.populations, sizes or (), strict=sizes is not None):
+                if size.numel() and not population.is_joint:
+                    stack.enter_context(setting([population], training_sizes=size))
             yield
 
-    def reset(self) -> None:
-        """Begin again."""
+    def begin_again(self, restarts: bool = True) -> None:
+        """Forget what was gathered, and states that were carried."""
         for population in self.populations:
             population.reset()
-        self.restart()
+        if restarts:
+            self.restart()
+
+
+SEEN = (
+    "a layer would see other numbers than in single batches, as where padding is not masked, or where something is "
+    "computed over the batch"
+)
+CARRIES = (
+    "predict gives something else when a batch comes the second time, so it carries a state from batch to batch; pass "
+    "samples=None and a fresh state, and it is called once for each batch, in order"
+)
+
+
+def nothing() -> None:
+    """Restart what has no state."""
+
+
+def devices_of(populations: Sequence[Population]) -> list[int]:
+    """GPUs whose random numbers a model may draw."""
+    return sorted({one.mean.device.index or 0 for one in populations if one.mean.device.type == "cuda"})
 
 
 def from_all_ranks(own: Sequence[Any]) -> tuple[list[Any], float]:
@@ -162,11 +238,27 @@ def any_rank(value: bool) -> bool:
     return any(gathered)
 
 
-def two_of(batches: Sequence[Any]) -> list[Any]:
-    """The first batch, and one of other shapes if there is any."""
-    shapes = [[tuple(leaf.shape) for leaf in flatten(batch)[0] if isinstance(leaf, Tensor)] for batch in batches]
-    others = [batch for batch, shape in zip(batches, shapes, strict=True) if shape != shapes[0]]
-    return [batches[0], others[0] if others else batches[1]]
+def tensors_of(batch: Any) -> list[Tensor]:
+    """The tensors in a batch, packed data among them."""
+    leaves = (leaf.data if is_packed(leaf) else leaf for leaf in flatten(batch)[0])
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def shapes_of(batch: Any) -> list[tuple[int, ...]]:
+    """Shapes of the tensors in a batch."""
+    return [tuple(leaf.shape) for leaf in tensors_of(batch)]
+
+
+def different(batches: Sequence[Any], shapes: Sequence[list[tuple[int, ...]]]) -> list[Any]:
+    """The first two batches, and of each axis of each tensor one of another size than the first one's, if there is."""
+    chosen = {0: None, 1: None}
+    for leaf, shape in enumerate(shapes[0]):
+        for axis, size in enumerate(shape):
+            sizes = ((index, one[leaf]) for index, one in enumerate(shapes) if len(one) > leaf)
+            other = next((index for index, one in sizes if len(one) > axis and one[axis] != size), None)
+            if other is not None:
+                chosen[other] = None
+    return [batches[index] for index in chosen]
 
 
 def split(batches: Sequence[Any], parts: int) -> list[Sequence[Any]]:
@@ -182,10 +274,13 @@ def agree(a: Moments, b: Moments) -> bool:
     """
     if a.count.shape != b.count.shape or not torch.equal(a.count, b.count):
         return False
+    if not a.count.numel():
+        return True
     means, deviations = (a.mean, b.mean), (a.var(0).sqrt(), b.var(0).sqrt())
-    scale = TOLERANCE * max(float(one.abs().max()) for one in (*means, *deviations))
-    pairs = [one[..., :-1] for one in means], [one[..., :-3] for one in deviations]
-    return all(bool(((x - y).abs() <= scale).all()) for x, y in pairs)
+    sizes = torch.stack([one.abs().flatten(0, -2).amax(0) for one in (*means, *deviations)]).amax(0)
+    scale = TOLERANCE * sizes + ROUNDING * sizes.max()
+    pairs = (means, slice(-1)), (deviations, slice(-3))
+    return all(bool(((x - y).abs() <= scale)[..., cut].all()) for (x, y), cut in pairs)
 
 
 def is_of_more(joint: Moments, apart: Moments) -> bool:

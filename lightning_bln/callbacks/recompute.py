@@ -74,13 +74,20 @@ def recompute(
             read(),
             run,
             samples=samples,
-            limit=limit,
+            limit=limit_of(trainer, limit) if dataloader is None else limit,
             collate=collate,
             restart=begin_again,
             # the module alone does not show that its wrapper shards weights, so that ranks must run in step
             wrapped=trainer.strategy.model if is_sharded(trainer.strategy.model) else None,
         )
         reset_population(module)
+
+
+def limit_of(trainer: Any, limit: int | None) -> int | None:
+    """Largest number of training batches: of those that an epoch trains on, as ``limit_train_batches`` leaves them."""
+    trained = trainer.num_training_batches
+    bounds = [one for one in (limit, trained) if one is not None and math.isfinite(one)]
+    return max(int(min(bounds)), 1) if bounds else None
 
 
 def batches_for(loader: Any, samples: int | None, ranks: int) -> float:

@@ -12,7 +12,7 @@ from lightning_bln.recurrence.direction import run_direction
 from lightning_bln.recurrence.parameters import HasCells
 from lightning_bln.recurrence.regularization import Regularization
 from lightning_bln.recurrence.sequences import State, named_states, unwrap
-from lightning_bln.recurrence.streaming import check_start
+from lightning_bln.recurrence.streaming import check_start, follow
 
 
 class RecurrentCell(HasCells):
@@ -110,7 +110,9 @@ class RecurrentCell(HasCells):
             regularization=Regularization(training=self.training),
             start=start,
         )
-        return unwrap(after if batched else tuple(s[0] for s in after))
+        last = unwrap(after if batched else tuple(s[0] for s in after))
+        follow(self, hx, start, last)
+        return last
 
 
 class BLNLSTMCell(RecurrentCell):

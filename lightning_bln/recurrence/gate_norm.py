@@ -152,6 +152,9 @@ class GateNorm(Normalization):
             return self.weight.new_full((running.steps, 1), sizes, dtype=dtype)
         return sizes
 
+    def _broadcast(self, sizes: Tensor) -> Tensor:
+        return sizes[:, :1]  # groups have it in common
+
     def gather_steps(self, observed: Statistics, running: Running) -> None:
         """Let the population take in all steps of a batch of training sequences."""
         assert observed.feature_mean is not None

@@ -44,6 +44,7 @@ def can_merge(population: Population, moments: Tensor, positions: tuple[int, ...
         and population.momentum is None
         and not population.merge_positions
         and population.stands_for == 1
+        and population.training_sizes is None
         and type(count) is Tensor
         and type(mean) is Tensor
         and mean.dtype == moments.dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -192,3 +193,35 @@ def test_a_fingerprint_misses_no_change(dtype: torch.dtype) -> None:
             parameter.data[index] = value
     assert fingerprint(module) == before
     assert fingerprint(nn.Identity()) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "batches"), [({"limit_train_batches": 2}, 2), ({"overfit_batches": 1}, 1), ({}, 4)]
+)
+def test_the_population_is_that_of_the_data_trained_on(options: dict[str, Any], batches: int) -> None:
+    data = zoo.make_data(32, 1)
+    model = zoo.Simple(lr=0.0)
+    zoo.trainer(zoo.chooser(recompute_batches=None), **options).fit(model, DataLoader(data, 8), zoo.val_data())
+    alone = deepcopy(model)
+    recompute_population(alone, [batch for _, batch in zip(range(batches), DataLoader(data, 8), strict=False)])
+    for one, other in zip(populations(model), populations(alone), strict=True):
+        torch.testing.assert_close(one.batch_mean, other.batch_mean)
+
+
+class Chunks(zoo.Simple):
+    """Numbers its batches, as one does that carries a state."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step([batch[0] + 10 * batch_idx, *batch[1:]], batch_idx)
+
+
+def test_a_step_that_tells_batches_apart_gets_them_one_by_one() -> None:
+    data = zoo.make_data(32, 1)
+    model = Chunks(lr=0.0)
+    with pytest.warns(UserWarning, match="batch by batch"):
+        zoo.trainer(zoo.chooser(recompute_batches=None), max_epochs=1).fit(model, DataLoader(data, 8), zoo.val_data())
+    alone = deepcopy(model)
+    shifted = [[batch[0] + 10 * index, *batch[1:]] for index, batch in enumerate(DataLoader(data, 8))]
+    recompute_population(alone, shifted, samples=None)
+    for one, other in zip(populations(model), populations(alone), strict=True):
+        torch.testing.assert_close(one.batch_mean, other.batch_mean)
