@@ -51,8 +51,8 @@ EXPECTED = (
         lambda case: case.situation == TRAIN and case.norm is not None and case.positions != "shared",
         RuntimeError,
         "must match the size|broadcast shape",
-        "A population is empty until the first training batch, and torch copies no buffer into one of another size: "
-        "make an `AveragedModel` after that batch.",
+        "A population is empty until the first training batch and grows with the longest, and torch copies no buffer "
+        "into one of another size: make an `AveragedModel` after the longest batch.",
     ),
 )
 """The page numbers them in this order."""
