@@ -156,6 +156,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         check_model(trainer, pl_module)
+        self._frozen_weights = self._frozen_step = None  # another fit may bring other data, or another module
         if self.population == "recompute":
             check_recompute(trainer, pl_module)
         for callback in trainer.callbacks:

@@ -225,3 +225,15 @@ def test_a_step_that_tells_batches_apart_gets_them_one_by_one() -> None:
     recompute_population(alone, shifted, samples=None)
     for one, other in zip(populations(model), populations(alone), strict=True):
         torch.testing.assert_close(one.batch_mean, other.batch_mean)
+
+
+@pytest.mark.parametrize("population", ["recompute", "epoch"])
+def test_a_second_fit_computes_the_population_of_its_own_data(population: str) -> None:
+    callback = zoo.chooser(population=population, recompute_batches=None)
+    for seed in (1, 2):
+        data, model = zoo.make_data(32, seed), zoo.Simple(lr=0.0)
+        zoo.trainer(callback, max_epochs=1).fit(model, DataLoader(data, 8), zoo.val_data())
+        alone = deepcopy(model)
+        recompute_population(alone, [*DataLoader(data, 8)], samples=None if population == "epoch" else 1024)
+        for one, other in zip(populations(model), populations(alone), strict=True):
+            torch.testing.assert_close(one.batch_mean, other.batch_mean)
