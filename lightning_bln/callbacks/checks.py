@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 from lightning_bln.callbacks import _lightning
@@ -41,15 +42,24 @@ def parse_candidates(candidates: str | Iterable[str]) -> tuple[StatisticsMode, .
     """The modes named by ``candidates``, each once."""
     named = {"all": ALL_MODES, "batch_independent": BATCH_INDEPENDENT_MODES}
     if isinstance(candidates, str):
-        if candidates not in named:
+        modes = named.get(candidates, matching(candidates))
+        if not modes:
             raise ValueError(
-                f"candidates={candidates!r}, but it must be 'all', 'batch_independent' or modes by name: ['ppcc'], say"
+                f"candidates={candidates!r}, but it must be 'all', 'batch_independent', a pattern such as 'pp**', or "
+                "modes by name: ['ppcc'], say"
             )
-        return named[candidates]
-    modes = tuple(dict.fromkeys(StatisticsMode(mode) for mode in candidates))
+        return modes
+    modes = tuple(dict.fromkeys(mode for one in candidates for mode in matching(str(one)) or [StatisticsMode(one)]))
     if not modes:
         raise ValueError("candidates is empty, but there must be a mode to choose; pass 'all', or modes by name")
     return modes
+
+
+def matching(pattern: str) -> tuple[StatisticsMode, ...]:
+    """The modes of a pattern of ``p``, ``c`` and ``*`` for either."""
+    if len(pattern) != 4 or not set(pattern) <= set("pc*"):
+        return ()
+    return tuple(mode for mode in ALL_MODES if fnmatchcase(str(mode), pattern.replace("*", "?")))
 
 
 def check_model(trainer: Any, module: Any) -> None:

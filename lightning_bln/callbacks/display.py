@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich.console import Console
 
+from lightning_bln._files import one_line, replacing
 from lightning_bln.callbacks import _lightning
 from lightning_bln.modes import ALL_MODES
 from lightning_bln.sweep.result import SweepResult
@@ -135,14 +137,12 @@ def log_scores(callback: Any, trainer: Any, result: SweepResult) -> None:
 def log_choice(trainer: Any, result: SweepResult, *, figure: bool) -> None:
     """Log the mode chosen as a hyperparameter and, to loggers that take figures, the heat map."""
     for logger in trainer.loggers:
-        logger.log_hyperparams({"bln_mode": str(result.chosen)})
+        with sparing(f"log the mode to {type(logger).__name__}"):
+            logger.log_hyperparams({"bln_mode": str(result.chosen)})
         if not figure:
             continue
-        try:
+        with sparing(f"give the heat map to {type(logger).__name__}"):
             log_figure(logger, result, trainer.global_step)
-        except Exception as error:
-            # a failing logger must not cost a trained model
-            rank_zero_warn(f"{type(logger).__name__} did not take the heat map: {error}")
         logger.save()
 
 
@@ -170,7 +170,17 @@ def print_table(result: SweepResult) -> None:
 
 
 def save(result: SweepResult, folder: Path) -> None:
-    """Write the result as JSON and as a heat map into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    result.to_json(folder / "bln_sweep.json")
-    result.plot().savefig(folder / "bln_sweep.png", dpi=150)
+    """Write the result as JSON and as a heat map into ``folder``, each whole or not at all."""
+    with replacing(folder / "bln_sweep.json") as file:
+        file.write(f"{result.to_json()}\n".encode())
+    with replacing(folder / "bln_sweep.png") as file:
+        result.plot().savefig(file, dpi=150, format="png")
+
+
+@contextmanager
+def sparing(what: str) -> Iterator[None]:
+    """Context in which an error becomes a warning, since none may cost a model that has been trained."""
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(f"BLNStatsCallback could not {what}: {one_line(error)}")

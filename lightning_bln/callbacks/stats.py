@@ -16,7 +16,7 @@ from lightning_bln._torch import ignore_in_ddp
 from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.averaging import exclude_populations, saving_average, write_statistics
 from lightning_bln.callbacks.checks import check_arguments, check_model, check_validation_data, parse_candidates
-from lightning_bln.callbacks.display import SweepBar, label_bar, log_choice, log_scores, print_table, save
+from lightning_bln.callbacks.display import SweepBar, label_bar, log_choice, log_scores, print_table, save, sparing
 from lightning_bln.callbacks.evaluation import Evaluation, shared_forward
 from lightning_bln.callbacks.guard import Guard
 from lightning_bln.callbacks.recompute import batches_for, check_recompute, fingerprint, recompute
@@ -41,7 +41,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
     Args:
         monitor: Name of the logged validation metric by which to choose.
         mode: The direction of the metric: ``"min"`` if small values are good, ``"max"`` if large ones are.
-        candidates: The modes to choose from: ``"all"`` 16, ``"batch_independent"`` (``pp**``), or modes by name.
+        candidates: The modes to choose from: ``"all"`` 16, ``"batch_independent"``, or modes by name or by pattern, in
+            which a star stands for either letter: ``"pp**"``, ``["cccc", "pp*c"]``.
         population: ``"recompute"`` computes it over training batches at the weights to be validated; ``"epoch"``
             averages over the epoch's training batches while the weights move, as the paper does.
         samples: Recompute it over the first training batches that hold as many samples, over all ranks, which go
@@ -265,7 +266,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         if self.verbose:
             print_table(self.result)
         if self.save_dir is not None:
-            save(self.result, self.save_dir)
+            with sparing(f"write its result to save_dir={str(self.save_dir)!r}"):
+                save(self.result, self.save_dir)
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         self._announce(pl_module, "tests")

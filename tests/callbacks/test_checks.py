@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,34 @@ from lightning_bln.callbacks import BLNStatsCallback
 def test_bad_arguments_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         BLNStatsCallback(**options)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "modes"),
+    [
+        ("pp**", "pppp pppc ppcp ppcc"),
+        ("batch_independent", "pppp pppc ppcp ppcc"),
+        ("ppcc", "ppcc"),
+        (["cccc", "ppc*", "ppcc"], "cccc ppcp ppcc"),
+    ],
+)
+def test_candidates_are_named_one_by_one_or_by_pattern(candidates: Any, modes: str) -> None:
+    assert [str(mode) for mode in BLNStatsCallback(candidates=candidates).candidates] == modes.split()
+
+
+@pytest.mark.parametrize("pattern", ["*****", "p?cc", "[pc]", "pp*", ""])
+def test_a_pattern_has_four_letters(pattern: str) -> None:
+    with pytest.raises(ValueError, match="candidates="):
+        BLNStatsCallback(candidates=pattern)
+
+
+def test_after_training_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None:
+    blocked = tmp_path / "a file"
+    blocked.write_text("")
+    callback = zoo.chooser(save_dir=blocked / "folder")
+    with pytest.warns(UserWarning, match="save_dir="):
+        zoo.fitted(zoo.Simple(), callback)
+    assert callback.result is not None
 
 
 def test_a_model_without_our_layers_is_refused() -> None:
