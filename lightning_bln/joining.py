@@ -143,6 +143,8 @@ def joined(leaves: Sequence[Any], axis: int) -> Any:
         return [one for leaf in leaves for one in leaf]
     if type(first) is Tensor and first.ndim:
         return cat([*leaves], axis)
+    if type(first) is Tensor and all(type(leaf) is Tensor and torch.equal(leaf, first) for leaf in leaves):
+        return first
     if is_dataclass(first) and not isinstance(first, type) and all(type(leaf) is type(first) for leaf in leaves):
         parts = {one.name: joined([getattr(leaf, one.name) for leaf in leaves], axis) for one in fields(first)}
         return replace(first, **parts)

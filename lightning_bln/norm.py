@@ -171,7 +171,7 @@ class Normalization(HasMode):
         seen = math.prod(x.shape[:-1]) // math.prod(places)
         warn_single(self, seen)
         own_size = x.shape[batch_axis] if mask is None else sizes_of(mask, batch_axis, widen(x).dtype)
-        mixing = self._mixing(own_size, batch_size)
+        mixing = self._mixing(own_size, batch_size, slice(places[0]))
         equation = self._equation(mixing)
         if mask is not None:
             y, observed = normalize_by(x, equation, source, over, mask, self.training)
@@ -234,18 +234,29 @@ class Normalization(HasMode):
             taken = Observed(*observed, counts(seen), counts(batch_size))  # type: ignore[arg-type]
             self.population.gather(taken, start, has_gaps)
 
-    def _mixing(self, batch_size: float | Tensor, frozen_size: Tensor | None = None) -> Mixing:
-        """The mixing weights for batches of this size, or of the population's where there is one to use."""
+    def _mixing(
+        self, batch_size: float | Tensor, frozen_size: Tensor | None = None, steps: slice | None = None
+    ) -> Mixing:
+        """The mixing weights for batches of this size, or of the population's where there is one to use.
+
+        Args:
+            batch_size: Samples, a number or one for each position.
+            frozen_size: The population's.
+            steps: Places of the input among the positions.
+        """
         if frozen_size is None:
-            return self._mixing_in_training(batch_size)
+            return self._mixing_in_training(batch_size, steps)
         return mixing_of(self.population, frozen_size, self.delta, self.norm)
 
-    def _mixing_in_training(self, batch_size: float | Tensor) -> Mixing:
+    def _mixing_in_training(self, batch_size: float | Tensor, steps: slice | None = None) -> Mixing:
         """The mixing weights of a batch, which may stand for many training batches, or of each sample by itself."""
-        if self.population.ignores_batch:
-            return Mixing(None if self.norm == "batch" else 1.0, None if self.norm == "layer" else 0.0)
+        if self.population.ignores_batch:  # by its features, which BatchNorm has in place of a constant, too
+            return Mixing(1.0, None if self.norm == "layer" else 0.0)
         sizes = self.population.training_sizes
-        batch_size = self.population.share(batch_size) if sizes is None else self._broadcast(sizes)
+        if sizes is None or steps is None:
+            batch_size = self.population.share(batch_size)
+        else:
+            batch_size = self._broadcast(sizes[steps])
         return Mixing(*parts(batch_size, self.delta, self.norm))
 
     def _broadcast(self, sizes: Tensor) -> Tensor:

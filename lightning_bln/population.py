@@ -166,7 +166,7 @@ class Population(nn.Module):
             self._add(Observed(*observed), start)
 
     def _add(self, observed: Observed, start: int = 0, has_gaps: bool = False) -> None:
-        moments = self._moments(observed)
+        moments = self._moments(observed, start)
         if self.merge_positions:
             moments = Moments(*(part[None] for part in moments.merge_positions()))
         elif start:
@@ -264,11 +264,14 @@ class Population(nn.Module):
         if positions[1:] != known[1:] or (is_image and positions[0] != known[0]):
             raise ValueError(position_mismatch(positions, known, is_image))
 
-    def _moments(self, observed: Observed) -> Moments:
+    def _moments(self, observed: Observed, start: int = 0) -> Moments:
         """The batch as moments of all that will be frozen, one vector for each position."""
         dtype = self.mean.dtype
         mean, var, feature_mean, feature_var = (value.to(dtype) for value in tuple(observed)[:4])
-        sizes = self.share(observed.batch_size.to(dtype)) if self.training_sizes is None else self.training_sizes
+        if self.training_sizes is None:
+            sizes = self.share(observed.batch_size.to(dtype))
+        else:
+            sizes = self.training_sizes[start : start + len(observed.seen)]
         inverse = (1.0 / sizes).to(dtype)
         if self.estimator == "pooled":
             quantities = torch.cat([mean, torch.stack([feature_mean, feature_var, inverse], -1)], -1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -47,7 +49,7 @@ class Together:
         self.populations = [module for module in model.modules() if isinstance(module, Population)]
         self.synced = [module for module in model.modules() if getattr(module, "sync_batch_stats", False)]
         self.run, self.collated, self.restart = run, collated, restart or nothing
-        self.can_restart, self.joint_share = restart is not None, 1.0
+        self.can_restart, self.joint_share, self.saw_gaps = restart is not None, 1.0, False
 
     def gather(self, own: list[Any], samples: int, more: Iterator[Any]) -> bool:
         """Gather the statistics of all ranks' batches together, the same on every rank.
@@ -108,6 +110,7 @@ class Together:
                     raise ValueError(CARRIES)
                 return "a state is carried from one to the next"
             expected = self.moments_of(tried)
+            self.saw_gaps = any(not is_even(one.count) for one in expected)
             for axes in ways_to_join(batches[0]):
                 try:
                     found = self.moments_of([join(tried, axes)])
@@ -121,8 +124,11 @@ class Together:
 
     def repeats(self, batch: Any) -> bool:
         """Whether a batch gives the same the second time, with the same random numbers."""
+        others = random.getstate(), np.random.get_state()  # noqa: NPY002 that users draw from
         with torch.random.fork_rng(devices=devices_of(self.populations)):
             first = self.moments_of([batch], begins=False)
+        random.setstate(others[0])
+        np.random.set_state(others[1])  # noqa: NPY002
         return all(map(agree, first, self.moments_of([batch], begins=False)))
 
     def moments_of(self, batches: Sequence[Any], begins: bool = True) -> list[Moments]:
@@ -137,12 +143,15 @@ class Together:
 
     def run_joined(self, batches: Sequence[Any], axes: Sequence[int]) -> None:
         """Run all batches as one, or if memory is short as few as it takes."""
-        parts, sizes = 1, self.training_sizes(batches)
+        parts, sizes = 1, None
         while True:
             try:
                 for part in split(batches, parts):
-                    with self.standing_for(len(part), sizes if parts == 1 else None):
+                    with self.standing_for(len(part), sizes):
                         self.run(self.collated(join(part, axes)))
+                if sizes is None and self.has_gaps():
+                    sizes = self.training_sizes(batches)
+                    continue
             except (OutOfMemoryError, MemoryError):
                 failed = True
             else:
@@ -154,21 +163,18 @@ class Together:
             self.begin_again()
             parts = min(2 * parts, len(batches))
 
-    def training_sizes(self, batches: Sequence[Any]) -> list[Tensor] | None:
-        """Batch sizes of training at each population's positions, where not all batches have data at all positions.
+    def has_gaps(self) -> bool:
+        """Whether not all samples had data at all positions, so that batches of training may differ in that, too."""
+        return self.saw_gaps or not all(is_even(one.count) for one in self.populations)
 
-        They are those of the batches run one by one.
-        """
-        shapes = {str(shapes_of(self.collated(batch))) for batch in batches}
-        has_masks = any(leaf.dtype == torch.bool for leaf in tensors_of(self.collated(batches[0])))
-        if len(shapes) == 1 and not has_masks and not any(map(is_packed, flatten(self.collated(batches[0]))[0])):
-            return None
-        with self.setting_apart(merge_positions=False):
+    def training_sizes(self, batches: Sequence[Any]) -> list[Tensor]:
+        """Batch sizes of training at each population's positions: those of the batches run one by one."""
+        with self.setting_apart():
             return [1.0 / one.mean[..., -1] for one in self.moments_of(batches)]
 
-    def setting_apart(self, **options: Any) -> AbstractContextManager[None]:
-        """Context in which samples are normalised apart."""
-        return setting(self.populations, ignores_batch=True, estimator="pooled", **options)
+    def setting_apart(self) -> AbstractContextManager[None]:
+        """Context in which samples are normalised apart, and steps are told apart."""
+        return setting(self.populations, ignores_batch=True, estimator="pooled", merge_positions=False)
 
     @contextmanager
     def standing_for(self, batches: int, sizes: list[Tensor] | None) -> Iterator[None]:
@@ -195,8 +201,8 @@ class Together:
 
 
 SEEN = (
-    "a layer would see other numbers than in single batches, as where padding is not masked, or where something is "
-    "computed over the batch"
+    "a layer would see other numbers than in single batches, as where padding is not masked, or something is computed "
+    "over the batch or drawn at random"
 )
 CARRIES = (
     "predict gives something else when a batch comes the second time, so it carries a state from batch to batch; pass "
@@ -281,6 +287,11 @@ def agree(a: Moments, b: Moments) -> bool:
     scale = TOLERANCE * sizes + ROUNDING * sizes.max()
     pairs = (means, slice(-1)), (deviations, slice(-3))
     return all(bool(((x - y).abs() <= scale)[..., cut].all()) for (x, y), cut in pairs)
+
+
+def is_even(count: Tensor) -> bool:
+    """Whether all positions have as many samples."""
+    return not count.numel() or bool((count == count[0]).all())
 
 
 def is_of_more(joint: Moments, apart: Moments) -> bool:

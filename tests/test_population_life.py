@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +24,7 @@ from lightning_bln import (
     BLNLSTM,
     BatchLayerNorm,
     ConvBLN1d,
+    Normalization,
     Population,
     Recurrent,
     freeze_population,
@@ -405,6 +407,72 @@ def test_batch_sizes_are_those_of_training_where_few_batches_reach() -> None:
     recompute_population(norm, pairs, predict=lambda pair: norm(*pair))
     same(norm.population.batch_size, torch.full((6,), 4.0, dtype=torch.float64))
     assert norm.population.count.tolist() == [16, 16, 16, 4, 4, 4]
+
+
+class Words(OneNorm):
+    """Finds its padding by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 3, padding_idx=0, dtype=torch.float64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.norm(self.embedding(ids), mask=ids != 0)
+
+
+@pytest.mark.parametrize("most", [100, 32])
+def test_batch_sizes_are_those_of_training_where_the_model_makes_the_mask(most: int) -> None:
+    lengths = torch.full((64,), 4)
+    lengths[:16] = 12
+    ids = torch.randint(1, 20, (64, 12)) * (torch.arange(12) < lengths[:, None])
+    model = Words()
+
+    def predict(part: Tensor) -> None:
+        if len(part) > most:
+            raise MemoryError("too large")
+        model(part)
+
+    recompute_population(model, list(ids.split(8)), predict=predict)
+    same(model.norm.population.batch_size, torch.full((12,), 8.0, dtype=torch.float64))
+    assert model.norm.population.count.tolist() == [64] * 4 + [16] * 8
+
+
+@pytest.mark.parametrize("norm", ["bln", "batch", "layer"])
+def test_what_comes_after_a_norm_is_seen(norm: str) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (Normalization(4, norm=norm, dtype=torch.float64) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x, mask=torch.ones(x.shape[:2], dtype=torch.bool)).amax(1) / x.shape[1])
+
+    with pytest.warns(UserWarning, match=ONE_BY_ONE):
+        recompute_population(Two(), [double(6, length, 4) for length in (4, 8, 4)])
+
+
+def test_a_layer_may_be_called_at_several_lengths() -> None:
+    norm, layer = BatchLayerNorm(3, dtype=torch.float64), BLNLSTM(3, 4, batch_first=True, dtype=torch.float64)
+    model = nn.ModuleList([norm, layer])
+
+    def predict(pair: tuple[Tensor, Tensor]) -> None:
+        for one in pair:
+            norm(one)
+        _, state = layer(pair[0][:, :3])
+        layer(pair[0][:, 3:], state, start=3)
+
+    recompute_population(model, [(double(k, 7, 3), double(k, 5, 3)) for k in (8, 8, 4)], predict=predict)
+    assert norm.population.count.tolist() == [40] * 5 + [20] * 2
+    same(layer.norm_hh_l0.population.batch_size, torch.full((7, 4), 20 / 3, dtype=torch.float64))
+
+
+def test_random_numbers_of_others_are_no_state() -> None:
+    def collate(samples: list[Any]) -> Tensor:
+        return torch.stack([sample[0] for sample in samples]) + float(np.random.rand() * 1e-12)  # noqa: NPY002
+
+    layer = BatchLayerNorm(3, dtype=torch.float64)
+    recompute_population(layer, DataLoader(TensorDataset(X), 4, collate_fn=collate), predict=lambda x: layer(x))
+    assert layer.population.count.tolist() == [12] * 5
 
 
 def test_samples_are_counted_along_their_own_axis() -> None:

@@ -134,7 +134,8 @@ class GateNorm(Normalization):
         warn_single(self, running.samples)
         source, frozen_size = self._source((running.steps, self.groups), running.start)
         if frozen_size is None:
-            mixing = self._mixing(self._batch_size(running))
+            steps = slice(running.start, running.start + running.steps)
+            mixing = self._mixing(self._batch_size(running), steps=steps)
         else:
             mixing = self._mixing(running.samples, frozen_size[:, 0])  # groups have it in common
         return SequenceNorm(self._equation(mixing), source, self.groups, self.training, mixing.rows)
