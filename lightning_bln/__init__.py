@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_bln import _moved
+from lightning_bln.averaging import AveragedModel
 from lightning_bln.conv import ConvBLN1d, ConvBLN2d, ConvBLN3d
 from lightning_bln.convert import from_torch, to_bln
 from lightning_bln.functional import Statistics, batch_layer_norm
@@ -26,6 +27,7 @@ __all__ = [
     "BLNGRU",
     "BLNLSTM",
     "BLNRNN",
+    "AveragedModel",
     "BatchLayerNorm",
     "ConvBLN1d",
     "ConvBLN2d",

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_bln import (
     ALL_MODES,
     BLNLSTM,
+    AveragedModel,
     BatchLayerNorm,
     ConvBLN1d,
     Normalization,
@@ -740,6 +741,31 @@ def test_averaged_weights_take_populations_along() -> None:
     freeze_population(model)
     averaged.update_parameters(model)
     same(dict(averaged.module.named_buffers()), dict(model.named_buffers()))
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("build", [lambda: BatchLayerNorm(3), lambda: BLNLSTM(3, 4), lambda: Recurrent("mgu", 3, 4)])
+def test_an_average_has_a_population_of_its_own_at_any_time(build: Any, use_buffers: bool) -> None:
+    model = nn.Sequential(build())
+    average = AveragedModel(model, use_buffers=use_buffers)  # before the first batch
+    weights = []
+    for length in (5, 7, 4, 9):  # populations grow
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        model(torch.randn(length, 4, 3))
+        average.update_parameters(model)
+        weights.append([one.detach().clone() for one in model.parameters()])
+        x = torch.randn(5, 4, 3)
+        recompute_population(average, [x])
+        alone = deepcopy(model)
+        for parameter, values in zip(alone.parameters(), zip(*weights, strict=True), strict=True):
+            parameter.data = torch.stack(values).mean(0)
+        recompute_population(alone, [x])
+        same(frozen(average), frozen(alone))
+    average.eval()(x)
+    average.update_parameters(model)
+    with pytest.warns(UserWarning, match="trained since"):
+        average(x)
 
 
 @pytest.mark.parametrize("build", [lambda: BatchLayerNorm(3), lambda: BLNLSTM(3, 4), lambda: Recurrent("mgu", 3, 4)])

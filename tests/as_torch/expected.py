@@ -52,7 +52,7 @@ EXPECTED = (
         RuntimeError,
         "must match the size|broadcast shape",
         "A population is empty until the first training batch and grows with the longest, and torch copies no buffer "
-        "into one of another size: make an `AveragedModel` after the longest batch.",
+        "into one of another size: use `lightning_bln.AveragedModel`, which leaves populations out.",
     ),
 )
 """The page numbers them in this order."""
