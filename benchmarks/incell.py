@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -130,7 +130,7 @@ def losses(model: nn.Module, batch: Batch, state: Any) -> tuple[Tensor, Any]:
     return nn.functional.cross_entropy(classify(model, inputs), labels), None
 
 
-def classify(model: nn.Module, inputs: list[Tensor]) -> Tensor:
+def classify(model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
     """Return logits; of single pixels, several make a step."""
     if inputs[0].ndim == 3 and inputs[0].shape[2] == 1:
         inputs = [inputs[0].view(len(inputs[0]), -1, PIXELS)]
@@ -180,22 +180,34 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+def spread(values: list[float], digits: int = 4) -> str:
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def parser_of(description: str | None, tasks: Collection[str], seeds: int, output: str) -> argparse.ArgumentParser:
+    """Arguments of a benchmark whose results are kept by task and seed."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", help=f"which of {', '.join(tasks)}; all by default")
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--output", type=Path, default=Path(output))
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, tasks: Collection[str]) -> argparse.Namespace:
+    """The arguments, with tasks that there are and a folder for results."""
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.tasks if name not in tasks]:
+        parser.error(f"no task {unknown[0]!r}; use {', '.join(tasks)}")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    return arguments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", help=f"which of {', '.join(TASKS)}; all by default")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = parser_of(__doc__, TASKS, 3, "incell")
     parser.add_argument("--norms", nargs="*", default=NORMS, help="which norms to train, all by default")
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--output", type=Path, default=Path("incell"))
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
-    arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    if unknown := [name for name in arguments.tasks if name not in TASKS]:
-        parser.error(f"no task {unknown[0]!r}; use {', '.join(TASKS)}")
+    arguments = parsed(parser, TASKS)
     for name in [] if arguments.table else arguments.tasks or list(TASKS):
         data: Data | None = None
         for seed, norm, scale in product(range(arguments.seeds), NORMS, SCALES):

@@ -9,21 +9,20 @@ other estimator. Results are kept by task, layer, norm and seed, so the command 
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice, product
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.incell import PIXELS, Data
+from benchmarks.incell import PIXELS, Data, classify, parsed, parser_of, spread
 from lightning_bln import Normalization, Recurrent, recompute_population, set_mode
 from lightning_bln._files import replacing
 from lightning_bln._scoped import setting
@@ -116,13 +115,6 @@ def first(module: Any, batches: int, seed: int) -> Iterator[Batch]:
     return islice(module.train_dataloader(), batches)
 
 
-def classify(model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-    """Logits; of single pixels, several make a step."""
-    if inputs[0].ndim == 3 and inputs[0].shape[2] == 1:
-        inputs = [inputs[0].view(len(inputs[0]), -1, PIXELS)]
-    return model(*inputs)
-
-
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: list[Batch]) -> float:
     """Accuracy in per cent."""
@@ -201,24 +193,12 @@ def table(folder: Path, estimator: str) -> str:
         columns += [[one[key] for one in runs] for key in ("together pppp", "its size ppcc", "cccc")]
         before = BATCH * BATCHES_BEFORE / SAMPLES
         times = median(one["together seconds"] / (one["apart seconds"] * before) for one in runs)
-        lines.append(f"| {name} | {len(runs)} | {' | '.join(map(spread, columns))} | {times:.2f} |")
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(spread(one, 1) for one in columns)} | {times:.2f} |")
     return "\n".join(lines)
 
 
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", help=f"which of {', '.join(TASKS)}; all by default")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--output", type=Path, default=Path("populations"))
-    arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    if unknown := [name for name in arguments.tasks if name not in TASKS]:
-        parser.error(f"no task {unknown[0]!r}; use {', '.join(TASKS)}")
+    arguments = parsed(parser_of(__doc__, TASKS, 5, "populations"), TASKS)
     for name in arguments.tasks or list(TASKS):
         data = Data(TASKS[name].data, arguments.data_dir, BATCH)
         for seed, (cell, options) in product(range(arguments.seeds), TASKS[name].models):

@@ -19,12 +19,12 @@ from lightning_bln._checks import (
 )
 from lightning_bln.distributed import is_distributed, joint_batch
 from lightning_bln.equation import Equation, Source, Statistics, Uses, normalize_by, observation, widen
-from lightning_bln.frozen import Mixing, mixing_of
 from lightning_bln.functional import NORMS, check_dtype, check_input, parts, scale_factor
 from lightning_bln.fused_norm import normalize_fused
 from lightning_bln.kernels.batch_layer_norm import has_adjacent_features, reason_against_fused
 from lightning_bln.kernels.gate import serves
 from lightning_bln.masks import blank, check_mask, counts_of, sizes_of
+from lightning_bln.mixing import Mixing, mixing_of
 from lightning_bln.modes import FanOut, HasMode
 from lightning_bln.norm_warnings import warn_single, warn_stale, warn_unfrozen
 from lightning_bln.population import Observed, Population, check_state_dict

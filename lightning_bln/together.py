@@ -143,21 +143,21 @@ class Together:
 
     def run_joined(self, batches: Sequence[Any], axes: Sequence[int]) -> None:
         """Run all batches as one, or if memory is short as few as it takes."""
-        parts, sizes = 1, None
+        parts, sizes = 1, None  # sizes are measured where a run has shown gaps
         while True:
             try:
                 for part in split(batches, parts):
                     with self.standing_for(len(part), sizes):
                         self.run(self.collated(join(part, axes)))
-                if sizes is None and self.has_gaps():
-                    sizes = self.training_sizes(batches)
-                    continue
             except (OutOfMemoryError, MemoryError):
                 failed = True
             else:
                 failed = False
             if not any_rank(failed):
-                return
+                if sizes is not None or not self.has_gaps():
+                    return
+                sizes = self.training_sizes(batches)
+                continue
             if parts >= len(batches):
                 raise MemoryError("a single batch does not fit into memory")
             self.begin_again()

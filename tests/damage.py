@@ -61,6 +61,25 @@ def assert_names(message: str, path: Path) -> None:
     assert len(message) < 600
 
 
+def taken_in_spite(
+    damage: str, path: Path, read: Callable[[], Any], error: type[Exception], flips: int = 60
+) -> list[tuple[bytes, Any]]:
+    """Damaged contents of ``path`` that ``read`` takes, and what it makes of each; all others are refused by name."""
+    raw = path.read_bytes()
+    kinds = {"truncated": truncated(raw), "flipped": flipped(raw, flips), "other": OTHER_FORMATS.values()}
+    taken, refused = [], 0
+    for changed in kinds[damage]:
+        path.write_bytes(changed)
+        found, message = outcome(read, error)
+        if found is None:
+            assert_names(message, path)
+            refused += 1
+        else:
+            taken.append((changed, found))
+    assert refused
+    return taken
+
+
 @contextmanager
 def little_memory(spare: int = 2**30) -> Iterator[None]:
     """Within the context, the process can take no more than ``spare`` bytes of memory besides what it has."""

@@ -23,7 +23,7 @@ FLOORS = (
     ("equation", "masks"),
     ("functional", "moments", "modes", "traced"),
     ("kernels",),
-    ("distributed", "population", "recomputation", "joining", "together", "averaging", "frozen"),
+    ("distributed", "population", "recomputation", "joining", "together", "averaging", "mixing"),
     ("fused_norm", "norm_warnings", "norm"),
     ("cells",),
     ("recurrence",),

@@ -172,7 +172,8 @@ class Trainer(L.Trainer):
         if "weights_only" in inspect.signature(self.validate).parameters:  # lightning 2.6 and later
             options["weights_only"] = weights_only
         self.validate(model, dataloaders, datamodule=datamodule, **options)
-        if not all(population.is_frozen for population in populations(model)) or callback.result is None:
+        # a layer that nothing calls has no population
+        if not any(population.is_frozen for population in populations(model)) or callback.result is None:
             raise RuntimeError(
                 f"ckpt={str(ckpt)!r} has no frozen population, so there is no mode to choose; train with "
                 "BLNStatsCallback, or call recompute_population before saving"

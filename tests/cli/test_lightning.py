@@ -105,6 +105,18 @@ def test_sweep_needs_a_configuration_for_a_foreign_checkpoint(checkpoint, config
     assert_equal(torch.load(other)["optimizer_states"], foreign["optimizer_states"])
 
 
+def test_a_layer_that_nothing_called_keeps_no_checkpoint_from_a_sweep(checkpoint, config, capsys) -> None:
+    saved = torch.load(checkpoint, weights_only=True)
+    fresh = RowClassifier(hidden_size=4).state_dict()
+    norms = sorted({key.partition(".population.")[0] for key in fresh if ".population." in key})
+    uncalled = f"{norms[-1]}.population."
+    assert len(norms) > 1
+    saved["state_dict"] = {k: fresh[k] if k.startswith(uncalled) else v for k, v in saved["state_dict"].items()}
+    torch.save(saved, checkpoint)
+    cli.main(["sweep", "--config", str(config), "--ckpt", str(checkpoint)])
+    assert "wrote" in capsys.readouterr().out
+
+
 def test_a_checkpoint_without_a_population_is_not_swept(checkpoint, config, capsys) -> None:
     saved = torch.load(checkpoint, weights_only=True)
     fresh = RowClassifier(hidden_size=4).state_dict()

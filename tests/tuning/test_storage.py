@@ -22,7 +22,7 @@ from lightning_bln.tuning.queue import Queue, Store
 from lightning_bln.tuning.recipe import DEMO, prepare
 from lightning_bln.tuning.storage import masked, scrubbed
 
-from ..damage import OTHER_FORMATS, assert_names, flipped, outcome, truncated
+from ..damage import OTHER_FORMATS, assert_names, flipped, outcome, taken_in_spite, truncated
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -175,9 +175,6 @@ def kept(request, tmp_path) -> str:
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "other"])
 def test_a_damaged_study_is_one_line_that_names_it(kept, damage, caplog) -> None:
     path = Path(kept.partition(":")[2].removeprefix("///"))
-    raw = path.read_bytes()
-    kinds = {"truncated": truncated(raw), "flipped": flipped(raw, 40), "other": OTHER_FORMATS.values()}
-    refused = 0
 
     def read() -> bool:
         queue = study.open_queue(Recipe.parse(DEMO), plan(kept), 0)
@@ -185,13 +182,7 @@ def test_a_damaged_study_is_one_line_that_names_it(kept, damage, caplog) -> None
         queue.close()
         return True
 
-    for changed in kinds[damage]:
-        path.write_bytes(changed)
-        found, message = outcome(read, FileError)
-        if found is None:
-            assert_names(message, path)
-            refused += 1
-    assert refused
+    taken_in_spite(damage, path, read, FileError, flips=40)
 
 
 def test_a_database_of_something_else_is_named(tmp_path) -> None:

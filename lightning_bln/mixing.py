@@ -1,4 +1,4 @@
-"""Mixing weights that follow from a frozen population, kept until its batch size changes."""
+"""Mixing weights of norms; those that follow from a frozen population are kept until its batch size changes."""
 
 from __future__ import annotations
 
