@@ -221,7 +221,7 @@ class Normalization(HasMode):
             batch_size: Samples of the batch, a number or one for each position.
             seen: How many rows of features each position's statistics are taken over.
             start: How many positions along the first axis come before.
-            has_gaps: Whether that may be none at some.
+            has_gaps: Whether there may be positions at which nothing was seen.
         """
         assert observed.feature_mean is not None
         places, device = tuple(observed.feature_mean.shape), observed.feature_mean.device
