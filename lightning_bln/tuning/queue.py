@@ -12,7 +12,7 @@ import threading
 import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,32 @@ SLOT, OWNER, ERROR = "bln_slot", "bln_owner", "bln_error"
 
 OPEN = (TrialState.WAITING, TrialState.RUNNING)
 """States of trials that have not ended."""
+
+
+@contextmanager
+def advisory_lock(engine: Any, name: str) -> Iterator[None]:
+    """Within the context, no other process holds the lock of this name in a PostgreSQL database."""
+    from sqlalchemy import text
+
+    with engine.begin() as connection:  # the lock ends with the transaction, or the connection
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": zlib.crc32(name.encode())})
+        yield
+
+
+@contextmanager
+def creating(address: str) -> Iterator[None]:
+    """Within the context, no other process creates tables in the database, where it can be locked."""
+    from sqlalchemy import create_engine
+
+    engine = create_engine(address)
+    try:
+        if engine.dialect.name == "postgresql":
+            with advisory_lock(engine, "tables"):
+                yield
+        else:
+            yield
+    finally:
+        engine.dispose()
 
 
 class Store:
@@ -53,7 +79,7 @@ class Store:
                 return
             waits = {"connect_args": {"timeout": 60}} if kind == "sqlite" else {"pool_pre_ping": True}
             address = f"postgresql+psycopg:{path}" if kind in ("postgres", "postgresql") else url
-            with self._file_lock() if self.file is not None else nullcontext():  # two must not create tables at once
+            with self._file_lock() if self.file is not None else creating(address):  # two must not create tables at once
                 self.storage = optuna.storages.RDBStorage(
                     address, engine_kwargs=waits, heartbeat_interval=heartbeat, grace_period=4 * heartbeat
                 )
@@ -68,10 +94,7 @@ class Store:
             with self._file_lock():
                 yield
         elif self.storage.engine.dialect.name == "postgresql":
-            from sqlalchemy import text
-
-            with self.storage.engine.begin() as connection:  # the lock ends with the transaction, or the connection
-                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": zlib.crc32(name.encode())})
+            with advisory_lock(self.storage.engine, name):
                 yield
         else:
             raise ValueError(

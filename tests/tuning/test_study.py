@@ -87,7 +87,7 @@ def test_two_processes_finish_a_study_though_one_is_killed(storage, tmp_path) ->
     ]
     victim, survivor = processes
     try:
-        study = None
+        study = store = None
         deadline = time.monotonic() + 240
         while True:
             assert time.monotonic() < deadline, "the processes did not share the work"
@@ -95,7 +95,8 @@ def test_two_processes_finish_a_study_though_one_is_killed(storage, tmp_path) ->
             assert survivor.poll() is None, survivor.stderr.read()[-2000:]
             time.sleep(0.02)
             try:
-                study = study or optuna.load_study(study_name="bln", storage=Store(storage).storage)
+                store = store or Store(storage)  # one for all tries: each has connections of its own
+                study = study or optuna.load_study(study_name="bln", storage=store.storage)
             except KeyError:
                 continue
             running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
