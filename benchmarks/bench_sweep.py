@@ -226,18 +226,18 @@ class Timed(BLNStatsCallback):
             super().on_validation_start(*args)
 
     def on_validation_epoch_start(self, *args: Any) -> None:
-        own = recompute.recompute_population
+        own = recompute.gather_population
 
         def recompute_population(*args: Any, **options: Any) -> None:
             with self.timed(-1):
                 own(*args, **options)
 
-        recompute.recompute_population = recompute_population
+        recompute.gather_population = recompute_population
         try:
             with self.timed():
                 super().on_validation_epoch_start(*args)
         finally:
-            recompute.recompute_population = own
+            recompute.gather_population = own
 
 
 def measure(make: Callable[[], tuple[Classifier, Dataset, int]], rounds: int) -> dict[str, Any]:

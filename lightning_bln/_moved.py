@@ -38,10 +38,9 @@ MOVED = {
     "lightning_cli": "cli.lightning",
     "models.keras": "models.paper.keras",
     "models.networks": "models.paper.networks",
-    "per_mode": "sweep.per_mode_tensor",
     "prefix": "sweep.prefix_cache",
     "sequences": "recurrence.sequences",
-    "shared": "sweep.shared_module",
+    "shared": "sweep.shared_forward",
     "trees": "sweep.pytree",
 }
 """Paths of version 0.1.0 and those of today, within the package."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from typing import Any
@@ -152,6 +153,44 @@ MODULE_INTERNALS = frozenset(nn.Module().__dict__)
 
 make_wrapper_subclass = Tensor._make_wrapper_subclass
 """Makes a tensor subclass without storage of its own, as torch documents it only in its subclass examples."""
+
+
+def refuse_data_pointer(tensor: Tensor) -> None:
+    """Have compiled code that asks for the memory of a tensor without storage get an error, not a null pointer."""
+    refuse = getattr(torch._C, "_set_throw_on_mutable_data_ptr", None)
+    if refuse is not None:
+        refuse(tensor)
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Within the context, compiled modules and functions run as they are written; torch before 2.6 has no such way."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def is_mutable_operator(func: Any) -> bool:
+    """Whether ``func`` is an operator of torch's dispatcher that writes into an argument."""
+    schema = getattr(func, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def is_sole(tensor: Tensor) -> bool:
+    """Whether no other tensor has the memory of this one."""
+    if tensor.layout != torch.strided or tensor._is_view():
+        return False
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= 2  # the tensor, and this call
+
+
+def storage_address(tensor: Tensor) -> int:
+    """Where a tensor's memory begins, views alike; 0 where it has none."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
 
 
 def writes(tensor: Tensor) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bln._scoped import setting
+from lightning_bln.per_mode import NotTogether, PerMode
 
 
 class StatisticsMode(str):
@@ -105,6 +106,14 @@ class FanOut:
         sizes[batch_dim] = len(self.modes)
         return x.unsqueeze(batch_dim).expand(sizes)
 
+    def leave(self, x: Tensor, batch_dim: int) -> Tensor:
+        """An output with an axis of modes before its batch axis, as later layers take it."""
+        return x.flatten(batch_dim, batch_dim + 1)
+
+    def enter_state(self, state: Tensor) -> Tensor:
+        """A recurrent layer's first state ``(cells, batch, size)``, modes laid out along its batch axis or not."""
+        return state
+
     def enter_mask(self, mask: Tensor, samples: int) -> Tensor:
         """The mask for an input of as many ``samples``, as :meth:`enter` is about to return it.
 
@@ -130,6 +139,34 @@ class FanOut:
                 column[0] if len(set(column)) == 1 else torch.tensor(column, device=device) for column in columns
             )
         return self.uses[device]
+
+
+class Stacked(FanOut):
+    """Several modes in one forward, whose values between layers say themselves that each mode has a part."""
+
+    def stack_of(self, x: PerMode) -> Tensor:
+        if x.modes != len(self.modes):
+            raise NotTogether(f"a layer evaluates {len(self.modes)} modes, but its input is of {x.modes}")
+        return x.stacked()
+
+    def enter(self, x: Tensor, batch_dim: int) -> Tensor:
+        if isinstance(x, PerMode):
+            return self.stack_of(x).movedim(0, batch_dim)
+        sizes = [-1] * (x.ndim + 1)
+        sizes[batch_dim] = len(self.modes)
+        return x.unsqueeze(batch_dim).expand(sizes)
+
+    def leave(self, x: Tensor, batch_dim: int) -> Tensor:
+        return PerMode.of_stack(x.movedim(batch_dim, 0))
+
+    def enter_state(self, state: Tensor) -> Tensor:
+        return self.stack_of(state).movedim(0, 1).flatten(1, 2) if isinstance(state, PerMode) else state
+
+    def enter_mask(self, mask: Tensor, samples: int) -> Tensor:
+        return self.stack_of(mask) if isinstance(mask, PerMode) else mask.expand(len(self.modes), *mask.shape)
+
+    def repeat_mask(self, mask: Tensor, samples: int) -> Tensor:
+        return mask
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from lightning_bln.masks import blank, check_mask, counts_of, sizes_of
 from lightning_bln.mixing import Mixing, mixing_of
 from lightning_bln.modes import FanOut, HasMode
 from lightning_bln.norm_warnings import warn_single, warn_stale, warn_unfrozen
+from lightning_bln.per_mode import NotTogether, PerMode
 from lightning_bln.population import Observed, Population, check_state_dict
 
 BACKENDS = ("auto", "reference", "cpu")
@@ -126,6 +127,8 @@ class Normalization(HasMode):
             )
         self._check_parameters(x)
         fan = None if self.training else self.fan
+        if fan is None and isinstance(x, PerMode):
+            raise NotTogether(f"{type(self).__name__} in training gathers what differs between modes")
         canonical = x.movedim((batch_dim, channel_dim), (0, -1))
         if mask is not None:
             self._check_mask(mask, canonical)
@@ -133,7 +136,7 @@ class Normalization(HasMode):
             y = self._normalize(canonical, None, mask)
         else:
             mask = None if mask is None else fan.enter_mask(mask, canonical.shape[0])
-            y = self._normalize(fan.enter(canonical, 0), fan, mask).flatten(0, 1)
+            y = fan.leave(self._normalize(fan.enter(canonical, 0), fan, mask), 0)
         return y.movedim((0, -1), (batch_dim, channel_dim))
 
     def _check_parameters(self, x: Tensor) -> None:

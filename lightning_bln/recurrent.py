@@ -13,11 +13,11 @@ from torch.nn.utils.rnn import PackedSequence
 from lightning_bln._checks import check_bool, check_choice, check_int, check_probability
 from lightning_bln._torch import CAN_COMPILE_STEPS
 from lightning_bln.cells.registry import build
-from lightning_bln.modes import FanOut
+from lightning_bln.modes import FanOut, Stacked
+from lightning_bln.per_mode import holds
 from lightning_bln.recurrence.backends import BACKENDS, runs_fused
 from lightning_bln.recurrence.direction import run_direction
-from lightning_bln.recurrence.fan_out import run_each_mode
-from lightning_bln.recurrence.gate_norm import GateNorm
+from lightning_bln.recurrence.fan_out import run_along_batch, run_each_mode, run_each_part
 from lightning_bln.recurrence.parameters import HasCells
 from lightning_bln.recurrence.regularization import Regularization
 from lightning_bln.recurrence.sequences import Form, LayerState, State, first_states, flip, reversal
@@ -199,10 +199,17 @@ class Recurrent(HasCells):
         form = Form.of(input, self.batch_first)
         fan = self._fan()
         if fan is not None:
-            if not form.is_batched:
+            if isinstance(fan, Stacked):
+                if packed or not form.is_batched or (torch.is_grad_enabled() and self._runs_fused(form.x)):
+                    return run_each_part(self, fan, input, hx, start=start)
+            elif not form.is_batched:
                 raise ValueError("fan-out needs a batch axis to lay modes along; pass a batch of one")
-            if packed or (torch.is_grad_enabled() and self._runs_fused(form.x)):
+            elif packed or (torch.is_grad_enabled() and self._runs_fused(form.x)):
                 return run_each_mode(self, input, hx, fan, 0 if self.batch_first else 1, start)
+            if hx is not None:
+                hx = fan.enter_state(hx) if isinstance(hx, Tensor) else tuple(map(fan.enter_state, hx))
+        elif holds((input, hx)):
+            return run_along_batch(self, input, hx, start)
         x = form.x if fan is None else fan.enter(form.x, 1)
         sizes = {name: self.state_size(name) for name in self.cell.states}
         modes = 1 if fan is None else len(fan.modes)
@@ -211,9 +218,10 @@ class Recurrent(HasCells):
             state = [tuple(s.unflatten(0, (modes, -1)) for s in cell) for cell in state]
         outputs, last = self._layers(x, state, form.sizes, fan, start)
         if fan is not None:
-            outputs, last = outputs.flatten(1, 2), [tuple(s.flatten(0, 1) for s in cell) for cell in last]
+            outputs, last = fan.leave(outputs, 1), [tuple(fan.leave(s, 0) for s in cell) for cell in last]
         output, last_state = form.restore(outputs, last)
-        follow(self, hx, start, last_state)
+        if fan is None:
+            follow(self, hx, start, last_state)
         return output, last_state
 
     def _layers(
@@ -253,11 +261,6 @@ class Recurrent(HasCells):
     def _suffixes(self, layer: int) -> list[str]:
         """Endings of the parameters' names, one for each direction of a layer."""
         return [f"_l{layer}", f"_l{layer}_reverse"][: self.num_directions]
-
-    def _fan(self) -> FanOut | None:
-        """The fan-out in force on the norms inside, if any."""
-        norms = [] if self.training else [module for module in self.children() if isinstance(module, GateNorm)]
-        return norms[0].fan if norms else None
 
     def extra_repr(self) -> str:
         shown = {"num_layers": 1, "batch_first": False, "dropout": 0.0, "bidirectional": False, "proj_size": 0}

@@ -21,6 +21,7 @@ NAME = PACKAGE.name
 FLOORS = (
     ("_torch", "_moved", "_scoped", "_writing", "_files", "_checks"),
     ("equation", "masks"),
+    ("per_mode",),
     ("functional", "moments", "modes", "traced"),
     ("kernels",),
     ("distributed", "population", "recomputation", "joining", "together", "averaging", "mixing"),

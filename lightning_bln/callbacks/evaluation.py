@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,11 +13,15 @@ from torch import Tensor
 
 from lightning_bln._scoped import setting
 from lightning_bln.callbacks import _lightning
-from lightning_bln.callbacks.run import Copies, RandomState, Run
+from lightning_bln.callbacks.copies import Copies
+from lightning_bln.callbacks.epoch_end import undone
+from lightning_bln.callbacks.ranks import Ranks
+from lightning_bln.callbacks.run import Run
 from lightning_bln.callbacks.user_state import UserState
 from lightning_bln.distributed import is_sharded
 from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers
-from lightning_bln.sweep.per_mode_tensor import NotTogether, PerMode, reason_of
+from lightning_bln.per_mode import NotTogether, PerMode, reason_of
+from lightning_bln.sweep.random_state import RandomState
 from lightning_bln.sweep.shared_forward import SharedForward
 
 EPOCH_END = "on_validation_epoch_end"
@@ -29,16 +33,16 @@ class Evaluation:
     A run has its own result collection (what ``self.log`` fills) and user state, and starts every step from the same
     random state. The Trainer is left as it was found, whatever a run does.
 
-    In joint evaluation one run has all modes. On the verification batch, the first of the first evaluation, every mode
-    runs on its own and all run jointly; if both come to the same values, joint evaluation goes on. Once a step does not
-    allow it, each mode gets a run of its own with the values gathered so far.
+    In joint evaluation one run has several modes, and a step runs once for all of them. Where that cannot be, each of
+    them takes the step by itself, from the state before it, and on a later batch they are merged again.
 
     Args:
         trainer: A Trainer within its validation loop.
         module: The module it validates.
         modes: The modes to evaluate.
-        shared: The :func:`shared_forward` of all evaluations of a fit.
+        shared: The :func:`shared_forward` of the validation.
         on_step: Called after each step with the number of modes that it has run.
+        verify: Whether to compare joint evaluation with per-mode evaluation on the first batch.
 
     Attributes:
         reason: Why modes were evaluated one after the other; None where all were evaluated jointly.
@@ -51,9 +55,9 @@ class Evaluation:
         modes: Iterable[StatisticsMode],
         shared: SharedForward,
         on_step: Callable[[int], None],
+        verify: bool = False,
     ) -> None:
-        self.trainer, self.module, self.shared, self.on_step = trainer, module, shared, on_step
-        self.is_first = True
+        self.trainer, self.module, self.shared, self.on_step, self.verifies = trainer, module, shared, on_step, verify
         self.loop = _lightning.evaluation_loop(trainer)
         self.layers = mode_layers(module)
         modes_set = {layer.mode for layer in self.layers}
@@ -70,18 +74,14 @@ class Evaluation:
         self.silent = _lightning.silent_loggers(trainer)
         self.takes_batch_idx = _lightning.takes_batch_idx(module.validation_step)
         self.others = tuple(mode for mode in modes if mode != self.incumbent)
-        self.reason = shared.reason if len(self.others) > 1 else None
-        self.joint: Run | None = None
-        self.runs: dict[StatisticsMode, Run] = {}
-        if shared.is_verified and self.may_be_joint:
-            self.joint = self.start.copy(self.loop, self.others)
-        else:
-            self.runs = {mode: self.start.copy(self.loop, (mode,)) for mode in self.others}
+        self.modes = self.others if self.incumbent is None else (*self.others, self.incumbent)
+        self.runs: list[Run] = [self.start.copy(self.loop, (mode,)) for mode in self.others]
+        self.ranks, self.runs_hook = Ranks(trainer, module), False
 
     @property
-    def may_be_joint(self) -> bool:
-        """Whether joint evaluation has not been ruled out."""
-        return self.reason is None and len(self.others) > 1
+    def reason(self) -> str | None:
+        """Why modes were evaluated one after the other the last time."""
+        return self.shared.reason if len(self.others) > 1 else None
 
     def present_run(self, modes: tuple[StatisticsMode, ...], rows: dict[str, Any]) -> Run:
         """A run of Lightning's own state, by reference, with ``rows`` of its logged values."""
@@ -110,84 +110,127 @@ class Evaluation:
         """Run every mode but the incumbent on a batch; Lightning's own step of that follows."""
         dataloader_idx = self.base_results.dataloader_idx
         if dataloader_idx != self.dataloader_idx:
-            self.each_run(self.close_dataloader)
+            self.close_dataloaders()
             self.dataloader_idx = dataloader_idx
-        copies = Copies(batch)
-        state = RandomState(self.module.device)
+        copies, state = Copies(batch), RandomState(self.module.device)
+        self.shared.begin(len(self.modes))
 
         def step(run: Run) -> None:
             self.run_step(run, copies.next(), batch_idx, dataloader_idx)
-
-        if self.joint is None or not self.step_jointly(self.joint, step, state):
-            self.step_per_mode(step, state)
-            if self.is_first and self.may_be_joint:
-                self.verify_joint(step, state)
-        self.is_first = False
-
-    def step_per_mode(self, step: Callable[[Run], None], state: RandomState) -> None:
-        """Run one mode after the other, each from the same random state."""
-
-        def step_and_restore(run: Run) -> None:
-            step(run)
             state.restore()
-            self.on_step(1)
 
-        self.shared.step_per_mode(
-            list(self.runs.values()),
-            step_and_restore,
-            verify=self.is_first,
-            follows=self.incumbent,
-            records=self.is_first,
+        with self.ranks.in_step():
+            if self.may_be_joint(copies):
+                self.step_jointly(step, state)
+            else:
+                self.step_alone(self.parted(), step)
+        self.shared.follow(self.incumbent)
+
+    def may_be_joint(self, copies: Copies) -> bool:
+        """Whether to try a joint step on this batch."""
+        if copies.shared is not None:
+            self.shared.reason = f"a batch holds a {copies.shared}"
+            return False
+        return (
+            self.shared.is_active and len(self.modes) > 1 and self.ranks.agree() and not self.shared.patience.is_over()
         )
 
-    def step_jointly(self, joint: Run, step: Callable[[Run], None], state: RandomState) -> bool:
-        """Run all modes in one step; where that fails, undo it, part the modes and return False."""
+    def step_jointly(self, step: Callable[[Run], None], state: RandomState) -> None:
+        """Run all modes in as few steps as memory allows; those that cannot be together take the step alone."""
+        left, done, is_joint = self.modes, list[Run](), True
+        singles: dict[StatisticsMode, Run] = {}
+        while left:
+            modes, left = left[: self.shared.chunk], left[self.shared.chunk :]
+            joint = next((run for run in self.runs if run.modes == modes), None)
+            if joint is None and not singles:
+                singles = {run.mode: run for run in self.singles()}
+            if is_joint and len(modes) > 1:
+                joint = self.stepped(joint or [singles[mode] for mode in modes], step, state)
+                is_joint = joint is not None
+                if joint is not None:
+                    done.append(joint)
+                    continue
+            singles = singles or {run.mode: run for run in self.singles()}
+            alone = [singles[mode] for mode in modes if mode != self.incumbent]
+            self.step_alone(alone, step, left)
+            done += alone
+        self.runs = done
+        if is_joint:
+            self.shared.patience.succeeded()
+        else:
+            self.shared.patience.failed()
+
+    def stepped(self, runs: Run | list[Run], step: Callable[[Run], None], state: RandomState) -> Run | None:
+        """The joint run of ``runs`` after a step; None, and all as it was, where that cannot be."""
         try:
-            with joint.undoable():
-                self.shared.step_jointly(joint.modes, lambda: step(joint), verify=self.is_first, follows=self.incumbent)
-                if state.has_moved():
-                    raise NotTogether("a step draws random numbers")
+            joint = runs if isinstance(runs, Run) else Run.merged(self.loop, runs)
+            before = [joint.part(self.loop, mode) for mode in joint.modes] if self.verifies else []
+            with joint.undoable(), self.shared.together(joint.modes), self.ranks.refusing():
+                step(joint)
         except Exception as error:
-            # fall back to per-mode steps; user errors resurface there
-            self.shared.close()
+            # the user's own come again where each mode takes the step by itself
             state.restore()
-            self.part(joint, error)
-            self.shared.reason = self.reason
-            return False
-        self.on_step(len(joint.modes))
-        return True
+            self.shared.note(error, len(runs.modes if isinstance(runs, Run) else runs))
+            return None
+        if self.verifies:
+            self.verify(joint, before, step)
+        self.on_step(sum(mode != self.incumbent for mode in joint.modes))
+        return joint
 
-    def verify_joint(self, step: Callable[[Run], None], state: RandomState) -> None:
-        """After the per-mode steps on the verification batch, evaluate jointly from now on if that gives the same."""
-        joint = self.start.copy(self.loop, tuple(self.runs))
+    def step_alone(
+        self, runs: Sequence[Run], step: Callable[[Run], None], others: Sequence[StatisticsMode] = ()
+    ) -> None:
+        """Run one mode after the other, each from the same random state."""
+        modes = [*(run.mode for run in runs), *others]
+        if self.incumbent is not None:
+            modes.append(self.incumbent)
+        for place, run in enumerate(runs):
+            with self.shared.alone(run.mode, modes[place + 1 :]):
+                step(run)
+            self.on_step(1)
+
+    def verify(self, joint: Run, runs: list[Run], step: Callable[[Run], None]) -> None:
+        """Raise unless each mode by itself comes to the values of the joint run."""
+        self.verifies = False
+        for run in runs:
+            step(run)
+            if not joint.part(self.loop, run.mode).is_same_as(run):
+                raise RuntimeError(f"verify=True: joint evaluation gives other values than {run.mode} by itself")
+
+    def parted(self) -> list[Run]:
+        """A run for each mode but the incumbent, which are the runs of this evaluation from now on."""
+        every = [run.part(self.loop, mode) if len(run.modes) > 1 else run for run in self.runs for mode in run.modes]
+        self.runs = [run for run in every if run.mode != self.incumbent]
+        return self.runs
+
+    def singles(self) -> list[Run]:
+        """A run for each mode, the incumbent's a copy of what Lightning has."""
+        runs = self.parted()
+        if self.incumbent is None:
+            return runs
+        # without rows of earlier validations, which Lightning keeps
+        own = {key: self.base_results[key] for key in runs[0].results if key in self.base_results}
+        return [*runs, self.present_run((self.incumbent,), own).copy(self.loop, (self.incumbent,))]
+
+    def incumbent_run(self) -> Run:
+        """Lightning's own run, by reference, without values that other callbacks logged."""
+        assert self.incumbent is not None
+        own = {key: row for key, row in self.base_results.items() if not self.is_foreign(key, row)}
+        return self.present_run((self.incumbent,), own)
+
+    def close_dataloaders(self) -> None:
+        """Compute the metrics of the dataloader that has ended, in every run."""
+        if self.trainer.world_size > 1:
+            self.parted()  # ranks may have merged other modes, and metrics are reduced over ranks
         try:
-            if self.shared.failure is not None:
-                raise NotTogether(self.shared.failure)
-            self.shared.step_jointly(joint.modes, lambda: step(joint))
-            if state.has_moved():
-                raise NotTogether("a step draws random numbers")
-            if not all(joint.part(self.loop, mode).is_same_as(run) for mode, run in self.runs.items()):
-                raise NotTogether("a joint step leaves other values than one step for each mode")
-            self.shared.is_verified, self.joint, self.runs = True, joint, {}
+            for run in self.runs:
+                self.close_dataloader(run)
         except Exception as error:
-            # errors of the user's have been raised by the per-mode steps
-            self.reason = self.shared.reason = reason_of(error)
-        state.restore()
-
-    def part(self, joint: Run, error: Exception) -> None:
-        """Give every mode a run of its own from now on."""
-        self.reason = reason_of(error)
-        self.joint = None
-        self.runs = {mode: joint.part(self.loop, mode) for mode in joint.modes}
-
-    def each_run(self, act: Callable[[Run], Any]) -> list[Any]:
-        """Results of ``act`` on every run; where the joint run does not allow it, the modes part."""
-        if self.joint is not None:
-            try:
-                return [act(self.joint)]
-            except Exception as error:
-                self.part(self.joint, error)
-        return [act(run) for run in self.runs.values()]
+            if all(len(run.modes) == 1 for run in self.runs):
+                raise
+            self.shared.reason = reason_of(error)
+            for run in self.parted():
+                self.close_dataloader(run)
 
     def run_step(self, run: Run, batch: Any, batch_idx: int, dataloader_idx: int | None) -> None:
         """One validation step of a run, between the module's own hooks."""
@@ -206,16 +249,32 @@ class Evaluation:
         with self.acting(run) as results:
             _lightning.publish(self.loop, results.metrics(on_step=False))
 
-    def finish(self) -> dict[StatisticsMode, dict[str, float]]:
-        """Metrics of every mode at the end of the pass, the incumbent included; changes nothing."""
-        self.each_run(self.close_dataloader)
-        scores = self.each_run(self.epoch_scores)
+    def finish(self, monitor: str) -> dict[StatisticsMode, dict[str, float]]:
+        """Metrics of every mode at the end of the pass, the incumbent included; changes nothing.
+
+        The module's hook for the end of the epoch runs only where ``monitor`` is not known before, once for each mode.
+        """
+        self.close_dataloaders()
+        scores = self.all_scores()
+        is_missing = any(monitor not in values for values in scores.values())
+        self.runs_hook = self.trainer.strategy.reduce_boolean_decision(is_missing, all=False)
+        return self.all_scores() if self.runs_hook else scores
+
+    def all_scores(self) -> dict[StatisticsMode, dict[str, float]]:
+        """The metrics of every mode."""
+        scores: dict[StatisticsMode, dict[str, float]] = {}
+        for run in list(self.runs):
+            try:
+                scores.update(self.epoch_scores(run))
+            except Exception as error:
+                if len(run.modes) == 1:
+                    raise
+                self.shared.reason = reason_of(error)
+                for mode in run.modes:
+                    scores.update(self.epoch_scores(run.part(self.loop, mode)))
         if self.incumbent is not None:
-            # without values that other callbacks logged
-            own = {key: row for key, row in self.base_results.items() if not self.is_foreign(key, row)}
-            self.runs[self.incumbent] = self.present_run((self.incumbent,), own)
-            scores.append(self.epoch_scores(self.runs[self.incumbent]))
-        return {mode: values for found in scores for mode, values in found.items()}
+            scores.update(self.epoch_scores(self.incumbent_run()))
+        return {mode: scores[mode] for mode in self.modes}
 
     def score(self, mode: StatisticsMode, batches: Iterable[tuple[Any, int | None]], monitor: str) -> float:
         """The score of ``mode`` in a pass over ``batches``, each with its dataloader's index; changes nothing."""
@@ -242,20 +301,19 @@ class Evaluation:
         hook = value.meta.fx.partition(".")[0]
         if hook == "validation_step":
             return False
-        others = [run for run in self.runs.values() if run.mode != self.incumbent]
-        others += [self.joint] if self.joint is not None else []
-        return hook == EPOCH_END or (bool(others) and not any(key in run.results for run in others))
+        return hook == EPOCH_END or (bool(self.runs) and not any(key in run.results for run in self.runs))
 
     def epoch_scores(self, run: Run) -> dict[StatisticsMode, dict[str, float]]:
-        """The values each mode of ``run`` would log at the end of the epoch; the run itself does not change."""
+        """The values each mode of ``run`` has logged, or with the module's hook would log; the run does not change."""
         ending = Run(run.modes, run.results, UserState.copy(run.state), run.copied_log())
         state = RandomState(self.module.device)
         try:
-            with self.acting(ending) as results:
+            with undone(self.trainer, self.module), self.acting(ending) as results:
                 scores: dict[str, Tensor] = {}
                 for metrics in self.per_dataloader(results):
                     scores.update(metrics["callback"])
-                _lightning.call_hook(self.module, EPOCH_END)
+                if self.runs_hook:
+                    _lightning.call_hook(self.module, EPOCH_END)
                 scores.update(results.metrics(on_step=False)["callback"])
                 if len(run.modes) > 1 and state.has_moved():
                     raise NotTogether("the end of the epoch draws random numbers")
@@ -286,7 +344,7 @@ class Evaluation:
         assign_modes(self.layers, [mode] * len(self.layers))
         if mode == self.incumbent:
             return
-        run = self.runs[mode] if self.joint is None else self.joint.part(self.loop, mode)
+        run = next(run.part(self.loop, mode) for run in self.runs if mode in run.modes)
         results = self.base_results
         foreign = {key: value for key, value in results.items() if self.is_foreign(key, value)}
         lost = self.names(results)
@@ -303,14 +361,15 @@ class Evaluation:
         return {name for metrics in self.per_dataloader(results) for kind in metrics.values() for name in kind}
 
 
-def shared_forward(trainer: Any, module: Any, shares: bool) -> SharedForward:
-    """The shared forward of all evaluations of a fit, which shares nothing if not ``shares``."""
+def shared_forward(trainer: Any, module: Any, shares: bool, before: SharedForward | None) -> SharedForward:
+    """The shared forward of a validation, which shares nothing if not ``shares``, and goes on from ``before``."""
     shared, are_sharded = SharedForward(module), is_sharded(trainer.strategy.model)
     if are_sharded or not shares:
         # ranks that share different forwards would call different collectives of sharded weights
         shared.modules.clear()
+        shared.is_active = False
         shared.reason = "weights are sharded" if are_sharded else "shares_forwards is False"
-    elif trainer.world_size > 1:
-        # they could stop joint evaluation at different batches, and then call different collectives
-        shared.reason = "there are several ranks"
+    elif before is not None:
+        shared.largest, shared.patience = before.largest, before.patience
+        shared.recording_patience = before.recording_patience
     return shared

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 from lightning_bln._scoped import setting
 from lightning_bln._torch import altered, tree_map
 from lightning_bln.callbacks import _lightning
-from lightning_bln.callbacks.run import RandomState
 from lightning_bln.callbacks.user_state import UserState
 from lightning_bln.distributed import is_sharded
 from lightning_bln.joining import reading_items, serves_items
 from lightning_bln.recomputation import gather_population, reset_population
+from lightning_bln.sweep.random_state import RandomState
 
 STEP = "population_step"
 """Optional method of a module, ``(batch, batch_idx)``, that is called in place of an unusable ``training_step``."""

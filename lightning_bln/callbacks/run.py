@@ -1,25 +1,23 @@
-"""Per-mode validation state: results, user state, batch copies, random state."""
+"""What a validation has gathered in a mode, or in several: results, user state, random state."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
+from lightning_bln._torch import storage_address
 from lightning_bln.callbacks import _lightning
-from lightning_bln.callbacks.user_state import Snapshot, UserState, own
+from lightning_bln.callbacks.merge import merged
+from lightning_bln.callbacks.user_state import UNCHANGING, Snapshot, UserState, own
 from lightning_bln.modes import StatisticsMode
-from lightning_bln.sweep.per_mode_tensor import undoable
-from lightning_bln.sweep.pytree import is_identical, trees_match, versions
+from lightning_bln.per_mode import NotTogether, PerMode, undoable
+from lightning_bln.sweep.pytree import is_close_or_identical, trees_match
 
 
 @dataclass(eq=False)
@@ -28,7 +26,7 @@ class Run:
 
     Args:
         modes: The modes; tensors that differ between several are
-            :class:`~lightning_bln.sweep.per_mode_tensor.PerMode`.
+            :class:`~lightning_bln.per_mode.PerMode`.
         results: The collection that ``self.log`` fills.
         state: The module's user state.
         log: The state of the Trainer's log, see :func:`~lightning_bln.callbacks._lightning.log_state`.
@@ -62,13 +60,40 @@ class Run:
         """A copy of the log's state; values are replaced and not written into."""
         return {name: copy(value) for name, value in self.log.items()}
 
+    @classmethod
+    def merged(cls, loop: Any, runs: Sequence[Run]) -> Run:
+        """One run of the modes of several, which have one each; they are to be used no more.
+
+        Raises:
+            NotTogether: Something that is no tensor differs between modes.
+        """
+        first, memo = runs[0], {}
+        results = _lightning.new_results(loop, has_bar=False)
+        if any(list(run.results) != list(first.results) for run in runs):
+            raise NotTogether("other values are logged in one mode than in another")
+        for key, row in first.results.items():
+            results[key] = copied_row(row)
+            results[key].__dict__.update(merged_row([run.results[key] for run in runs], memo))
+        results.dataloader_idx = first.results.dataloader_idx
+        state = [merged(column, memo) for column in zip(*(run.state for run in runs), strict=True)]
+        log = merged_logs([run.log for run in runs], memo)
+        return cls(tuple(run.mode for run in runs), results, state, log)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the state and of the logged values."""
+        found: list[Tensor] = []
+        rows = [row.__dict__ for row in self.results.values()]
+        collect([*self.state, self.log, *rows], found, set())
+        return found
+
     @contextmanager
     def undoable(self) -> Iterator[None]:
         """Within the context, an error leaves the run as it was."""
         rows = {key: (row, dict(row.__dict__)) for key, row in self.results.items()}
         state, log = UserState.copy(self.state), self.copied_log()
+        old = {storage_address(part) for one in self.tensors() if isinstance(one, PerMode) for part in memory(one)}
         try:
-            with undoable():
+            with undoable(old, reach=lambda: {id(tensor) for tensor in self.tensors()}):
                 yield
         except BaseException:
             self.results.clear()
@@ -80,8 +105,8 @@ class Run:
             raise
 
     def is_same_as(self, other: Run) -> bool:
-        """Whether both have gathered the same values."""
-        return trees_match(self.gathered(), other.gathered(), is_identical)
+        """Whether both have gathered the same values, up to rounding."""
+        return trees_match(self.gathered(), other.gathered(), is_close_or_identical)
 
     def gathered(self) -> list[Any]:
         """All values, without the way they are reduced."""
@@ -90,63 +115,39 @@ class Run:
         return [dict(sorted(values.items())) for values in (rows, *self.state, self.log)]
 
 
-class Copies:
-    """Copies of a batch for runs that may change theirs: new containers each time, new tensors after a write."""
-
-    def __init__(self, batch: Any) -> None:
-        self.original = batch
-        self.renew()
-
-    def renew(self) -> None:
-        self.shared = map_tensors(self.original, torch.clone)
-        self.tensors: list[Tensor] = []
-        map_tensors(self.shared, self.tensors.append)
-        self.versions = versions(self.tensors)
-
-    def next(self) -> Any:
-        if self.versions is None or self.versions != versions(self.tensors):
-            self.renew()
-        return map_tensors(self.shared, lambda tensor: tensor)
+def merged_row(rows: list[Any], memo: dict[Any, Any]) -> dict[str, Any]:
+    """The values that are gathered in the rows of all modes, merged."""
+    # Lightning never sets the count of updates back
+    names = [name for name in _lightning.ROW_VALUES if name in rows[0].__dict__ and name != "_update_count"]
+    return {name: merged([row.__dict__.get(name) for row in rows], memo) for name in names}
 
 
-def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
-    """``batch`` in new containers, with ``function`` of each tensor; of a packed batch, of its tensors."""
+def merged_logs(logs: list[dict[str, Any]], memo: dict[Any, Any]) -> dict[str, Any]:
+    """States of the log, merged: of the metrics shown, those that all modes have."""
+    made = {}
+    for name, first in logs[0].items():
+        values = [log[name] for log in logs]
+        if isinstance(first, dict):
+            common = [key for key in first if all(key in value for value in values)]
+            values = [{key: value[key] for key in common} for value in values]
+        made[name] = merged(values, memo)
+    return made
 
-    def apply(value: Any) -> Any:
-        if not isinstance(value, PackedSequence):
-            return function(value)
-        return value._replace(**{name: apply(one) for name, one in value._asdict().items() if one is not None})
 
-    return apply_to_collection(batch, (Tensor, PackedSequence), apply)
+def memory(tensor: PerMode) -> Sequence[Tensor]:
+    """The plain tensors in which the parts lie."""
+    return (tensor.like,) if tensor.separate is None else tensor.parts
 
 
-class RandomState:
-    """State of every random generator that a step may draw from: torch's, numpy's and Python's."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.torch = [torch.get_rng_state()]
-        if device.type == "cuda":
-            self.torch.append(torch.cuda.get_rng_state(device))
-        self.numpy: Any = np.random.get_state()  # noqa: NPY002
-        self.python = random.getstate()
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.torch[0])
-        for state in self.torch[1:]:
-            torch.cuda.set_rng_state(state, self.device)
-        np.random.set_state(self.numpy)  # noqa: NPY002
-        random.setstate(self.python)
-
-    def has_moved(self) -> bool:
-        """Whether anything was drawn since."""
-        now = RandomState(self.device)
-        return not (
-            all(map(torch.equal, self.torch, now.torch))
-            and np.array_equal(self.numpy[1], now.numpy[1])
-            and self.numpy[2:] == now.numpy[2:]
-            and self.python == now.python
-        )
+def collect(value: Any, found: list[Tensor], seen: set[int]) -> None:
+    """Append the tensors in nested plain containers to ``found``."""
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, (dict, list, tuple, deque)) and id(value) not in seen:
+        seen.add(id(value))
+        for one in value.values() if isinstance(value, dict) else value:
+            if type(one) not in UNCHANGING:
+                collect(one, found, seen)
 
 
 def copied_row(row: Any, part: int | None = None) -> Any:

@@ -210,7 +210,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             return
         if self._evaluation is None:
             # made here, since only now have the module's own hooks for the start of the epoch run
-            self._shared = self._shared or shared_forward(trainer, pl_module, self.shares_forwards)
+            # layers and hooks may come and go between validations
+            self._shared = shared_forward(trainer, pl_module, self.shares_forwards, self._shared)
             self._evaluation = Evaluation(trainer, pl_module, self.candidates, self._shared, self._bar.advance)
             batches = sum(self._evaluation.loop.max_batches)
             self._bar.start(trainer, f"{len(self.candidates)} modes", batches * len(self._evaluation.others))
@@ -231,7 +232,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         if evaluation is None:
             return
         self._bar.close()
-        scores = self._agree(evaluation, evaluation.finish())
+        scores = self._agree(evaluation, evaluation.finish(self.monitor))
         result = SweepResult(scores, self.monitor, self.mode, evaluation.incumbent, reason=evaluation.reason)
         if result.reason is not None and not self._is_explained:
             self._is_explained = True

@@ -17,8 +17,8 @@ from torchmetrics import Metric, MetricCollection
 from lightning_bln._torch import MODULE_INTERNALS, own_buffers
 from lightning_bln.callbacks import _lightning
 from lightning_bln.modes import HasMode
+from lightning_bln.per_mode import PerMode
 from lightning_bln.population import Population
-from lightning_bln.sweep.per_mode_tensor import PerMode
 
 Snapshot = list[dict[str, Any]]
 
@@ -85,7 +85,7 @@ class UserState:
         Args:
             snapshot: From :meth:`take`.
             part: Index of the mode whose part replaces each :class:`PerMode`. By default they are not copied, and
-                :func:`~lightning_bln.sweep.per_mode_tensor.undoable` takes back what is written into them.
+                :func:`~lightning_bln.per_mode.undoable` takes back what is written into them.
         """
         memo: dict[int, tuple[Any, Any]] = {}
         return [
@@ -106,7 +106,8 @@ def own(tensor: Tensor, part: int | None = None) -> Tensor:
         if part is None:
             return tensor
         tensor = tensor.parts[part]
-    return tensor.detach().clone()
+    with torch.inference_mode(False):  # so that it counts what is written into it
+        return tensor.detach().clone()
 
 
 def rebuild(value: Any, memo: dict[int, tuple[Any, Any]], part: int | None) -> Any:

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_bln.cells.registry import build
+from lightning_bln.modes import Stacked
+from lightning_bln.per_mode import holds
 from lightning_bln.recurrence.direction import run_direction
+from lightning_bln.recurrence.fan_out import run_each_part
 from lightning_bln.recurrence.parameters import HasCells
 from lightning_bln.recurrence.regularization import Regularization
 from lightning_bln.recurrence.sequences import State, named_states, unwrap
@@ -90,7 +93,10 @@ class RecurrentCell(HasCells):
         """The next state, a tuple where the cell has several; ``start`` steps came before."""
         check_start(start, False)
         self._check_input(input, (1, 2), "(batch, input_size) or (input_size,)", self.weight_ih)
-        batched = input.ndim == 2
+        batched, fan = input.ndim == 2, self._fan()
+        stacked = fan if isinstance(fan, Stacked) else None
+        if holds((input, hx)) and stacked is None:
+            return run_each_part(self, None, input, hx, start=start)
         x = input if batched else input[None]
         names = self.cell.states
         shapes = [(x.shape[0], self.state_size(name)) for name in names]
@@ -101,6 +107,8 @@ class RecurrentCell(HasCells):
             if found != needed:
                 raise ValueError(f"hx has shapes {found}, but {needed} is needed; reshape it")
             state = given if batched else tuple(s[None] for s in given)
+        if stacked is not None:
+            x, state = stacked.enter(x, 0), tuple(stacked.enter(one, 0) for one in state)
         _, after = run_direction(
             x[None],
             state,
@@ -110,8 +118,11 @@ class RecurrentCell(HasCells):
             regularization=Regularization(training=self.training),
             start=start,
         )
+        if stacked is not None:
+            after = tuple(stacked.leave(one, 0) for one in after)
         last = unwrap(after if batched else tuple(s[0] for s in after))
-        follow(self, hx, start, last)
+        if stacked is None:
+            follow(self, hx, start, last)
         return last
 
 

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bln._scoped import setting
-from lightning_bln.modes import FanOut, mode_layers
+from lightning_bln.modes import FanOut, Stacked, mode_layers
+from lightning_bln.per_mode import NotTogether, join_trees, part_of
+from lightning_bln.per_mode.layers import laid_out, taken_apart
+from lightning_bln.per_mode.tensor import count
 from lightning_bln.recurrence.sequences import lengths_of
 
 Sequences = Tensor | PackedSequence
@@ -48,6 +51,34 @@ def run_each_mode(
     if isinstance(last[0], Tensor):
         return output, torch.cat(last, 1)
     return output, tuple(torch.cat(parts, 1) for parts in zip(*last, strict=True))
+
+
+def run_each_part(layer: nn.Module, fan: Stacked | None, input: Any, hx: Any, *, start: int = 0) -> Any:
+    """The result of ``layer`` for the part of each mode, in that mode, joined."""
+    if layer.training:
+        raise NotTogether(f"{type(layer).__name__} in training is called with what differs between modes")
+    size = count((input, hx)) if fan is None else len(fan.modes)
+    layers, results = mode_layers(layer), []
+    with setting(layers, fan=None):
+        for place in range(size):
+            # not by name: within a joint evaluation the layers have no mode to restore, but a sentinel
+            with setting(layers, **({} if fan is None else {"_mode": fan.modes[place]})):
+                results.append(layer(part_of(input, place), part_of(hx, place), start=start))
+    return join_trees(results)
+
+
+def run_along_batch(layer: Any, input: Any, hx: Any, start: int) -> Any:
+    """The result of a ``layer`` without statistics, modes laid out along its batch axis where there is one."""
+    x = input.data if isinstance(input, PackedSequence) else input
+    if isinstance(input, PackedSequence) or x.ndim != 3 or mode_layers(layer) or layer.training:
+        return run_each_part(layer, None, input, hx, start=start)
+    size, batch_dim = count((input, hx)), 0 if layer.batch_first else 1
+    states = None if hx is None else [hx] if isinstance(hx, Tensor) else list(hx)
+    laid = None if states is None else tuple(laid_out(one, 1, size) for one in states)
+    laid = laid[0] if isinstance(hx, Tensor) and laid is not None else laid
+    output, last = layer(laid_out(input, batch_dim, size), laid, start=start)
+    parted = [taken_apart(one, 1, size) for one in ((last,) if isinstance(last, Tensor) else last)]
+    return taken_apart(output, batch_dim, size), parted[0] if isinstance(last, Tensor) else tuple(parted)
 
 
 def samples_of(part: Sequences, batch_dim: int) -> int:

@@ -14,7 +14,7 @@ from lightning_bln._checks import check_bool, check_choice, check_int
 from lightning_bln._torch import own_parameters
 from lightning_bln.cells.cell import Cell
 from lightning_bln.functional import NORMS, check_dtype
-from lightning_bln.modes import StatisticsMode
+from lightning_bln.modes import FanOut, StatisticsMode
 from lightning_bln.population import check_state_dict
 from lightning_bln.recurrence.gate_norm import GateNorm
 
@@ -152,6 +152,11 @@ class HasCells(nn.Module):
     def _product_names(self) -> list[str]:
         products = self.cell.products
         return ["norm_hh"] if len(products) == 1 else [f"norm_hh_{product[0]}" for product in products]
+
+    def _fan(self) -> FanOut | None:
+        """The fan-out in force on the norms inside, if any."""
+        norms = [] if self.training else [module for module in self.children() if isinstance(module, GateNorm)]
+        return norms[0].fan if norms else None
 
     def _weights(self, suffix: str) -> Weights:
         """One cell's parameters and norms.

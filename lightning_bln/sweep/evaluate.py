@@ -29,7 +29,7 @@ def sweep_modes(
 ) -> SweepResult:
     """Score a model in several statistics modes in one pass over the data; the model is left as it was.
 
-    Modes share forwards where the first batch shows that this gives the same outputs; the scores do not depend on it.
+    Modes share forwards wherever each gets what it would get alone.
 
     Args:
         model: A module with layers that have a mode and a frozen population. It runs in evaluation mode, without
@@ -89,7 +89,10 @@ def sweep_modes(
                     with using_mode(model, run.mode):
                         run.add(predict(batch))
 
-                shared.step_per_mode(runs, step)
+                shared.begin(len(runs))
+                for place, run in enumerate(runs):
+                    with shared.alone(run.mode, [other.mode for other in runs[place + 1 :]]):
+                        step(run)
     finally:
         for module, was in training.items():
             module.training = was
@@ -97,7 +100,10 @@ def sweep_modes(
         raise ValueError("batches is empty, so there is nothing to score; pass at least one")
     incumbent = before.pop() if len(before) == 1 else None
     scores = {run.mode: run.scores() for run in runs}
-    return SweepResult(scores, monitor, mode, incumbent, reason=shared.failure)
+    return SweepResult(scores, monitor, mode, incumbent, reason=shared.reason or (None if shared.modules else HOOKED))
+
+
+HOOKED = "there are forward hooks inside every module that holds all layers with a mode"
 
 
 class ScoredMode:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from lightning_bln.modes import FanOut, HasMode, mode_layers
+from lightning_bln._torch import has_forward_hooks, tree_flatten
+from lightning_bln.modes import HasMode, mode_layers
+from lightning_bln.per_mode import holds
 from lightning_bln.sweep.pytree import is_same_input, trees_match, versions
 
 
@@ -35,31 +37,30 @@ class Call(NamedTuple):
 class Prefix:
     """Several forwards of a model on the same input that share what precedes the first layer with a mode.
 
-    A module without a mode returns its earlier output if its place in the order of calls and its input are the same. An
-    output that has been written into since is computed again.
+    A module without a mode that only computes returns its earlier output if its place in the order of calls and its
+    input are the same. An output that has been written into since is computed again.
 
     Args:
-        model: The model, whose modules return the same for the same input, as they do in evaluation.
+        model: The model.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = list(dict.fromkeys(without_mode(model)))
+        self.model = model
+        self.modules = [module for module in dict.fromkeys(without_mode(model)) if only_computes(module)]
         self.calls: dict[int, Call] = {}
 
     @contextmanager
-    def shared(self, fan: FanOut) -> Iterator[None]:
-        """Within the context of one forward under ``fan``, modules return their earlier outputs."""
+    def shared(self) -> Iterator[None]:
+        """Within the context of one forward, modules return their earlier outputs."""
         number = count()
         with ExitStack() as stack:
             for module in self.modules:
-                stack.enter_context(replacing_forward(module, partial(self.forward, fan, number, module)))
+                stack.enter_context(replacing_forward(module, partial(self.forward, number, module)))
             yield
 
-    def forward(
-        self, fan: FanOut, number: Iterator[int], module: nn.Module, plain: Callable, *args: Any, **kwargs: Any
-    ) -> Any:
+    def forward(self, number: Iterator[int], module: nn.Module, plain: Callable, *args: Any, **kwargs: Any) -> Any:
         """A module's output, cached if no layer with a mode precedes it."""
-        if fan.is_fanned or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or holds(tree_flatten((args, kwargs))[0]):
             return plain(*args, **kwargs)
         place = next(number)
         call = self.calls.get(place)
@@ -84,6 +85,18 @@ def without_mode(module: nn.Module) -> Iterator[nn.Module]:
     else:
         for child in module.children():
             yield from without_mode(child)
+
+
+def only_computes(module: nn.Module) -> bool:
+    """Whether every part is torch's own, in evaluation and without hooks, so that calls leave no trace."""
+    return all(
+        is_of_torch(type(part)) and not part.training and not has_forward_hooks(part) for part in module.modules()
+    )
+
+
+@cache
+def is_of_torch(kind: type) -> bool:
+    return kind.__module__.startswith(("torch.nn.", "lightning_bln."))
 
 
 @contextmanager

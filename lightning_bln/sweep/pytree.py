@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bln import _torch
 from lightning_bln._torch import tree_flatten
-from lightning_bln.recurrence.fan_out import is_joined, join_packed, order_of, part_of_joined, rows_of_joined
+from lightning_bln.recurrence.fan_out import order_of
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -96,75 +96,10 @@ def is_identical(a: Any, b: Any) -> bool:
     return bool(a == b) or (a != a and b != b)
 
 
-def find_axes(plain: Any, fanned: Any, size: int) -> list[int | None] | None:
-    """For each leaf, the axis along which ``fanned`` is ``size`` times as long; None where the trees do not fit.
-
-    The axis of a packed batch is that of its sequences.
-    """
-    (leaves, spec), (many, other) = tree_flatten(plain), tree_flatten(fanned)
-    if spec != other:
-        return None
-    axes: list[int | None] = []
-    for one, all_modes in zip(leaves, many, strict=True):
-        fits, axis = find_axis(one, all_modes, size)
-        if not fits:
-            return None
-        axes.append(axis)
-    return axes
-
-
-def find_axis(one: Any, fanned: Any, size: int) -> tuple[bool, int | None]:
-    """Whether a leaf fits its counterpart in :func:`find_axes`, and the axis."""
-    if isinstance(one, PackedSequence) and isinstance(fanned, PackedSequence):
-        if has_same_order(one, fanned):
-            return one.data.shape == fanned.data.shape, None
-        return torch.equal(one.batch_sizes * size, fanned.batch_sizes) and has_parts(fanned, 0, size), 0
-    if not isinstance(one, Tensor) or not isinstance(fanned, Tensor):
-        return is_equal(one, fanned), None
-    if one.ndim != fanned.ndim:
-        return False, None
-    differing = [axis for axis in range(one.ndim) if one.shape[axis] != fanned.shape[axis]]
-    if not differing:
-        return True, None
-    axis = differing[0]
-    return len(differing) == 1 and one.shape[axis] * size == fanned.shape[axis], axis
-
-
-def have_parts(leaves: list[Any], axes: list[int | None], size: int) -> bool:
-    """Whether each leaf is made of a part for each of ``size`` modes along its axis, if it has one."""
-    return len(leaves) == len(axes) and all(
-        axis is None or has_parts(leaf, axis, size) for leaf, axis in zip(leaves, axes, strict=True)
-    )
-
-
-def has_parts(leaf: Any, axis: int, size: int) -> bool:
-    """:func:`have_parts` of one leaf; a packed batch has them if each mode's sequences are in the order of one mode."""
-    if isinstance(leaf, PackedSequence):
-        return is_joined(leaf, size)
-    return isinstance(leaf, Tensor) and leaf.ndim > axis and leaf.shape[axis] % size == 0
-
-
-def part_of(leaf: Any, axis: int | None, size: int, position: int) -> Any:
-    """The part at ``position`` among those of ``size`` modes along ``axis``; the leaf itself if that is None."""
-    if axis is None:
-        return leaf
-    if isinstance(leaf, PackedSequence):
-        return part_of_joined(leaf, size, position)
-    length = leaf.shape[axis] // size
-    return leaf.narrow(axis, position % size * length, length).contiguous()
-
-
-def stack_of(leaf: Any, axis: int | None, size: int) -> Any:
-    """All parts along a first axis of modes, that of the data for a packed batch."""
-    if axis is None:
-        return leaf
-    if isinstance(leaf, PackedSequence):
-        return part_of_joined(leaf, size, 0)._replace(data=rows_of_joined(leaf, size))
-    return leaf.unflatten(axis, (size, -1)).movedim(axis, 0).contiguous()
-
-
-def repeated(value: Any, times: int) -> Any:
-    """``value`` ``times`` times along its first axis, if it is a tensor that has one, or along its sequences."""
-    if isinstance(value, PackedSequence):
-        return join_packed([value] * times)
-    return value.repeat(times, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value
+def is_close_or_identical(a: Any, b: Any) -> bool:
+    """:func:`is_close` of two tensors of floats, :func:`is_identical` of all else."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point():
+        return is_close(a, b)
+    if isinstance(a, float) and isinstance(b, float):
+        return is_close(torch.tensor(a), torch.tensor(b))
+    return is_identical(a, b)

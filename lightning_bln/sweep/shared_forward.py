@@ -1,170 +1,310 @@
-"""One forward for many modes: the part of a model that holds its BLN layers runs once, and each mode gets its share."""
+"""One forward for many modes: a step is run once for several, and what a model computed then is used again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bln import _torch
-from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers
-from lightning_bln.sweep.forward_state import ForwardState
-from lightning_bln.sweep.shared_module import UNDECIDED, SharedModule
+from lightning_bln._torch import OutOfMemoryError, eagerly, storage_address, tree_flatten
+from lightning_bln.modes import Stacked, StatisticsMode, mode_layers
+from lightning_bln.per_mode import NotTogether, PerMode, holds, part_of, reason_of
+from lightning_bln.per_mode.writes import WRITTEN
+from lightning_bln.sweep.prefix_cache import Prefix, replacing_forward
+from lightning_bln.sweep.pytree import is_same_input, trees_match
+from lightning_bln.sweep.random_state import RandomState
+from lightning_bln.sweep.snapshot import isolated, snapshot
+
+BYTES = 2**28
+"""Upper bound of the largest activation, for all modes of a chunk."""
+
+CPU_BYTES = 2**23
+"""The same bound on the CPU, where larger arrays are returned to the system after each use and faulted in again."""
+
+FEWEST = 4
+"""Modes of a chunk on the CPU, if :data:`BYTES` allows, however large the activations: fewer share too little."""
+
+UNKNOWN = 2
+"""Modes of a chunk before the size of activations is known."""
+
+
+class Undecided:
+    """Sentinel mode while several run together; reading it raises :class:`NotTogether`."""
+
+    @property
+    def uses_population(self) -> Any:
+        raise NotTogether("a layer is asked for its mode")
+
+    def __str__(self) -> str:
+        raise NotTogether("a layer is asked for its mode")
+
+    __repr__ = __format__ = __eq__ = __hash__ = __str__  # type: ignore[assignment]
+
+
+UNDECIDED: Any = Undecided()
+
+
+class Recording(NamedTuple):
+    """Output of one call of a module for several modes, its inputs, and the modes."""
+
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    output: Any
+    modes: tuple[StatisticsMode, ...]
+    memory: set[int]
+
+    def serves(self, mode: StatisticsMode, inputs: Any) -> bool:
+        """Whether the module would return the same in ``mode`` for ``inputs``."""
+        return mode in self.modes and not self.memory & WRITTEN and trees_match(self.inputs, inputs, is_same_input)
+
+
+class Patience:
+    """Tries that are worth their time: after each failure in a row twice as many are left out."""
+
+    MOST = 32
+
+    def __init__(self) -> None:
+        self.failures = self.rest = 0
+
+    def is_over(self) -> bool:
+        """Whether this try is to be left out."""
+        self.rest -= 1
+        return self.rest >= 0
+
+    def failed(self) -> None:
+        self.rest = min(2**self.failures, self.MOST) - 1
+        self.failures += 1
+
+    def succeeded(self) -> None:
+        self.failures = self.rest = 0
 
 
 class SharedForward:
-    """Steps of many modes that share the forwards they have in common.
+    """Steps of many modes on one batch that share the forwards they have in common.
 
-    During a step, the forward of each module that holds every BLN layer is replaced, and the outermost one that is
-    called is shared. In the step of a chunk's first mode it lays all modes of the chunk out along the batch axis and
-    runs once; in the steps of the others it returns their part of the output if its input is the same.
-
-    On the verification batch every mode also runs unshared, and those outputs are used. A module whose outputs differ,
-    that draws random numbers, changes state of its own or has hooks inside is not shared from then on; the next smaller
-    one is tried.
-
-    A step that can work with the :class:`PerMode` output of all modes runs once for all, see :meth:`step_jointly`.
+    Within :meth:`together` a step runs once for several modes: from the first layer with a mode on, values are
+    :class:`~lightning_bln.per_mode.PerMode` tensors. What a module that holds every layer with a mode returned then is
+    recorded, if its forward did nothing but compute; within :meth:`alone`, the step of one mode gets its part where the
+    module is called in the same way.
 
     Args:
         model: The model whose layers have modes.
         chunk: The most modes of one forward; fewer where memory does not suffice.
+
+    Attributes:
+        reason: Why modes were evaluated one after the other the last time; None where they never were.
     """
 
     def __init__(self, model: nn.Module, chunk: int = 16) -> None:
-        self.state = ForwardState(mode_layers(model), chunk)
-        self.modules = [SharedModule(module, self.state) for module in shareable(model)]
-        self.following = ExitStack()
-        self.is_verified = False
-        """Whether the verification batch has shown that modes can be evaluated jointly."""
+        self.layers = mode_layers(model)
+        self.modules = holders(model)
+        self.most, self.largest = chunk, 0
         self.reason: str | None = None
-        """Why they cannot, or can no longer."""
+        self.patience = Patience()
+        self.recording_patience = Patience()
+        self.recordings: dict[tuple[nn.Module, int], list[Recording]] = {}
+        self.calls: Counter[nn.Module] = Counter()
+        self.is_active = True
+        self.is_inside = self.in_chunks = False
+        self.prefix: Prefix | None = None
+        self.may_record = True
+        self.following = ExitStack()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next((one.device for layer in self.layers for one in layer.buffers()), torch.device("cpu"))
 
     @property
     def chunk(self) -> int:
-        """The most modes of one forward."""
-        return self.state.chunk
+        """The most modes of one forward, by the largest activation so far."""
+        if not self.largest:
+            return min(self.most, UNKNOWN)
+        most = max(1, BYTES // self.largest)
+        if self.device.type == "cpu":
+            most = min(most, max(FEWEST, CPU_BYTES // self.largest))
+        return max(1, min(self.most, most))
 
-    @property
-    def is_active(self) -> bool:
-        """Whether a module is shared, or may yet be."""
-        return any(not module.has_failed for module in self.modules)
-
-    @property
-    def failure(self) -> str | None:
-        """Reason that no module can be shared; None if one is, or may yet be."""
-        if self.is_active:
-            return None
-        return self.state.failure or "there are forward hooks inside every module that holds all BLN layers"
-
-    def install(self, stack: ExitStack) -> None:
-        """Replace the modules' forwards until ``stack`` closes, which ends the batch."""
-        stack.callback(self.state.end_batch)
-        for module in self.modules:
-            if not module.has_failed:
-                module.install(stack)
-
-    def step_per_mode(
-        self,
-        runs: Sequence[Any],
-        step: Callable[[Any], Any],
-        verify: bool = False,
-        follows: StatisticsMode | None = None,
-        records: bool = False,
-    ) -> None:
-        """Call ``step`` with each of ``runs``, which have a ``mode``, on one batch.
-
-        Args:
-            runs: One run for each mode; ``step`` sets the mode.
-            step: The step of one run.
-            verify: Whether to compare the shared output of the first mode with an unshared one again.
-            follows: The mode of one more step on the batch, which the caller runs before it calls :meth:`close`.
-            records: Whether :meth:`step_jointly` gives, on this batch, the outputs of these steps.
-        """
+    def begin(self, modes: int) -> None:
+        """Begin a batch, which is to be evaluated in so many modes."""
         self.close()
-        state = self.state
-        state.outputs, state.records = {}, records
-        if not self.is_active:
-            for run in runs:
-                step(run)
-            return
-        # on verification batches the modes run unshared, and so does the step that follows
-        if verify or not any(module.was_checked and not module.has_failed for module in self.modules):
-            follows = None
-        state.is_verifying, state.in_chunks = verify, state.chunk < len(runs)
-        with ExitStack() as stack:
-            self.install(stack)
-            left = list(runs)
-            while left:
-                modes = tuple(run.mode for run in left[: state.chunk])
-                if follows is not None and len(left) <= state.chunk:
-                    if len(left) < state.chunk:
-                        modes += (follows,)
-                    else:
-                        follows = None
-                state.begin_chunk(modes)
-                while left and state.position < len(state.modes):  # the first mode may shorten the chunk
-                    state.calls.clear()
-                    step(left.pop(0))
-                    state.position += 1
-                state.is_verifying = False
-            for module in self.modules:
-                module.was_checked |= bool(module.axes)
-            if follows is not None:
-                state.calls.clear()
-                self.following = stack.pop_all()
-
-    def step_jointly(
-        self,
-        modes: Sequence[StatisticsMode],
-        step: Callable[[], Any],
-        verify: bool = False,
-        follows: StatisticsMode | None = None,
-    ) -> None:
-        """Call ``step`` once for all ``modes``: shared modules return :class:`PerMode` tensors.
-
-        Args:
-            modes: The modes, in the order of the parts.
-            step: The step; until it ends, no layer has a mode of its own.
-            verify: See :meth:`step_per_mode`.
-            follows: See :meth:`step_per_mode`.
-
-        Raises:
-            NotTogether: A shared module cannot compute all modes, or a layer is called outside of it; errors of
-                ``step`` come through as they are.
-        """
-        self.close()
-        state = self.state
-        before = [layer.mode for layer in state.layers]
-        with ExitStack() as stack:
-            self.install(stack)
-            state.joint_modes, state.follows, state.is_verifying = tuple(modes), follows, verify
-            state.calls.clear()
-            assign_modes(state.layers, [UNDECIDED] * len(state.layers))
-            try:
-                step()
-            finally:
-                assign_modes(state.layers, before)
-                state.joint_modes, state.is_verifying = (), False
-                state.outputs = {}
-            if follows is not None:
-                state.position = -1
-                state.calls.clear()
-                self.following = stack.pop_all()
+        self.in_chunks = self.chunk < modes
+        self.recordings.clear()
+        WRITTEN.clear()
+        self.prefix, self.may_record = None, not self.recording_patience.is_over()
 
     def close(self) -> None:
         """End the step that follows, if there is one."""
         self.following.close()
 
+    @contextmanager
+    def together(self, modes: Sequence[StatisticsMode]) -> Iterator[None]:
+        """Within the context a step runs once for all ``modes``; an error that the step caught comes at the end.
 
-def shareable(model: nn.Module) -> list[nn.Module]:
+        Raises:
+            NotTogether: Modes differ where Python needs one answer.
+        """
+        made = NotTogether.made
+        with ExitStack() as stack:
+            for module in self.modules:
+                stack.enter_context(replacing_forward(module, partial(self.recorded, tuple(modes), module)))
+            stack.enter_context(self.stacked(modes))
+            self.calls.clear()
+            yield
+        if NotTogether.made != made:
+            raise NotTogether("its code caught the error that modes differ")
+
+    @contextmanager
+    def alone(self, mode: StatisticsMode, others: Sequence[StatisticsMode] = ()) -> Iterator[None]:
+        """Within the context a step runs in ``mode``, which the caller has set.
+
+        Args:
+            mode: The mode.
+            others: Modes whose steps on this batch follow, so that a forward may be run for them too.
+        """
+        wanted = (mode, *others)[: self.chunk]
+        with ExitStack() as stack:
+            for module in self.modules:
+                stack.enter_context(replacing_forward(module, partial(self.replayed, wanted, module)))
+            self.calls.clear()
+            yield
+
+    def follow(self, mode: StatisticsMode | None) -> None:
+        """Let the caller's own step on this batch, in ``mode``, use what was recorded, until :meth:`close`."""
+        if mode is not None and self.recordings:
+            self.following.enter_context(self.alone(mode))
+
+    @contextmanager
+    def stacked(self, modes: Sequence[StatisticsMode]) -> Iterator[None]:
+        """Within the context layers evaluate all of ``modes``; the largest activation is measured."""
+        before = [(layer.__dict__["fan"], layer.mode) for layer in self.layers]
+        fan, largest, PerMode.largest = Stacked(modes), PerMode.largest, 0
+        try:
+            for layer in self.layers:
+                layer.__dict__["fan"], layer.__dict__["_mode"] = fan, UNDECIDED
+            with eagerly():
+                yield
+        finally:
+            for layer, (own, mode) in zip(self.layers, before, strict=True):
+                layer.__dict__["fan"], layer.__dict__["_mode"] = own, mode
+            self.largest, PerMode.largest = max(self.largest, PerMode.largest), largest
+
+    def recorded(self, modes: Any, module: nn.Module, plain: Callable, *args: Any, **kwargs: Any) -> Any:
+        """A module's output for all ``modes``, kept where the module did nothing but compute it."""
+        if self.is_inside or module.training or holds(tree_flatten((args, kwargs))[0]) or torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        call = module, self.calls[module]
+        self.calls[module] += 1
+        before, random = snapshot(module), RandomState(self.device)
+        self.is_inside = True
+        try:
+            with self.sharing_prefix(module):
+                output = plain(*args, **kwargs)
+        finally:
+            self.is_inside = False
+        is_clean = not random.has_moved() and before == snapshot(module)
+        memory = memory_of(output, (args, kwargs))
+        if is_clean and memory is not None:
+            self.recordings.setdefault(call, []).append(Recording((args, kwargs), output, modes, memory))
+        return output
+
+    def replayed(self, wanted: Any, module: nn.Module, plain: Callable, *args: Any, **kwargs: Any) -> Any:
+        """A module's output in the first of ``wanted`` modes: its part of what was recorded, or is now."""
+        if self.is_inside or module.training or torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        call, mode = (module, self.calls[module]), wanted[0]
+        self.calls[module] += 1
+        found = self.recording(call, mode, (args, kwargs))
+        is_recorded = any(mode in one.modes for one in self.recordings.get(call, ()))
+        if found is None and len(wanted) > 1 and self.may_record and not is_recorded:
+            found = self.record(call, wanted, plain, args, kwargs)
+        if found is not None:
+            return part_of(found.output, found.modes.index(mode))
+        self.is_inside = True
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            self.is_inside = False
+
+    def recording(self, call: Any, mode: StatisticsMode, inputs: Any) -> Recording | None:
+        return next((one for one in self.recordings.get(call, ()) if one.serves(mode, inputs)), None)
+
+    def record(self, call: Any, wanted: Any, plain: Callable, args: Any, kwargs: Any) -> Recording | None:
+        """Run a module for several modes; None, and as it was, where that cannot be."""
+        module, calls, random = call[0], self.calls.copy(), RandomState(self.device)
+        self.calls[module] = call[1]
+        try:
+            with isolated(module), self.stacked(wanted):
+                self.recorded(wanted, module, plain, *args, **kwargs)
+            found = self.recording(call, wanted[0], (args, kwargs))
+        except Exception as error:  # the user's own come again from the module by itself
+            found = None
+            self.note(error, len(wanted))
+        self.calls = calls
+        if found is None:
+            random.restore()
+            self.may_record = False
+            self.recording_patience.failed()
+        else:
+            self.recording_patience.succeeded()
+        return found
+
+    def note(self, error: Exception, modes: int) -> None:
+        """Keep why modes part; where memory did not suffice for so many, run fewer at once from now on."""
+        self.reason = reason_of(error)
+        if is_out_of_memory(error):
+            self.most = max(1, min(self.most, modes // 2))
+
+    def sharing_prefix(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Within the context, what precedes the first layer with a mode is computed once for all chunks of a batch."""
+        if not self.in_chunks:
+            return nullcontext()
+        if self.prefix is None or self.prefix.model is not module:
+            self.prefix = Prefix(module)
+        return self.prefix.shared()
+
+
+def holders(model: nn.Module) -> list[nn.Module]:
     """The modules that hold every layer with a mode and no hooks inside, the outermost first."""
     layers = {id(layer) for layer in mode_layers(model)}
-    found = []
-    for module in model.modules():
-        inside = list(module.modules())
-        has_hooks = any(_torch.has_forward_hooks(part) for part in inside if part is not module)
-        if not has_hooks and layers <= {id(part) for part in inside}:
+    found: list[nn.Module] = []
+    module: nn.Module | None = model
+    while module is not None:
+        if not any(_torch.has_forward_hooks(part) for part in module.modules()):
             found.append(module)
+        module = next((one for one in module.children() if layers <= {id(part) for part in one.modules()}), None)
     return found
+
+
+def memory_of(output: Any, inputs: Any) -> set[int] | None:
+    """Where the memory of an output lies; None where its parts for each mode could not be told or kept."""
+    given, found = {id(leaf) for leaf in tree_flatten(inputs)[0]}, set()
+    for leaf in tree_flatten(output)[0]:
+        value = leaf.data if isinstance(leaf, PackedSequence) else leaf
+        if isinstance(value, Tensor):
+            if id(leaf) in given:
+                return None
+            found |= {storage_address(one) for one in ((value.like,) if stack_in(value) else parts_of(value))}
+        elif not isinstance(leaf, (int, float, str, bool, type(None))):
+            return None
+    return found
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def stack_in(value: Tensor) -> bool:
+    return isinstance(value, PerMode) and value.stack is not None
+
+
+def parts_of(value: Tensor) -> Sequence[Tensor]:
+    return value.parts if isinstance(value, PerMode) else (value,)

@@ -79,7 +79,9 @@ class Store:
                 return
             waits = {"connect_args": {"timeout": 60}} if kind == "sqlite" else {"pool_pre_ping": True}
             address = f"postgresql+psycopg:{path}" if kind in ("postgres", "postgresql") else url
-            with self._file_lock() if self.file is not None else creating(address):  # two must not create tables at once
+            with (
+                self._file_lock() if self.file is not None else creating(address)
+            ):  # two must not create tables at once
                 self.storage = optuna.storages.RDBStorage(
                     address, engine_kwargs=waits, heartbeat_interval=heartbeat, grace_period=4 * heartbeat
                 )

@@ -75,7 +75,7 @@ def test_regrouped_scores_leave_the_validation_as_it_was() -> None:
     expected = zoo.oracle(model, sorted_by_class())
     assert callback.result is not None
     for mode, values in callback.result.scores.items():
-        assert values["end_total"] == pytest.approx(expected[mode]["end_total"], rel=1e-5)
+        assert values["val_sum"] == pytest.approx(expected[mode]["val_sum"], rel=1e-5)
     chosen = expected[str(callback.result.chosen)]
     assert float(trainer.callback_metrics["val_f1"]) == pytest.approx(chosen["val_f1"], abs=1e-6)
 

@@ -16,10 +16,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 from torch.utils.data import DataLoader
 
 from lightning_bln import BLNGRU, BLNLSTM
+from lightning_bln.callbacks.copies import Copies
 from lightning_bln.callbacks.guard import NotRegroupable, dissect
-from lightning_bln.callbacks.run import Copies
 from lightning_bln.callbacks.user_state import rebuild
-from lightning_bln.sweep.per_mode_tensor import PerMode
+from lightning_bln.per_mode import PerMode
 from lightning_bln.sweep.pytree import is_identical, trees_match
 
 
@@ -73,7 +73,7 @@ class Keeps(Classifier):
         self.seen.append(self.run(batch)[0])
 
     def on_validation_epoch_end(self) -> None:
-        self.log("kept", torch.stack([out.data.square().mean() for out in self.seen]).sum())
+        self.log("end_kept", torch.stack([out.data.square().mean() for out in self.seen]).sum())
         self.seen.clear()
 
 

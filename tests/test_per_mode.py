@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torchmetrics as tm
 from torch import Tensor
 
-from lightning_bln.sweep.per_mode_tensor import NotTogether, PerMode, join_trees, undoable
+from lightning_bln.per_mode import NotTogether, PerMode, join_trees, undoable
 
 MODES, SAMPLES, CLASSES = 5, 12, 4
 
@@ -29,7 +29,7 @@ def assert_parts(found: Any, expected: list[Tensor]) -> None:
     assert isinstance(found, PerMode)
     for part, one in zip(found.parts, expected, strict=True):
         assert part.dtype == one.dtype
-        assert torch.equal(part, one)
+        torch.testing.assert_close(part, one, rtol=1e-6, atol=1e-6)
 
 
 def assert_same_for_each(function: Callable[..., Any], *values: list[Tensor]) -> None:
@@ -120,25 +120,43 @@ def test_metrics(make: Callable[[], tm.Metric]) -> None:
     assert_parts(metric.compute(), [one.compute() for one in own])
 
 
-def test_a_plain_tensor_is_not_written_into() -> None:
-    loss, total = PerMode([torch.tensor(1.0), torch.tensor(2.0)]), torch.zeros(())
-    for write in (total.add_, total.copy_, lambda one: torch.add(one, 1, out=total), lambda one: total.fill_(one)):
-        with pytest.raises(NotTogether, match="into a tensor that all have"):
-            write(loss)
-    assert total == 0
-    total += loss
-    assert_parts(total, [torch.tensor(1.0), torch.tensor(2.0)])
+def add_out(total: Tensor, one: Tensor) -> None:
+    torch.add(one, 1, out=total)
+
+
+WRITES = [Tensor.add_, Tensor.copy_, Tensor.fill_, add_out, operator.iadd, lambda total, one: total[...].add_(one)]
+
+
+@pytest.mark.parametrize("write", WRITES[:-1])
+def test_a_plain_tensor_gets_a_part_for_each_mode_for_all_that_refer_to_it(write: Callable) -> None:
+    loss, total = PerMode([torch.tensor(1.0), torch.tensor(2.0)]), torch.full((), 3.0)
+    alias, expected = {"total": total}, []
+    for part in loss.parts:
+        one = torch.full((), 3.0)
+        write(one, part)
+        expected.append(one)
+    write(total, loss)
+    assert_parts(alias["total"], expected)
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_memory_that_others_have_is_not_written_into(write: Callable) -> None:
+    loss, totals = PerMode([torch.tensor(1.0), torch.tensor(2.0)]), torch.zeros(2)
+    for total in (totals[0], totals[1].detach(), torch.nn.Parameter(torch.zeros(()))):
+        with torch.no_grad(), pytest.raises(NotTogether):
+            write(total, loss)
+    assert totals.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
     "name", ["add", "sub", "mul", "floordiv", "mod", "pow", "and_", "or_", "xor", "lshift", "rshift"]
 )
-def test_augmented_assignment_gives_a_plain_tensors_name_another(name: str) -> None:
+def test_augmented_assignment(name: str) -> None:
     write, parts = getattr(operator, f"i{name.rstrip('_')}"), [torch.tensor([1, 2]), torch.tensor([3, 1])]
-    total = plain = torch.tensor([5, 6])
+    total = alias = torch.tensor([5, 6])
     total = write(total, PerMode(parts))
-    assert_parts(total, [getattr(operator, name)(plain, part) for part in parts])
-    assert plain.tolist() == [5, 6]
+    assert_parts(total, [getattr(operator, name)(torch.tensor([5, 6]), part) for part in parts])
+    assert alias is total
     before = [part.clone() for part in total.parts]
 
     def write_and_raise() -> None:
