@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from functools import partial
@@ -199,10 +199,24 @@ def altered(loader: DataLoader[Any], **attributes: Any) -> DataLoader[Any]:
     return other
 
 
-def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
+def ignore_in_ddp(module: nn.Module, names: Callable[[nn.Module], Iterable[str]]) -> None:
     """Exclude buffers from DDP's broadcast, which would replace every rank's statistics by those of rank 0."""
     before = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
-    module._ddp_params_and_buffers_to_ignore = [*before, *(name for name in names if name not in set(before))]  # type: ignore[assignment]
+    before = before.given if isinstance(before, Ignored) else list(before)
+    module._ddp_params_and_buffers_to_ignore = Ignored(module, before, names)  # type: ignore[assignment]
+
+
+class Ignored:
+    """Names that DDP ignores, as they are when it asks: layers may be made later; a copy holds them as a list."""
+
+    def __init__(self, module: nn.Module, given: list[str], names: Callable[[nn.Module], Iterable[str]]) -> None:
+        self.module, self.given, self.names = module, given, names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self.given, *self.names(self.module)]))
+
+    def __reduce__(self) -> tuple[type, tuple[list[str]]]:
+        return list, (list(self),)
 
 
 def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:

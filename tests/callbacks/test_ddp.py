@@ -78,3 +78,24 @@ def test_sharded_weights_have_the_population_and_mode_of_all_data(tmp_path: Path
     assert found["mode"] == found["chosen"]
     for mode, value in found["alone"].items():
         assert found["scores"][mode] == pytest.approx(value, rel=2e-5)
+
+
+@pytest.mark.parametrize("hook", ["init", "setup", "configure_model"])
+def test_layers_made_late_gather_from_all_ranks_too(tmp_path: Path, hook: str) -> None:
+    assert run("ranks_run.py", f"late:{hook}", tmp_path)["off"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("val_loss/other", "rank 1 did not log it; log it on every rank"),
+        ("other/val_loss", "rank 0 did not log it; log it on every rank"),
+        ("one/other", "the validation logged one, other;"),
+        ("val_loss extra/val_loss", ""),  # what only one rank logs is its own business, unless it is monitored
+    ],
+)
+def test_a_monitor_that_a_rank_lacks_is_an_error_on_all(tmp_path: Path, names: str, words: str) -> None:
+    errors = run("ranks_run.py", f"uneven:{names}", tmp_path)
+    assert errors[0] == errors[1]
+    assert words in errors[0]
+    assert bool(words) == ("monitor='val_loss'" in errors[0])

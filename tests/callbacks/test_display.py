@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 import zoo
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from lightning_bln import ALL_MODES
 from lightning_bln.callbacks.display import RichLine, SweepBar, TqdmLine
 from lightning_bln.sweep import SweepResult
 
@@ -86,16 +88,56 @@ def test_table_files_and_hyperparameters(tmp_path: Path, capsys: pytest.CaptureF
     assert hyperparameters["bln_mode"] == str(callback.result.chosen)
 
 
-def test_tensorboard_gets_scores_and_the_heat_map(tmp_path: Path) -> None:
+def tags(folder: Path, *callbacks: Any, model: Any = None) -> tuple[dict[str, Any], Any]:
+    """The tags that TensorBoard shows of a fit, and the last value of a scalar by its tag."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logger = TensorBoardLogger(tmp_path)
-    zoo.fitted(zoo.Simple(), zoo.chooser(plot=True), logger=logger)
+    logger = TensorBoardLogger(folder)
+    zoo.fitted(zoo.Simple() if model is None else model, *callbacks, logger=logger, log_every_n_steps=1)
     events = EventAccumulator(logger.log_dir)
     events.Reload()
-    assert "bln/modes" in events.Tags()["images"]
-    assert {"bln/mode", "bln/val_loss/pppp", "val_loss"} <= set(events.Tags()["scalars"])
+    return events.Tags(), lambda tag: events.Scalars(tag)[-1].value
+
+
+def test_tensorboard_gets_the_heat_map(tmp_path: Path) -> None:
+    assert "bln/modes" in tags(tmp_path, zoo.chooser(plot=True))[0]["images"]
+
+
+EVERY_SCORE = {f"bln/val_loss/{mode}" for mode in ALL_MODES}
+FEW = {"bln/mode", "bln/val_loss/spread"}
+
+
+@pytest.mark.parametrize(("log", "added"), [(False, set()), (True, FEW), ("all", FEW | EVERY_SCORE)])
+def test_loggers_get_few_scalars_or_those_that_are_asked_for(tmp_path: Path, log: Any, added: set[str]) -> None:
+    def fit(folder: Path, *callbacks: Any) -> Any:
+        torch.manual_seed(0)
+        return tags(folder, *callbacks)
+
+    plain, _ = fit(tmp_path / "plain")
+    callback = zoo.chooser(guard="warn", tolerance=100.0, log=log)
+    shown, _ = fit(tmp_path / "ours", callback)
+    assert callback.result is not None
+    assert callback.result.chosen in callback.result.regrouped
+    spreads = {f"bln/spread/{mode}" for mode in callback.result.regrouped} if log == "all" else set()
+    assert set(shown["scalars"]) - set(plain["scalars"]) == added | spreads
+
+
+def test_tensorboard_gets_the_mode_as_text_and_keeps_the_users_hp_metric(tmp_path: Path) -> None:
+    class Tuned(zoo.Simple):
+        def on_validation_epoch_end(self) -> None:
+            self.log("hp_metric", 0.5)
+
+    shown, last = tags(tmp_path, zoo.chooser(), model=Tuned())
+    assert shown["tensors"] == ["bln/mode/text_summary"]
+    assert last("hp_metric") == 0.5
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_scores_of_every_mode_are_no_metrics_unless_asked_for(log: bool) -> None:
+    trainer = zoo.fitted(zoo.Simple(), zoo.chooser(log=log))
+    ours = {name for name in trainer.callback_metrics if name.startswith("bln/")}
+    assert ours == ({"bln/mode"} if log else set())
 
 
 def test_loggers_with_log_image_get_a_picture_and_may_fail() -> None:

@@ -222,11 +222,11 @@ def test_a_reloaded_model_announces_its_mode(monkeypatch: pytest.MonkeyPatch) ->
         def test_step(self, batch: Any, batch_idx: int) -> None:
             self(batch[0])
 
-    model, callback = Tests(), zoo.chooser()
+    model, callback = Tests(), zoo.chooser(verbose=True)
     trainer = zoo.fitted(model, callback)
     assert callback.result is not None
     said: list[str] = []
-    monkeypatch.setattr("lightning_bln.callbacks.stats.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_bln.callbacks.messages.rank_zero_info", said.append)
     trainer.test(model, zoo.val_data(), verbose=False)
     trainer.fit_loop.max_epochs = 2
     trainer.fit(model, zoo.train_data(), zoo.val_data())
@@ -242,10 +242,10 @@ def test_a_model_from_a_checkpoint_announces_its_mode(tmp_path: Path, monkeypatc
     path = str(tmp_path / "saved.ckpt")
     zoo.fitted(Tests(), zoo.chooser(candidates=["pccp"])).save_checkpoint(path)
     said: list[str] = []
-    monkeypatch.setattr("lightning_bln.callbacks.stats.rank_zero_info", said.append)
-    zoo.trainer(zoo.chooser()).validate(Tests(), zoo.val_data(), ckpt_path=path, verbose=False)
-    zoo.trainer(zoo.chooser()).test(Tests(), zoo.val_data(), ckpt_path=path, verbose=False)
-    zoo.trainer(zoo.chooser(), max_epochs=2).fit(Tests(), zoo.train_data(), zoo.val_data(), ckpt_path=path)
+    monkeypatch.setattr("lightning_bln.callbacks.messages.rank_zero_info", said.append)
+    zoo.trainer(zoo.chooser(verbose=True)).validate(Tests(), zoo.val_data(), ckpt_path=path, verbose=False)
+    zoo.trainer(zoo.chooser(verbose=True)).test(Tests(), zoo.val_data(), ckpt_path=path, verbose=False)
+    zoo.trainer(zoo.chooser(verbose=True), max_epochs=2).fit(Tests(), zoo.train_data(), zoo.val_data(), ckpt_path=path)
     assert said[:3] == [
         "Tests starts to validate in statistics mode pccp.",
         "Tests tests in statistics mode pccp.",

@@ -22,9 +22,25 @@ def test_best_by_either_direction_and_metric() -> None:
     assert result().best() == "pppc"
     assert result().best("acc", "max") == "pppp"
     assert result().best(among=["cccc", "pccc"]) == "pccc"
-    assert result(mode="max").best() == "cccc"
+    assert result().best("acc", direction="max") == result().best("acc", mode="max") == "pppp"
+    assert result(direction="max").best() == result(mode="max").best() == "cccc"
+    assert result(mode="max").direction == result(direction="max").mode == "max"
     with pytest.raises(ValueError, match="monitor='f1'"):
         result().best("f1")
+
+
+@pytest.mark.parametrize("make", [result, lambda **given: result().best(**given)])
+def test_contradictory_directions_are_refused(make: Any) -> None:
+    with pytest.raises(ValueError, match="direction='max' and mode='min'"):
+        make(direction="max", mode="min")
+    with pytest.raises(ValueError, match="direction='up'"):
+        make(direction="up")
+
+
+def test_files_hold_the_direction_by_its_earlier_name() -> None:
+    state = result(direction="max").to_dict()
+    assert state["mode"] == "max"
+    assert SweepResult.from_dict(state).direction == "max"
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
@@ -48,11 +64,11 @@ def test_table_ranks_and_marks() -> None:
 
 
 def test_note_and_reason_stand_below_the_table() -> None:
-    assert result().__rich__().caption is None
+    assert result().table().caption is None
     made = result(note="So it is.", reason="a step draws random numbers")
     footer = ["So it is.", "Modes were evaluated one after the other: a step draws random numbers."]
     assert str(made).splitlines()[-2:] == footer
-    assert made.__rich__().caption == "\n".join(footer)
+    assert made.table().caption == "\n".join(footer)
 
 
 def test_heat_map_marks_the_best_and_the_incumbent() -> None:
