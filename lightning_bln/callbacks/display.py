@@ -116,6 +116,9 @@ class RichLine:
 
     def close(self) -> None:
         self.progress.update(self.task, visible=False)
+        if self.progress.live.is_started:
+            # at once: a line that is still on the screen would stay there if something else is printed
+            self.progress.refresh()
 
 
 def check_log(value: Any) -> bool | Literal["all"]:

@@ -127,7 +127,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self._frozen_weights: int | None = None
         self._frozen_step: int | None = None
         self._messages = Messages(verbose)
-        self._during_sanity_check = ExitStack()
+        self._while_quiet = ExitStack()
         self._during_fit = ExitStack()
         self._bar = SweepBar()
 
@@ -173,12 +173,10 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         check_validation_data(trainer)
 
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
-        # before training there is no population, and a warning of it would be noise
-        self._during_sanity_check.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", message=".*needs a population.*")
+        self._quiet_layers()  # before training there is no population, and a warning of it would be noise
 
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
-        self._during_sanity_check.close()
+        self._while_quiet.close()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         # not in on_train_epoch_start, which the Trainer skips when it resumes, within an epoch and right after one
@@ -198,8 +196,12 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             self._announce(trainer, pl_module, "starts to validate")
             if not any(one.is_frozen for one in populations(pl_module)):
                 self._is_sweeping = False
-                sentence = "BLNStatsCallback chooses no mode: the model has no population yet; call fit first."
-                self._messages.info(trainer, sentence)
+                self._messages.warn(
+                    trainer,
+                    "BLNStatsCallback chooses no mode: the model has no population yet, so each batch's own statistics "
+                    "are used; call fit first",
+                )
+                self._quiet_layers()
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         # not earlier: other callbacks swap averaged weights in by this hook
@@ -268,6 +270,9 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         if self.should_log:
             log_scores(self, trainer, result, every_mode=self.should_log == "all")
 
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._while_quiet.close()
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._freeze(trainer, pl_module)
 
@@ -298,7 +303,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self._evaluation = self._guard = None
         self._bar.close()
         self._close_shared()
-        self._during_sanity_check.close()
+        self._while_quiet.close()
         self._during_fit.close()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -314,6 +319,11 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         saved = state_dict["result"]
         self.result = None if saved is None else SweepResult.from_dict(saved)
         self.history = [(epoch, step, mode, score) for epoch, step, mode, score in state_dict["history"]]
+
+    def _quiet_layers(self) -> None:
+        """Keep layers from warning, each, that they have no population."""
+        self._while_quiet.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=".*needs a population.*")
 
     def _close_shared(self) -> None:
         if self._shared is not None:

@@ -224,7 +224,8 @@ class SweepResult:
         left_out = [name for name in self.shown() if name not in shown]
         footer = [*self._footer(), *([f"Not shown: {', '.join(left_out)}."] if left_out else [])]
         marked = self.best() if self.chosen is None else self.chosen
-        table = Table(title=f"Statistics modes by {self.monitor} ({self.direction})", caption="\n".join(footer) or None)
+        title = f"Statistics modes by {self.monitor} ({self.direction})"
+        table = Table(title=title, caption="\n".join(footer) or None, caption_justify="left")
         for position, name in enumerate(header):
             table.add_column(name, justify="left" if position in (0, len(header) - 1) else "right")
         for one, cells in zip(self.ranking(), rows, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -92,10 +93,22 @@ def test_verbose_says_each_thing_once_and_not_verbose_nothing(said: dict[str, li
     assert trainer.current_epoch == 3
     trainer.validate(zoo.Simple(), zoo.val_data(), verbose=False)
     begins = ["BLNStatsCallback evaluates modes one after the other", "BLNStatsCallback did not check whether"]
-    begins += ["Simple starts to validate in", "BLNStatsCallback chooses no mode"]
-    assert len(said["info"]) == (4 if verbose else 0)
+    begins += ["Simple starts to validate in"]
+    assert len(said["info"]) == (3 if verbose else 0)
     assert all(sentence.startswith(begin) for sentence, begin in zip(said["info"], begins, strict=False))
-    assert not said["warn"]
+    (warning,) = said["warn"]  # it changes what the layers do
+    assert warning.startswith("BLNStatsCallback chooses no mode: the model has no population")
+
+
+def test_a_missing_population_is_said_once_and_not_by_each_layer() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        zoo.trainer(zoo.chooser()).validate(zoo.Simple(), zoo.val_data(), verbose=False)
+        filters = list(warnings.filters)
+    found = [text for one in caught if "population" in (text := str(one.message))]
+    assert len(found) == 1
+    assert "each batch's own statistics" in found[0]
+    assert not [one for one in filters if "needs a population" in str(one[1])]
 
 
 class Elsewhere(pl.Callback):

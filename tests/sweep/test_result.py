@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,23 @@ def test_heat_map_marks_the_best_and_the_incumbent() -> None:
     axes = figure.axes[0]
     assert [text.get_text() for text in axes.texts][:2] == ["nan", "0.1000"]
     assert sorted(patch.get_label() for patch in axes.patches) == ["best: pppc", "incumbent: ppcc"]
+
+
+def test_a_table_fits_its_width_and_names_what_it_leaves_out() -> None:
+    from rich.console import Console
+
+    names = [f"metric_{index}" for index in range(12)]
+    scores = {mode: {"loss": 0.1, **dict.fromkeys(names, 0.5)} for mode in ("pppp", "cccc")}
+    made = SweepResult(scores, "loss", regrouped={"cccc": (0.1, 0.2)}, incumbent="cccc")
+    shown = {}
+    for width in (40, 80, 100, 400):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(made)
+        lines = console.export_text().splitlines()
+        shown[width] = [name for name in names if name in lines[2]]
+        assert max(map(len, lines)) <= width
+        text = " ".join(" ".join(lines).split())
+        left_out = ", ".join(name for name in names if name not in shown[width])
+        assert (f"Not shown: {left_out}." in text) if left_out else ("Not shown" not in text)
+        assert {"loss", "regrouped"} <= set(lines[2].replace("┃", " ").split()) or width == 40
+    assert [len(one) for one in shown.values()] == [0, 2, 4, 12]
