@@ -8,12 +8,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import lightning.pytorch as pl
 import torch
 import zoo
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_bln.callbacks.display import SweepBar
+from lightning_bln.callbacks.messages import Messages
 
 
 class Says(zoo.Simple):
@@ -22,6 +24,20 @@ class Says(zoo.Simple):
         self.log("val_in_bar", loss, prog_bar=True)
         self.log_dict({f"another_metric_{number}": loss for number in range(9)})
         float(loss)  # so that modes go one after the other
+
+
+class Interrupts(pl.Callback):
+    """Says a word where bars of training, validation and sweep are on the screen, and longer than it."""
+
+    def __init__(self) -> None:
+        self.messages = Messages(verbose=True)
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.messages.info(trainer, "In training.")
+
+    def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self.messages.info(trainer, "In validation.")
 
 
 def named(samples: list) -> Any:
@@ -46,7 +62,7 @@ def main(bar: str) -> None:
         save_dir="/dev/null/folder",
     )
     shown = {"tqdm": TQDMProgressBar, "rich": RichProgressBar}[bar](refresh_rate=1)
-    trainer = zoo.trainer(shown, callback, enable_progress_bar=True, max_epochs=2)
+    trainer = zoo.trainer(shown, Interrupts(), callback, enable_progress_bar=True, max_epochs=2)
     model = Says()
     trainer.validate(model, sorted_by_class(), verbose=False)  # there is no population yet
     trainer.fit(model, zoo.train_data(), sorted_by_class())

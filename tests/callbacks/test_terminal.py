@@ -37,6 +37,7 @@ def test_nothing_tears_or_covers_anything(tmp_path: Path, bar: str, width: int) 
     joined = [" ".join(" ".join(lines).split()), "".join(line.ljust(width) for line in lines)]
     for words in SAYS:
         assert any(re.search(words, text) for text in joined), f"{words}\n{screen}"
+    assert {"In training.", "In validation."} <= set(lines), screen
     assert not [line for line in lines if OURS.search(line) and BAR.search(line)], screen
     assert not [line for line in lines if SWEEP.search(line) and BAR.search(line)], screen
     # two tables of three modes, with a frame and a header
