@@ -14,9 +14,10 @@ from lightning_bln._torch import ignore_in_ddp
 from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.averaging import exclude_populations, saving_average, write_statistics
 from lightning_bln.callbacks.checks import check_arguments, check_model, check_validation_data, parse_candidates
-from lightning_bln.callbacks.display import SweepBar, check_log, label_bar, log_scores, report
+from lightning_bln.callbacks.display import SweepBar, check_log, label_bar, log_scores, report, sparing
 from lightning_bln.callbacks.evaluation import Evaluation, shared_forward
 from lightning_bln.callbacks.guard import Guard
+from lightning_bln.callbacks.mailbox import Arrived, Mailbox
 from lightning_bln.callbacks.messages import Messages
 from lightning_bln.callbacks.monitor import agree, unscored_of
 from lightning_bln.callbacks.recompute import batches_for, check_recompute, fingerprint, recompute
@@ -76,6 +77,9 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         ('pppp', 'pppc', 'ppcp', 'ppcc')
     """
 
+    result = Arrived[SweepResult | None]()
+    history = Arrived[list[tuple[int, int, str, float]]]()
+
     shares_forwards = True
     """Whether modes share forwards where the model allows it; without, the results are the same and take longer."""
 
@@ -118,8 +122,9 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self.stats_dataloader = stats_dataloader
         self.should_log, self.plot, self.verbose = check_log(log), plot, verbose
         self.save_dir = None if save_dir is None else Path(save_dir)
-        self.result: SweepResult | None = None
-        self.history: list[tuple[int, int, str, float]] = []
+        self.mailbox = Mailbox()
+        self.result = None
+        self.history = []
         self._evaluation: Evaluation | None = None
         self._guard: Guard | None = None
         self._shared: SharedForward | None = None
@@ -298,6 +303,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self._close_shared()
         self._shared = None
         self._during_fit.close()
+        with sparing("hand its result to the process that started this one"):
+            self.mailbox.send(trainer, self.state_dict())
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._evaluation = self._guard = None

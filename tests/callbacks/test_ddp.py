@@ -99,3 +99,15 @@ def test_a_monitor_that_a_rank_lacks_is_an_error_on_all(tmp_path: Path, names: s
     assert errors[0] == errors[1]
     assert words in errors[0]
     assert bool(words) == ("monitor='val_loss'" in errors[0])
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_what_workers_chose_reaches_the_process_that_started_them(tmp_path: Path, strategy: str) -> None:
+    found = run("spawn_run.py", strategy, tmp_path)
+    assert found["chosen"] == found["mode"] == found["history"][-1][2] == found["logged"]
+    assert len(found["history"]) == 2
+    # the population that came back is that of the worker's choice: the score is found again
+    assert found["validated"] == pytest.approx(found["score"], rel=1e-5)
+    assert found["left"] == []
+    assert found["alone"] != found["history"]  # a fit in this process then counts as any other
+    assert len(found["alone"]) == 3
