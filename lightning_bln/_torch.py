@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _python_dispatch, _pytree
 from torch.utils.data import DataLoader
@@ -217,6 +218,12 @@ class Ignored:
 
     def __reduce__(self) -> tuple[type, tuple[list[str]]]:
         return list, (list(self),)
+
+
+def sync_buffers(model: Any) -> None:
+    """Give every rank the buffers of rank 0 if DDP's next forward would; without gradients only the first one does."""
+    if isinstance(model, DistributedDataParallel) and model.will_sync_module_buffers():
+        model._sync_buffers()
 
 
 def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:

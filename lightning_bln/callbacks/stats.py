@@ -6,11 +6,11 @@ import math
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_bln._torch import ignore_in_ddp
+from lightning_bln._torch import ignore_in_ddp, sync_buffers
 from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.averaging import exclude_populations, saving_average, write_statistics
 from lightning_bln.callbacks.checks import check_arguments, check_model, check_validation_data, parse_candidates
@@ -190,6 +190,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._evaluation = self._guard = None
+        sync_buffers(trainer.strategy.model)  # before the population is computed with those of other layers
         fitting = trainer.state.fn == "fit"
         self._is_sweeping = (
             not trainer.sanity_checking
@@ -219,17 +220,15 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         if not self._is_sweeping:
             return
         if self._evaluation is None:
+            sync_buffers(trainer.strategy.model)  # again, for averages that have been swapped in since
             # made here, since only now have the module's own hooks for the start of the epoch run
             self._shared = self._shared or shared_forward(trainer, pl_module, self.shares_forwards)
             self._evaluation = Evaluation(trainer, pl_module, self.candidates, self._shared, self._bar.advance)
             batches = sum(self._evaluation.loop.max_batches)
             self._bar.start(trainer, f"{len(self.candidates)} modes", batches * len(self._evaluation.others))
             if self.guard != "off" and not all(one.is_batch_independent for one in self.candidates):
-                self._guard = Guard(
-                    self.tolerance,
-                    self.guard == "strict",
-                    lambda sentence: self._messages.info(trainer, sentence, about="no regrouping"),
-                )
+                tell = partial(self._messages.info, trainer, about="no regrouping")
+                self._guard = Guard(self.tolerance, self.guard == "strict", tell)
         if batch_idx == 0:
             label_bar(trainer, f"Validation in {len(self.candidates)} modes")
         if self._guard is not None:

@@ -1,4 +1,4 @@
-"""Started by test_ddp.py: two gloo processes whose layers come late, or that do not log alike."""
+"""Started by test_ddp.py: two gloo processes with late layers, with buffers of their own, or that log unlike names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ import torch.nn.functional as F
 import zoo
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_bln import recompute_population
+from lightning_bln.recomputation import populations
 
 
 class Late(zoo.Simple):
@@ -84,6 +88,45 @@ def uneven(names: str, out: Path) -> None:
         out.write_text(json.dumps([path.read_text() for path in ranks]))
 
 
+class Buffered(zoo.Simple):
+    """Has a BatchNorm before the BLN layers, of which every rank gathers its own running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.insert(1, nn.BatchNorm1d(8, momentum=0.5))
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
+
+
+def buffers(samples: str, out: Path) -> None:
+    """Write how far population and scores are from those of rank 0's model on all data."""
+    torch.manual_seed(0)
+    model, data, validation = Buffered(), zoo.make_data(64, 1), zoo.make_data(40, 2, shift=0.7)
+    options: dict[str, Any] = {"samples": int(samples) or None, "recompute_batches": None}
+    callback = zoo.chooser(candidates="batch_independent", **options)
+    trainer = zoo.trainer(callback, strategy="ddp", devices=2)
+    trainer.fit(model, DataLoader(data, 8), DataLoader(validation, 10))
+    trainer.strategy.barrier()
+    if not trainer.is_global_zero:
+        return
+    torch.distributed.destroy_process_group()
+    assert callback.result is not None
+    own = frozen(model)
+    samplers = [DistributedSampler(data, num_replicas=2, rank=rank) for rank in (0, 1)]
+    batches = [batch for sampler in samplers for batch in DataLoader(data, 8, sampler=sampler)]
+    recompute_population(model, batches, samples=options["samples"])
+    alone = zoo.oracle(model, DataLoader(validation, 10))
+    scores = {mode: values["val_loss"] for mode, values in callback.result.scores.items()}
+    off = {str(mode): abs(value - alone[mode]["val_loss"]) for mode, value in scores.items()}
+    out.write_text(json.dumps({"population": float((own - frozen(model)).abs().max()), "scores": off}))
+
+
+def frozen(model: nn.Module) -> torch.Tensor:
+    names = ("batch_mean", "batch_var", "feature_mean", "feature_var")
+    return torch.cat([getattr(one, name).flatten() for one in populations(model) for name in names])
+
+
 if __name__ == "__main__":
     kind, _, case = sys.argv[1].partition(":")
-    {"late": late, "uneven": uneven}[kind](case, Path(sys.argv[2]))
+    {"late": late, "uneven": uneven, "buffers": buffers}[kind](case, Path(sys.argv[2]))

@@ -101,6 +101,14 @@ def test_a_monitor_that_a_rank_lacks_is_an_error_on_all(tmp_path: Path, names: s
     assert bool(words) == ("monitor='val_loss'" in errors[0])
 
 
+@pytest.mark.parametrize("samples", [0, 1024])
+def test_population_and_scores_are_those_of_the_first_ranks_buffers(tmp_path: Path, samples: int) -> None:
+    found = run("ranks_run.py", f"buffers:{samples}", tmp_path)
+    assert found["population"] < 2e-6
+    assert len(found["scores"]) == 4
+    assert max(found["scores"].values()) < 2e-6
+
+
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
 def test_what_workers_chose_reaches_the_process_that_started_them(tmp_path: Path, strategy: str) -> None:
     found = run("spawn_run.py", strategy, tmp_path)
