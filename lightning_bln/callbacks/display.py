@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import time
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from lightning_bln._files import one_line, replacing
 from lightning_bln.callbacks import _lightning
-from lightning_bln.callbacks.messages import above_bars
+from lightning_bln.callbacks.messages import above_bars, bar_classes
 from lightning_bln.modes import ALL_MODES
 from lightning_bln.sweep.result import SweepResult
 
@@ -26,13 +27,11 @@ FIGURE = "bln/modes"
 
 def label_bar(trainer: Any, text: str) -> None:
     """Replace the description of the validation bar, of tqdm or rich."""
-    bar = trainer.progress_bar_callback
-    if bar is None or not getattr(bar, "is_enabled", True):
-        return
+    bar, found = trainer.progress_bar_callback, bar_classes(trainer)
     progress, task = getattr(bar, "progress", None), getattr(bar, "val_progress_bar_id", None)
-    if progress is not None and task is not None:
+    if "RichProgressBar" in found and progress is not None and task is not None:
         progress.update(task, description=text)
-    elif "TQDMProgressBar" in _lightning.bases(bar):
+    elif "TQDMProgressBar" in found:
         with suppress(TypeError):  # no validation bar has been made yet
             bar.val_progress_bar.set_description(text)
 
@@ -49,10 +48,8 @@ class SweepBar:
     def start(self, trainer: Any, text: str, total: float) -> None:
         """Begin anew with a description and a number of steps, infinite where it is unknown."""
         self.close()
-        bar = trainer.progress_bar_callback
-        if bar is None or not bar.is_enabled:
-            return
-        known, found = total if math.isfinite(total) else None, _lightning.bases(bar)
+        bar, found = trainer.progress_bar_callback, bar_classes(trainer)
+        known = total if math.isfinite(total) else None
         if "TQDMProgressBar" in found:
             self.line = TqdmLine(bar, found["TQDMProgressBar"], text, known)
         elif "RichProgressBar" in found and bar.progress is not None:
@@ -168,12 +165,11 @@ def report(
 def log_choice(logger: Any, mode: str, step: int) -> None:
     """Log the mode as a hyperparameter, and as a text where the logger takes one."""
     add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
-    if not callable(add_text):
-        logger.log_hyperparams({"bln_mode": mode})
-        return
-    add_text("bln/mode", mode, step)
+    if callable(add_text):
+        add_text("bln/mode", mode, step)
     # without metrics lightning's logger for TensorBoard would log hp_metric=-1, over the user's own
-    logger.log_hyperparams({"bln_mode": mode}, {})
+    takes_metrics = "metrics" in inspect.signature(logger.log_hyperparams).parameters
+    logger.log_hyperparams({"bln_mode": mode}, **({"metrics": {}} if takes_metrics else {}))
 
 
 def log_figure(logger: Any, figure: Any, step: int) -> None:

@@ -46,8 +46,7 @@ class Messages:
 @contextmanager
 def above_bars(trainer: Any) -> Iterator[None]:
     """Context in which lines written to the terminal go above the Trainer's progress bars, which stay whole."""
-    bar = trainer.progress_bar_callback
-    found = {} if bar is None or not bar.is_enabled else _lightning.bases(bar)
+    found = bar_classes(trainer)
     with ExitStack() as stack:
         if "TQDMProgressBar" in found:
             tqdm = sys.modules[found["TQDMProgressBar"].__module__].Tqdm
@@ -55,6 +54,13 @@ def above_bars(trainer: Any) -> Iterator[None]:
         elif "RichProgressBar" in found:
             stack.enter_context(handlers_redirected())
         yield
+
+
+def bar_classes(trainer: Any) -> dict[str, type]:
+    """The classes of the Trainer's progress bar, by name; none if it shows no bar."""
+    bar = trainer.progress_bar_callback
+    # a bar of the user's own may not say whether it is enabled
+    return _lightning.bases(bar) if bar is not None and getattr(bar, "is_enabled", True) else {}
 
 
 @contextmanager

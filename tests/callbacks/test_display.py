@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 import zoo
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lightning_bln import ALL_MODES
@@ -72,6 +72,19 @@ def test_without_bars_there_is_no_line() -> None:
     bar.start(zoo.trainer(), "nothing", 3)
     bar.advance()
     assert bar.line is None
+
+
+def test_a_bar_of_the_users_own_is_left_alone() -> None:
+    class Plain(ProgressBar):
+        """As lightning's documentation has it: it can be disabled, and does not say so."""
+
+        def disable(self) -> None: ...
+
+        def enable(self) -> None: ...
+
+    callback = zoo.chooser(verbose=True)
+    zoo.fitted(zoo.Simple(), callback, Plain(), enable_progress_bar=True)
+    assert callback.result is not None
 
 
 def test_table_files_and_hyperparameters(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -282,3 +282,16 @@ def test_the_callback_comes_from_yaml(tmp_path: Path) -> None:
     assert callback.result is not None
     assert json.loads(callback.result.to_json())["chosen"] in ("ppcc", "cccc")
     assert torch.isfinite(torch.tensor(callback.history[0][3]))
+
+
+@pytest.mark.parametrize("given", ["mode: max", "direction: max", "direction: max, mode: max, log: all"])
+def test_yaml_has_the_direction_by_either_name(tmp_path: Path, given: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "trainer:\n  logger: false\n  callbacks:\n    - class_path: lightning_bln.callbacks.BLNStatsCallback\n"
+        f"      init_args: {{{given}}}\n"
+    )
+    cli = LightningCLI(zoo.Simple, Data, args=["--config", str(path)], save_config_callback=None, run=False)
+    (callback,) = (one for one in cli.trainer.callbacks if isinstance(one, BLNStatsCallback))
+    assert callback.direction == "max"
+    assert callback.should_log == ("all" if "log" in given else True)
