@@ -203,11 +203,11 @@ def altered(loader: DataLoader[Any], **attributes: Any) -> DataLoader[Any]:
 def ignore_in_ddp(module: nn.Module, names: Callable[[nn.Module], Iterable[str]]) -> None:
     """Exclude buffers from DDP's broadcast, which would replace every rank's statistics by those of rank 0."""
     before = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
-    before = before.given if isinstance(before, Ignored) else list(before)
-    module._ddp_params_and_buffers_to_ignore = Ignored(module, before, names)  # type: ignore[assignment]
+    before = before.given if isinstance(before, IgnoredNames) else list(before)
+    module._ddp_params_and_buffers_to_ignore = IgnoredNames(module, before, names)  # type: ignore[assignment]
 
 
-class Ignored:
+class IgnoredNames:
     """Names that DDP ignores, as they are when it asks: layers may be made later; a copy holds them as a list."""
 
     def __init__(self, module: nn.Module, given: list[str], names: Callable[[nn.Module], Iterable[str]]) -> None:

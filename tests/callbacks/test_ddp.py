@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -13,6 +15,10 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed import fsdp
+
+from lightning_bln import BatchLayerNorm
+from lightning_bln._torch import ignore_in_ddp
+from lightning_bln.callbacks.stats import population_buffers
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
@@ -29,6 +35,19 @@ def run(script: str, case: str, folder: Path) -> Any:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
+
+
+def test_names_that_ddp_ignores_follow_the_model_and_are_a_list_in_copies() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model._ddp_params_and_buffers_to_ignore = ["0.mine"]  # type: ignore[assignment]
+    for _ in range(2):  # as two fits do
+        ignore_in_ddp(model, population_buffers)
+    model.append(BatchLayerNorm(2))
+    expected = ["0.mine", *(f"1.population.{name}" for name, _ in model[1].population.named_buffers())]
+    assert len(expected) > 5
+    assert list(model._ddp_params_and_buffers_to_ignore) == expected  # type: ignore[arg-type]
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied._ddp_params_and_buffers_to_ignore == expected
 
 
 @pytest.mark.parametrize("population", ["recompute", "epoch"])
