@@ -147,13 +147,13 @@ def test_the_end_of_the_epoch_needs_numbers() -> None:
 
 def test_the_log_says_it_once_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("lightning_bln.callbacks.stats.rank_zero_info", said.append)
-    callback = zoo.chooser()
+    monkeypatch.setattr("lightning_bln.callbacks.messages.rank_zero_info", said.append)
+    callback = zoo.chooser(verbose=True)
     for _ in range(2):
         reason(Draws(), callback, max_epochs=2)
     told = "BLNStatsCallback evaluates modes one after the other: a step draws random numbers."
     assert said.count(told) == 2
     assert told.partition(": ")[2] in str(callback.result)
     said.clear()
-    reason(zoo.Simple(), zoo.chooser())
+    reason(zoo.Simple(), zoo.chooser(verbose=True))
     assert not any("one after the other" in line for line in said)
