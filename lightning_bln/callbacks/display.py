@@ -26,14 +26,10 @@ FIGURE = "bln/modes"
 
 
 def label_bar(trainer: Any, text: str) -> None:
-    """Replace the description of the validation bar, of tqdm or rich."""
-    bar, found = trainer.progress_bar_callback, bar_classes(trainer)
-    progress, task = getattr(bar, "progress", None), getattr(bar, "val_progress_bar_id", None)
-    if "RichProgressBar" in found and progress is not None and task is not None:
-        progress.update(task, description=text)
-    elif "TQDMProgressBar" in found:
+    """Replace the description of tqdm's validation bar; rich's lines share their columns, and would have to wrap."""
+    if "TQDMProgressBar" in bar_classes(trainer):
         with suppress(TypeError):  # no validation bar has been made yet
-            bar.val_progress_bar.set_description(text)
+            trainer.progress_bar_callback.val_progress_bar.set_description(text)
 
 
 class SweepBar:
