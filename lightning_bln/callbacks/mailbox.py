@@ -33,7 +33,7 @@ class Mailbox:
                 file.write(json.dumps(state).encode())
 
     def receive(self) -> dict[str, Any] | None:
-        """What a worker has left, if anything; the workers themselves get nothing."""
+        """The state that a worker has left, read once; None without one, and in the workers themselves."""
         if os.getpid() != self.owner or not self.path.exists():
             return None
         state = json.loads(self.path.read_text())
