@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _python_dispatch, _pytree
 from torch.utils.data import DataLoader
@@ -238,10 +239,30 @@ def altered(loader: DataLoader[Any], **attributes: Any) -> DataLoader[Any]:
     return other
 
 
-def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
+def ignore_in_ddp(module: nn.Module, names: Callable[[nn.Module], Iterable[str]]) -> None:
     """Exclude buffers from DDP's broadcast, which would replace every rank's statistics by those of rank 0."""
     before = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
-    module._ddp_params_and_buffers_to_ignore = [*before, *(name for name in names if name not in set(before))]  # type: ignore[assignment]
+    before = before.given if isinstance(before, IgnoredNames) else list(before)
+    module._ddp_params_and_buffers_to_ignore = IgnoredNames(module, before, names)  # type: ignore[assignment]
+
+
+class IgnoredNames:
+    """Names that DDP ignores, as they are when it asks: layers may be made later; a copy holds them as a list."""
+
+    def __init__(self, module: nn.Module, given: list[str], names: Callable[[nn.Module], Iterable[str]]) -> None:
+        self.module, self.given, self.names = module, given, names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self.given, *self.names(self.module)]))
+
+    def __reduce__(self) -> tuple[type, tuple[list[str]]]:
+        return list, (list(self),)
+
+
+def sync_buffers(model: Any) -> None:
+    """Give every rank the buffers of rank 0 if DDP's next forward would; without gradients only the first one does."""
+    if isinstance(model, DistributedDataParallel) and model.will_sync_module_buffers():
+        model._sync_buffers()
 
 
 def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:

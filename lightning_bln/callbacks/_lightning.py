@@ -52,6 +52,11 @@ def bases(value: Any) -> dict[str, type]:
     return {base.__name__: base for base in type(value).__mro__}
 
 
+def starts_workers(trainer: Any) -> bool:
+    """Whether the Trainer runs in processes that it starts by itself, and ends again, within ``fit``."""
+    return "_MultiProcessingLauncher" in bases(trainer.strategy.launcher)
+
+
 def evaluation_loop(trainer: Any) -> Any:
     """The running validation loop; ``fit`` and ``validate`` have one each, and no public name tells which is active."""
     return trainer._evaluation_loop
@@ -254,6 +259,7 @@ def required(namespace: str) -> Iterator[tuple[str, bool]]:
         lightning.LightningModule: ("_current_fx_name", "_on_before_batch_transfer", *sorted(BACK_REFERENCES)),
         part("loops.evaluation_loop")._EvaluationLoop: ("_results", "_logged_outputs", "_is_sequential"),
         part("loops.fit_loop")._FitLoop: ("_combined_loader",),
+        part("strategies.launchers.multiprocessing")._MultiProcessingLauncher: (),
         part("utilities.combined_loader").CombinedLoader: ("_mode",),
         part(f"{connectors}.logger_connector")._LoggerConnector: (*CONNECTOR_METRICS.values(), "_current_fx"),
         part(f"{connectors}.result")._ResultCollection: ("dataloader_idx", "metrics", "update_metrics", "log"),

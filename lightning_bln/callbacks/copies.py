@@ -54,7 +54,7 @@ class Copies:
         if isinstance(value, UNCHANGING):
             return value
         if isinstance(value, PackedSequence):
-            return PackedSequence(*(None if one is None else function(one) for one in value))
+            return value._replace(**{name: function(one) for name, one in value._asdict().items() if one is not None})
         if isinstance(value, np.ndarray):
             return value.copy()
         if type(value) in (set, frozenset):
@@ -76,9 +76,9 @@ class Copies:
             made[:] = [self.mapped(one, function) for one in value]
             return made
         if isinstance(value, Mapping):
-            made = copy(value)
+            made: Any = copy(value)  # type: ignore[call-overload]
             for key in list(value):
-                made[key] = self.mapped(value[key], function)  # type: ignore[index]
+                made[key] = self.mapped(value[key], function)
             return made
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             made = copy(value)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from lightning_bln._files import one_line, replacing
 from lightning_bln.callbacks import _lightning
+from lightning_bln.callbacks.messages import above_bars, bar_classes
 from lightning_bln.modes import ALL_MODES
 from lightning_bln.sweep.result import SweepResult
 
@@ -24,16 +26,10 @@ FIGURE = "bln/modes"
 
 
 def label_bar(trainer: Any, text: str) -> None:
-    """Replace the description of the validation bar, of tqdm or rich."""
-    bar = trainer.progress_bar_callback
-    if bar is None or not getattr(bar, "is_enabled", True):
-        return
-    progress, task = getattr(bar, "progress", None), getattr(bar, "val_progress_bar_id", None)
-    if progress is not None and task is not None:
-        progress.update(task, description=text)
-    elif "TQDMProgressBar" in _lightning.bases(bar):
+    """Replace the description of tqdm's validation bar; rich's lines share their columns, and would have to wrap."""
+    if "TQDMProgressBar" in bar_classes(trainer):
         with suppress(TypeError):  # no validation bar has been made yet
-            bar.val_progress_bar.set_description(text)
+            trainer.progress_bar_callback.val_progress_bar.set_description(text)
 
 
 class SweepBar:
@@ -48,10 +44,8 @@ class SweepBar:
     def start(self, trainer: Any, text: str, total: float) -> None:
         """Begin anew with a description and a number of steps, infinite where it is unknown."""
         self.close()
-        bar = trainer.progress_bar_callback
-        if bar is None or not bar.is_enabled:
-            return
-        known, found = total if math.isfinite(total) else None, _lightning.bases(bar)
+        bar, found = trainer.progress_bar_callback, bar_classes(trainer)
+        known = total if math.isfinite(total) else None
         if "TQDMProgressBar" in found:
             self.line = TqdmLine(bar, found["TQDMProgressBar"], text, known)
         elif "RichProgressBar" in found and bar.progress is not None:
@@ -115,66 +109,101 @@ class RichLine:
 
     def close(self) -> None:
         self.progress.update(self.task, visible=False)
+        if self.progress.live.is_started:
+            # at once: a line that is still on the screen would stay there if something else is printed
+            self.progress.refresh()
 
 
-def log_scores(callback: Any, trainer: Any, result: SweepResult) -> None:
-    """Log the mode chosen and, within fit, every mode's scores and spreads, from a hook of ``callback``."""
+def check_log(value: Any) -> bool | Literal["all"]:
+    """``value`` itself; raises ValueError if it says nothing about logging."""
+    if value not in (True, False, "all"):
+        raise ValueError(f"log={value!r}, but it must be True, False or 'all', which logs every mode's scores")
+    return value
+
+
+def log_scores(callback: Any, trainer: Any, result: SweepResult, *, every_mode: bool) -> None:
+    """Log the mode chosen, in fit its spread and with ``every_mode`` all scores, from a hook of ``callback``."""
     assert result.chosen is not None
     callback.log("bln/mode", float(ALL_MODES.index(result.chosen)))
     if trainer.state.fn != "fit":
         return
-    shown = result.shown()
-    named = {
-        f"bln/{name}/{mode}": values[name] for mode, values in result.scores.items() for name in shown if name in values
-    }
+    spreads = {mode: pair.spread for mode, pair in result.regrouped.items() if math.isfinite(pair.spread)}
+    named = {f"bln/{result.monitor}/spread": spreads[result.chosen]} if result.chosen in spreads else {}
+    if every_mode:
+        shown = result.shown()
+        for mode, values in result.scores.items():
+            named |= {f"bln/{name}/{mode}": values[name] for name in shown if name in values}
+        named |= {f"bln/spread/{mode}": spread for mode, spread in spreads.items()}
     # a name may end in a dataloader's index, and self.log would refuse it or append another one
     _lightning.log_as_named(trainer, trainer.lightning_module, named)
-    for mode, pair in result.regrouped.items():
-        if math.isfinite(pair.spread):
-            callback.log(f"bln/spread/{mode}", pair.spread)
 
 
-def log_choice(trainer: Any, result: SweepResult, *, figure: bool) -> None:
-    """Log the mode chosen as a hyperparameter and, to loggers that take figures, the heat map."""
-    for logger in trainer.loggers:
+def report(
+    result: SweepResult, trainer: Any, *, folder: Path | None, loggers: Iterable[Any], plot: bool, table: bool
+) -> None:
+    """Give loggers the mode, print the table and write the files at the end of fit; what fails costs a warning each."""
+    loggers = list(loggers)
+    for logger in loggers:
         with sparing(f"log the mode to {type(logger).__name__}"):
-            logger.log_hyperparams({"bln_mode": str(result.chosen)})
-        if not figure:
-            continue
+            log_choice(logger, str(result.chosen), trainer.global_step)
+    if table:
+        with sparing("print the table of scores"):
+            print_table(result, trainer)
+    figure = drawn(result) if (plot and loggers) or folder is not None else None
+    for logger in loggers if plot and figure is not None else []:
         with sparing(f"give the heat map to {type(logger).__name__}"):
-            log_figure(logger, result, trainer.global_step)
-        logger.save()
+            log_figure(logger, figure, trainer.global_step)
+    if folder is not None:
+        with sparing(f"write its result to save_dir={str(folder)!r}"):
+            save(result, folder, figure)
 
 
-def log_figure(logger: Any, result: SweepResult, step: int) -> None:
+def log_choice(logger: Any, mode: str, step: int) -> None:
+    """Log the mode as a hyperparameter, and as a text where the logger takes one."""
+    add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
+    if callable(add_text):
+        add_text("bln/mode", mode, step)
+    # without metrics lightning's logger for TensorBoard would log hp_metric=-1, over the user's own
+    takes_metrics = "metrics" in inspect.signature(logger.log_hyperparams).parameters
+    logger.log_hyperparams({"bln_mode": mode}, **({"metrics": {}} if takes_metrics else {}))
+
+
+def log_figure(logger: Any, figure: Any, step: int) -> None:
     """Give the heat map to a logger that has the interface of TensorBoard's or of Weights & Biases'."""
     add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
     if callable(add_figure):
-        add_figure(FIGURE, result.plot(), global_step=step)
+        add_figure(FIGURE, figure, global_step=step)
     elif callable(getattr(logger, "log_image", None)):
-        logger.log_image(key=FIGURE, images=[heat_map(result)], step=step)
+        logger.log_image(key=FIGURE, images=[np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()], step=step)
+    logger.save()
 
 
-def heat_map(result: SweepResult) -> np.ndarray:
-    """The heat map as RGB values ``(height, width, 3)``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def drawn(result: SweepResult) -> Any:
+    """The heat map as a figure that has been drawn once; None, after a warning, where that fails."""
+    with sparing("draw the heat map"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas = FigureCanvasAgg(result.plot())
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def print_table(result: SweepResult) -> None:
-    """Print the result with rich's colours."""
-    Console().print(result)
+        figure = result.plot()
+        FigureCanvasAgg(figure).draw()
+        return figure
+    return None
 
 
-def save(result: SweepResult, folder: Path) -> None:
-    """Write the result as JSON and as a heat map into ``folder``, each whole or not at all."""
+def print_table(result: SweepResult, trainer: Any) -> None:
+    """Print the result with rich's colours, above a bar that is still there."""
+    progress = getattr(trainer.progress_bar_callback, "progress", None)
+    console = getattr(progress, "console", None) or Console()
+    with above_bars(trainer):
+        console.print(result)
+
+
+def save(result: SweepResult, folder: Path, figure: Any) -> None:
+    """Write the result as JSON, and its heat map if there is one, into ``folder``, each whole or not at all."""
     with replacing(folder / "bln_sweep.json") as file:
         file.write(f"{result.to_json()}\n".encode())
-    with replacing(folder / "bln_sweep.png") as file:
-        result.plot().savefig(file, dpi=150, format="png")
+    if figure is not None:
+        with replacing(folder / "bln_sweep.png") as file:
+            figure.savefig(file, dpi=150, format="png")
 
 
 @contextmanager

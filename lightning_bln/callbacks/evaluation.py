@@ -76,7 +76,7 @@ class Evaluation:
         self.others = tuple(mode for mode in modes if mode != self.incumbent)
         self.modes = self.others if self.incumbent is None else (*self.others, self.incumbent)
         self.runs: list[Run] = [self.start.copy(self.loop, (mode,)) for mode in self.others]
-        self.ranks, self.runs_hook = Ranks(trainer, module), False
+        self.ranks, self.runs_hook = Ranks(trainer), False
 
     @property
     def reason(self) -> str | None:
@@ -131,9 +131,7 @@ class Evaluation:
         if copies.shared is not None:
             self.shared.reason = f"a batch holds a {copies.shared}"
             return False
-        return (
-            self.shared.is_active and len(self.modes) > 1 and self.ranks.agree() and not self.shared.patience.is_over()
-        )
+        return self.shared.is_active and len(self.modes) > 1 and not self.shared.patience.is_over()
 
     def step_jointly(self, step: Callable[[Run], None], state: RandomState) -> None:
         """Run all modes in as few steps as memory allows; those that cannot be together take the step alone."""

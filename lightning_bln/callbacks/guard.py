@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -42,8 +41,8 @@ class Kept:
 class Guard:
     """Keeper of the validation batches, up to a bound, which scores modes on the same samples in other batches."""
 
-    def __init__(self, tolerance: float, is_strict: bool) -> None:
-        self.tolerance, self.is_strict = tolerance, is_strict
+    def __init__(self, tolerance: float, is_strict: bool, tell: Callable[[str], None]) -> None:
+        self.tolerance, self.is_strict, self.tell = tolerance, is_strict, tell
         self.kept: list[Kept] = []
         self.is_complete = True
         self.samples = self.bytes = 0
@@ -74,7 +73,7 @@ class Guard:
         regrouped = self._regrouped()
         strategy = evaluation.trainer.strategy
         if not strategy.reduce_boolean_decision(regrouped is not None, all=True) or regrouped is None:
-            rank_zero_info(
+            self.tell(
                 f"BLNStatsCallback did not check whether {chosen} depends on how batches are grouped: "
                 f"{self.reason or 'another rank could not regroup its batches'}."
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NoReturn
 
 import torch.distributed as dist
@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bln._scoped import setting
 from lightning_bln.per_mode import NotTogether
-from lightning_bln.sweep.snapshot import state_of
 
 COLLECTIVES = frozenset(
     [
@@ -48,50 +47,25 @@ class Ranks:
     """What the steps of one validation do on several ranks.
 
     A joint step is one step where others take sixteen, and ranks may differ in which they take. So none may take part
-    in a collective: one that the user's code calls parts the modes, on each rank that comes to it, before it is called,
-    and DDP does not broadcast buffers while none has changed. Once one has, all ranks run mode after mode.
-
-    Args:
-        trainer: The Trainer.
-        module: The module it validates.
+    in a collective: one that the user's code calls parts the modes, on each rank that comes to it, before it is called.
     """
 
-    def __init__(self, trainer: Any, module: Any) -> None:
-        self.trainer, self.module = trainer, module
-        self.names: list[str] = []
-        wrapped = trainer.strategy.model
-        if trainer.world_size > 1 and isinstance(wrapped, DistributedDataParallel) and wrapped.broadcast_buffers:
-            ignored = wrapped.parameters_to_ignore
-            self.names = [name for name, _ in module.named_buffers() if name not in ignored]
-        self.before, self.has_moved = self.buffers(), False
-
-    def buffers(self) -> list[Any]:
-        """State of the buffers that DDP broadcasts."""
-        return [state_of(self.module.get_buffer(name)) for name in self.names]
-
-    def agree(self) -> bool:
-        """Whether modes may be together on this batch, on every rank; one collective if there are such buffers."""
-        if self.names and not self.has_moved:
-            moved = self.buffers() != self.before
-            self.has_moved = self.trainer.strategy.reduce_boolean_decision(moved, all=False)
-        return not self.has_moved
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
 
     def in_step(self) -> AbstractContextManager[None]:
-        """Within the context, DDP broadcasts no buffers where they are the same on all ranks."""
+        """Within the context, DDP broadcasts no buffers, as it does in a validation at the first step alone."""
         wrapped = self.trainer.strategy.model
-        if not isinstance(wrapped, DistributedDataParallel) or self.has_moved:
-            return nullcontext()
-        return setting([wrapped], require_forward_param_sync=False)
+        is_ddp = isinstance(wrapped, DistributedDataParallel)
+        return setting([wrapped] if is_ddp else [], require_forward_param_sync=False)
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
         """Within the context, no collective is called."""
         with ExitStack() as stack:
             if self.trainer.world_size > 1:
-                names = [name for name in COLLECTIVES if hasattr(dist, name)]
-                places = [dist, dist.distributed_c10d]
-                for name in names:
-                    owners = [place for place in places if hasattr(place, name)]
+                for name in COLLECTIVES:
+                    owners = [place for place in (dist, dist.distributed_c10d) if hasattr(place, name)]
                     stack.enter_context(setting(owners, **{name: refuse}))
             yield
 

@@ -18,6 +18,7 @@ from lightning_bln.callbacks.user_state import UNCHANGING, Snapshot, UserState, 
 from lightning_bln.modes import StatisticsMode
 from lightning_bln.per_mode import NotTogether, PerMode, undoable
 from lightning_bln.sweep.pytree import is_close_or_identical, trees_match
+from lightning_bln.sweep.shared_forward import memory
 
 
 @dataclass(eq=False)
@@ -67,7 +68,8 @@ class Run:
         Raises:
             NotTogether: Something that is no tensor differs between modes.
         """
-        first, memo = runs[0], {}
+        first = runs[0]
+        memo: dict[Any, Any] = {}
         results = _lightning.new_results(loop, has_bar=False)
         if any(list(run.results) != list(first.results) for run in runs):
             raise NotTogether("other values are logged in one mode than in another")
@@ -132,11 +134,6 @@ def merged_logs(logs: list[dict[str, Any]], memo: dict[Any, Any]) -> dict[str, A
             values = [{key: value[key] for key in common} for value in values]
         made[name] = merged(values, memo)
     return made
-
-
-def memory(tensor: PerMode) -> Sequence[Tensor]:
-    """The plain tensors in which the parts lie."""
-    return (tensor.like,) if tensor.separate is None else tensor.parts
 
 
 def collect(value: Any, found: list[Tensor], seen: set[int]) -> None:

@@ -6,24 +6,25 @@ import math
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-
-from lightning_bln._torch import ignore_in_ddp
+from lightning_bln._torch import ignore_in_ddp, sync_buffers
 from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.averaging import exclude_populations, saving_average, write_statistics
 from lightning_bln.callbacks.checks import check_arguments, check_model, check_validation_data, parse_candidates
-from lightning_bln.callbacks.display import SweepBar, label_bar, log_choice, log_scores, print_table, save, sparing
+from lightning_bln.callbacks.display import SweepBar, check_log, label_bar, log_scores, report, sparing
 from lightning_bln.callbacks.evaluation import Evaluation, shared_forward
 from lightning_bln.callbacks.guard import Guard
+from lightning_bln.callbacks.mailbox import Arrived, Mailbox
+from lightning_bln.callbacks.messages import Messages
+from lightning_bln.callbacks.monitor import agree, unscored_of
 from lightning_bln.callbacks.recompute import batches_for, check_recompute, fingerprint, recompute
 from lightning_bln.modes import StatisticsMode, mode_layers
 from lightning_bln.population import Population
 from lightning_bln.recomputation import freeze_population, populations, reset_population
-from lightning_bln.sweep.result import Direction, SweepResult, check_direction
+from lightning_bln.sweep.result import Direction, SweepResult, one_direction
 from lightning_bln.sweep.shared_forward import SharedForward
 
 for _namespace in _lightning.namespaces():
@@ -40,7 +41,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
 
     Args:
         monitor: Name of the logged validation metric by which to choose.
-        mode: The direction of the metric: ``"min"`` if small values are good, ``"max"`` if large ones are.
+        direction: Whether small values of the metric are good (``"min"``, the default) or large ones (``"max"``).
         candidates: The modes to choose from: ``"all"`` 16, ``"batch_independent"``, or modes by name or by pattern, in
             which a star stands for either letter: ``"pp**"``, ``["cccc", "pp*c"]``.
         population: ``"recompute"`` computes it over training batches at the weights to be validated; ``"epoch"``
@@ -54,10 +55,12 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             score moves, ``"off"`` skips the check.
         tolerance: The relative change of the score that the guard accepts.
         stats_dataloader: Batches to recompute the population over, in place of the training data.
-        log: Whether to log ``bln/mode`` (0 to 15, the letters as bits: p is 0, c is 1) and ``bln/<metric>/<mode>``.
+        log: What loggers get: True for ``bln/mode`` (0 to 15, the letters as bits: p is 0, c is 1) and, where the guard
+            has looked, ``bln/<monitor>/spread``; ``"all"`` for ``bln/<metric>/<mode>`` too; False for nothing.
         plot: Whether to give the heat map to loggers that take figures, at the end of fit.
         save_dir: Folder for ``bln_sweep.json`` and ``bln_sweep.png`` at the end of fit; None writes nothing.
-        verbose: Whether to print the table of scores at the end of fit.
+        verbose: Whether to say what goes on and to print the table of scores at the end of fit; warnings come anyway.
+        mode: Earlier name of ``direction``.
 
     Attributes:
         result: The last :class:`~lightning_bln.sweep.SweepResult`, or None before the first choice.
@@ -69,10 +72,13 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             or nothing logs ``monitor`` (at the first validation).
 
     Example:
-        >>> callback = BLNStatsCallback(monitor="val_acc", mode="max", candidates="batch_independent")
+        >>> callback = BLNStatsCallback("val_acc", direction="max", candidates="batch_independent")
         >>> callback.candidates
         ('pppp', 'pppc', 'ppcp', 'ppcc')
     """
+
+    result = Arrived[SweepResult | None]()
+    history = Arrived[list[tuple[int, int, str, float]]]()
 
     shares_forwards = True
     """Whether modes share forwards where the model allows it; without, the results are the same and take longer."""
@@ -80,7 +86,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
     def __init__(
         self,
         monitor: str = "val_loss",
-        mode: Direction = "min",
+        direction: Direction | None = None,
         *,
         candidates: str | Iterable[str] = "all",
         population: str = "recompute",
@@ -90,10 +96,11 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         guard: str = "strict",
         tolerance: float = 0.01,
         stats_dataloader: Iterable[Any] | None = None,
-        log: bool = True,
+        log: bool | Literal["all"] = True,
         plot: bool = False,
         save_dir: str | Path | None = None,
         verbose: bool = True,
+        mode: Direction | None = None,
     ) -> None:
         super().__init__()
         # a Trainer takes only callbacks of its own namespace, which may have been imported after this module
@@ -108,31 +115,36 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             every_n_epochs=every_n_epochs,
             tolerance=tolerance,
         )
-        self.monitor, self.mode = monitor, check_direction(mode)
+        self.monitor, self.direction = monitor, one_direction(direction, mode)
         self.candidates = parse_candidates(candidates)
         self.population, self.samples, self.recompute_batches = population, samples, recompute_batches
         self.every_n_epochs, self.guard, self.tolerance = every_n_epochs, guard, tolerance
         self.stats_dataloader = stats_dataloader
-        self.should_log, self.plot, self.verbose = log, plot, verbose
+        self.should_log, self.plot, self.verbose = check_log(log), plot, verbose
         self.save_dir = None if save_dir is None else Path(save_dir)
-        self.result: SweepResult | None = None
-        self.history: list[tuple[int, int, str, float]] = []
+        self.mailbox = Mailbox()
+        self.result = None
+        self.history = []
         self._evaluation: Evaluation | None = None
         self._guard: Guard | None = None
         self._shared: SharedForward | None = None
         self._is_sweeping = False
         self._frozen_weights: int | None = None
         self._frozen_step: int | None = None
-        self._last_warning: str | None = None
-        self._is_explained = False
-        self._during_sanity_check = ExitStack()
+        self._messages = Messages(verbose)
+        self._while_quiet = ExitStack()
         self._during_fit = ExitStack()
         self._bar = SweepBar()
 
     @property
+    def mode(self) -> Direction:
+        """Earlier name of ``direction``."""
+        return self.direction
+
+    @property
     def state_key(self) -> str:
-        # as lightning's own private helper formats it, since checkpoints hold it
-        arguments = {"monitor": self.monitor, "mode": self.mode}
+        # as lightning's own private helper formats it, and by the earlier name, since checkpoints hold it
+        arguments = {"monitor": self.monitor, "mode": self.direction}
         return f"{type(self).__qualname__}{arguments}"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -147,13 +159,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         others = [callback for callback in trainer.callbacks if callback is not self]
         last = next((place for place, one in enumerate(others) if "Checkpoint" in _lightning.bases(one)), len(others))
         trainer.callbacks = [*others[:last], self, *others[last:]]
-        names = [
-            f"{name}.{buffer}".lstrip(".")
-            for name, module in pl_module.named_modules()
-            if isinstance(module, Population)
-            for buffer, _ in module.named_buffers()
-        ]
-        ignore_in_ddp(pl_module, names)
+        ignore_in_ddp(pl_module, population_buffers)
+        self._messages.begin()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         check_model(trainer, pl_module)
@@ -167,16 +174,14 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         # not in on_fit_start: sharded weights are loaded after it
         if any(one.is_frozen for one in populations(pl_module)):
-            self._announce(pl_module, "resumes")
+            self._announce(trainer, pl_module, "resumes")
         check_validation_data(trainer)
 
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
-        # before training there is no population, and a warning of it would be noise
-        self._during_sanity_check.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", message=".*needs a population.*")
+        self._quiet_layers()  # before training there is no population, and a warning of it would be noise
 
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
-        self._during_sanity_check.close()
+        self._while_quiet.close()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         # not in on_train_epoch_start, which the Trainer skips when it resumes, within an epoch and right after one
@@ -185,6 +190,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._evaluation = self._guard = None
+        sync_buffers(trainer.strategy.model)  # before the population is computed with those of other layers
         fitting = trainer.state.fn == "fit"
         self._is_sweeping = (
             not trainer.sanity_checking
@@ -193,10 +199,15 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         )
         if not fitting:
             check_model(trainer, pl_module)
-            self._announce(pl_module, "starts to validate")
+            self._announce(trainer, pl_module, "starts to validate")
             if not any(one.is_frozen for one in populations(pl_module)):
                 self._is_sweeping = False
-                rank_zero_info("BLNStatsCallback chooses no mode: the model has no population yet; call fit first.")
+                self._messages.warn(
+                    trainer,
+                    "BLNStatsCallback chooses no mode: the model has no population yet, so each batch's own statistics "
+                    "are used; call fit first",
+                )
+                self._quiet_layers()
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         # not earlier: other callbacks swap averaged weights in by this hook
@@ -209,6 +220,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         if not self._is_sweeping:
             return
         if self._evaluation is None:
+            sync_buffers(trainer.strategy.model)  # again, for averages that have been swapped in since
             # made here, since only now have the module's own hooks for the start of the epoch run
             # layers and hooks may come and go between validations
             self._shared = shared_forward(trainer, pl_module, self.shares_forwards, self._shared)
@@ -216,7 +228,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             batches = sum(self._evaluation.loop.max_batches)
             self._bar.start(trainer, f"{len(self.candidates)} modes", batches * len(self._evaluation.others))
             if self.guard != "off" and not all(one.is_batch_independent for one in self.candidates):
-                self._guard = Guard(self.tolerance, self.guard == "strict")
+                tell = partial(self._messages.info, trainer, about="no regrouping")
+                self._guard = Guard(self.tolerance, self.guard == "strict", tell)
         if batch_idx == 0:
             label_bar(trainer, f"Validation in {len(self.candidates)} modes")
         if self._guard is not None:
@@ -232,13 +245,20 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         if evaluation is None:
             return
         self._bar.close()
-        scores = self._agree(evaluation, evaluation.finish(self.monitor))
-        result = SweepResult(scores, self.monitor, self.mode, evaluation.incumbent, reason=evaluation.reason)
-        if result.reason is not None and not self._is_explained:
-            self._is_explained = True
-            rank_zero_info(f"BLNStatsCallback evaluates modes one after the other: {result.reason}.")
+        scores = agree(evaluation, evaluation.finish(self.monitor), self.monitor)
+        result = SweepResult(
+            scores,
+            self.monitor,
+            self.direction,
+            evaluation.incumbent,
+            reason=evaluation.reason,
+            unscored=unscored_of(evaluation),
+        )
+        if result.reason is not None:
+            sentence = f"BLNStatsCallback evaluates modes one after the other: {result.reason}."
+            self._messages.info(trainer, sentence, about="one after the other")
         try:
-            result.chosen = result.best(among=self.candidates)
+            best = result.chosen = result.best(among=self.candidates)
         except ValueError:  # all scores are NaN and the layers' modes differ: keep them
             return
         if guard is not None and not result.chosen.is_batch_independent:
@@ -250,11 +270,13 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self.result = result
         score = result.scores.get(result.chosen, {}).get(self.monitor, math.nan)
         self.history.append((trainer.current_epoch, trainer.global_step, str(result.chosen), score))
-        if result.note is not None and result.note != self._last_warning:
-            self._last_warning = result.note
-            rank_zero_warn(result.note)
+        if result.note is not None:
+            self._messages.warn(trainer, result.note, about=("guard", best, result.chosen))
         if self.should_log:
-            log_scores(self, trainer, result)
+            log_scores(self, trainer, result, every_mode=self.should_log == "all")
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._while_quiet.close()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._freeze(trainer, pl_module)
@@ -262,31 +284,33 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         if self.result is None or not trainer.is_global_zero:
             return
-        if self.should_log:
-            log_choice(trainer, self.result, figure=self.plot)
-        if self.verbose:
-            print_table(self.result)
-        if self.save_dir is not None:
-            with sparing(f"write its result to save_dir={str(self.save_dir)!r}"):
-                save(self.result, self.save_dir)
+        report(
+            self.result,
+            trainer,
+            folder=self.save_dir,
+            loggers=trainer.loggers if self.should_log else [],
+            plot=self.plot,
+            table=self.verbose,
+        )
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        self._announce(pl_module, "tests")
+        self._announce(trainer, pl_module, "tests")
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        self._announce(pl_module, "predicts")
+        self._announce(trainer, pl_module, "predicts")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._close_shared()
         self._shared = None
-        self._is_explained = False
         self._during_fit.close()
+        with sparing("hand its result to the process that started this one"):
+            self.mailbox.send(trainer, self.state_dict())
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._evaluation = self._guard = None
         self._bar.close()
         self._close_shared()
-        self._during_sanity_check.close()
+        self._while_quiet.close()
         self._during_fit.close()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -303,14 +327,19 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self.result = None if saved is None else SweepResult.from_dict(saved)
         self.history = [(epoch, step, mode, score) for epoch, step, mode, score in state_dict["history"]]
 
+    def _quiet_layers(self) -> None:
+        """Keep layers from warning, each, that they have no population."""
+        self._while_quiet.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=".*needs a population.*")
+
     def _close_shared(self) -> None:
         if self._shared is not None:
             self._shared.close()
 
-    def _announce(self, module: Any, doing: str) -> None:
+    def _announce(self, trainer: Any, module: Any, doing: str) -> None:
         modes = sorted({str(layer.mode) for layer in mode_layers(module)})
         if modes:
-            rank_zero_info(f"{type(module).__name__} {doing} in statistics mode {', '.join(modes)}.")
+            self._messages.info(trainer, f"{type(module).__name__} {doing} in statistics mode {', '.join(modes)}.")
 
     def _freeze(self, trainer: Any, module: Any) -> None:
         """Freeze the population of the present weights, unless that has been done."""
@@ -340,22 +369,15 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             self._bar.close()
         self._frozen_weights, self._frozen_step = weights, step
 
-    def _agree(
-        self, evaluation: Evaluation, scores: dict[StatisticsMode, dict[str, float]]
-    ) -> dict[StatisticsMode, dict[str, float]]:
-        """``scores``, the monitored ones averaged over ranks so that all of them choose alike."""
-        known = sorted({name for values in scores.values() for name in values})
-        if self.monitor not in known:
-            logged = ", ".join(known) if known else "nothing"
-            raise _lightning.misconfiguration(
-                evaluation.trainer,
-                f"monitor={self.monitor!r}, but the validation logged {logged}; monitor one of these, or log it in "
-                "validation_step",
-            )
-        values = evaluation.agreed([values.get(self.monitor, math.nan) for values in scores.values()])
-        for own, value in zip(scores.values(), values, strict=True):
-            own[self.monitor] = value
-        return scores
+
+def population_buffers(module: Any) -> list[str]:
+    """Names of the buffers that hold a model's populations."""
+    return [
+        f"{name}.{buffer}".lstrip(".")
+        for name, one in module.named_modules()
+        if isinstance(one, Population)
+        for buffer, _ in one.named_buffers()
+    ]
 
 
 @cache

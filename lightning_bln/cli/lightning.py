@@ -20,7 +20,7 @@ from lightning_bln.callbacks import BLNStatsCallback
 from lightning_bln.cli.checkpoint import load_checkpoint, write_mode
 from lightning_bln.cli.trust import check_trust, import_paths, read_config
 from lightning_bln.recomputation import populations
-from lightning_bln.sweep.result import Direction, SweepResult
+from lightning_bln.sweep.result import Direction, SweepResult, one_direction
 
 CONFIG_KEY = "bln_config"
 """The key in a checkpoint of the YAML it was trained from."""
@@ -137,7 +137,8 @@ class Trainer(L.Trainer):
         ckpt: Path,
         output: Path | None = None,
         monitor: str = "val_loss",
-        mode: Direction = "min",
+        direction: Direction | None = None,
+        mode: Direction | None = None,
         weights_only: bool = True,
         trust: bool = False,
     ) -> SweepResult:
@@ -150,7 +151,8 @@ class Trainer(L.Trainer):
             ckpt: The checkpoint, of which nothing but the mode changes; it is replaced in one step at the end.
             output: Write to this file instead.
             monitor: The validation metric by which to choose, unless the configuration has a BLNStatsCallback.
-            mode: Its direction, "min" or "max".
+            direction: Whether a small ("min", the default) or a large ("max") value of it is good.
+            mode: Earlier name of ``direction``.
             weights_only: Refuse files that could run code when they are loaded.
             trust: Import whatever classes the checkpoint's configuration names, as ``--trust``; without it, those of
                 this package, torch, lightning and torchmetrics only.
@@ -162,10 +164,11 @@ class Trainer(L.Trainer):
             FileNotFoundError: There is no file at ``ckpt``.
             RuntimeError: The checkpoint has no population.
         """
+        direction = one_direction(direction, mode)
         if not Path(ckpt).is_file():
             raise FileNotFoundError(f"ckpt={str(ckpt)!r} is no file; pass a checkpoint that the Trainer has written")
         found = [callback for callback in self.callbacks if isinstance(callback, BLNStatsCallback)]  # type: ignore[has-type]
-        callback = found[0] if found else BLNStatsCallback(monitor=monitor, mode=mode)
+        callback = found[0] if found else BLNStatsCallback(monitor=monitor, direction=direction)
         if not found:
             self.callbacks = [*self.callbacks, callback]  # type: ignore[has-type]
         options: dict[str, Any] = {"ckpt_path": str(ckpt), "verbose": False}

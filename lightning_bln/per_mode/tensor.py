@@ -84,7 +84,7 @@ class PerMode(Tensor):
     @property
     def modes(self) -> int:
         """The number of parts."""
-        return len(self.separate) if self.stack is None else self.stack.shape[0]  # type: ignore[arg-type]
+        return len(self.parts) if self.stack is None else self.stack.shape[0]
 
     @property
     def like(self) -> Tensor:

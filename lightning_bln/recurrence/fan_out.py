@@ -74,8 +74,9 @@ def run_along_batch(layer: Any, input: Any, hx: Any, start: int) -> Any:
         return run_each_part(layer, None, input, hx, start=start)
     size, batch_dim = count((input, hx)), 0 if layer.batch_first else 1
     states = None if hx is None else [hx] if isinstance(hx, Tensor) else list(hx)
-    laid = None if states is None else tuple(laid_out(one, 1, size) for one in states)
-    laid = laid[0] if isinstance(hx, Tensor) and laid is not None else laid
+    laid: Any = None if states is None else tuple(laid_out(one, 1, size) for one in states)
+    if isinstance(hx, Tensor):
+        laid = laid[0]
     output, last = layer(laid_out(input, batch_dim, size), laid, start=start)
     parted = [taken_apart(one, 1, size) for one in ((last,) if isinstance(last, Tensor) else last)]
     return taken_apart(output, batch_dim, size), parted[0] if isinstance(last, Tensor) else tuple(parted)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_bln._torch import is_packed
 from lightning_bln.modes import ALL_MODES, StatisticsMode, require_mode_layers, using_mode
 from lightning_bln.recomputation import populations
-from lightning_bln.sweep.result import Direction, SweepResult, check_direction
+from lightning_bln.sweep.result import Direction, SweepResult, one_direction
 from lightning_bln.sweep.shared_forward import SharedForward
 
 
@@ -24,7 +24,8 @@ def sweep_modes(
     modes: Iterable[str] = ALL_MODES,
     *,
     monitor: str | None = None,
-    mode: Direction = "min",
+    direction: Direction | None = None,
+    mode: Direction | None = None,
     progress: bool = False,
 ) -> SweepResult:
     """Score a model in several statistics modes in one pass over the data; the model is left as it was.
@@ -41,7 +42,8 @@ def sweep_modes(
             ``compute``, as in torchmetrics, of which each mode gets a copy.
         modes: The modes to score.
         monitor: The metric by which the result ranks modes, by default the first.
-        mode: Whether a small (``"min"``) or a large (``"max"``) value of it is good.
+        direction: Whether a small (``"min"``, the default) or a large (``"max"``) value of it is good.
+        mode: Earlier name of ``direction``.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -70,7 +72,7 @@ def sweep_modes(
         )
     if monitor is None or monitor not in metrics:
         raise ValueError(f"monitor={monitor!r}, but metrics has {sorted(metrics)}; take one of these")
-    check_direction(mode)
+    direction = one_direction(direction, mode)
     if any("p" in run.mode for run in runs) and not any(population.is_frozen for population in populations(model)):
         raise ValueError(
             f"model={type(model).__name__} has no frozen population, so all modes would be one; call "
@@ -100,7 +102,8 @@ def sweep_modes(
         raise ValueError("batches is empty, so there is nothing to score; pass at least one")
     incumbent = before.pop() if len(before) == 1 else None
     scores = {run.mode: run.scores() for run in runs}
-    return SweepResult(scores, monitor, mode, incumbent, reason=shared.reason or (None if shared.modules else HOOKED))
+    reason = shared.reason or (None if shared.modules else HOOKED)
+    return SweepResult(scores, monitor, direction, incumbent, reason=reason)
 
 
 HOOKED = "there are forward hooks inside every module that holds all layers with a mode"

@@ -95,7 +95,7 @@ def only_computes(module: nn.Module) -> bool:
 
 
 @cache
-def is_of_torch(kind: type) -> bool:
+def is_of_torch(kind: Any) -> bool:
     return kind.__module__.startswith(("torch.nn.", "lightning_bln."))
 
 

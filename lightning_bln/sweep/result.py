@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ from lightning_bln.sweep.pytree import is_identical
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import Console, ConsoleOptions
     from rich.table import Table
 
 Direction = Literal["min", "max"]
@@ -42,16 +43,18 @@ class SweepResult:
     Args:
         scores: For each mode, the value of each metric.
         monitor: The metric that decides.
-        mode: Whether a small (``"min"``) or a large (``"max"``) value of it is good.
+        direction: Whether a small (``"min"``, the default) or a large (``"max"``) value of it is good.
         incumbent: The mode that was set before.
         chosen: The mode that was set afterwards; None if no mode was.
         regrouped: For each mode also scored on regrouped batches, the monitored value on both.
         note: A sentence about the choice for the person who reads the table.
         reason: Cause of per-mode evaluation; None if all modes were evaluated jointly. From ``sweep_modes``, which
             calls ``predict`` once per mode, the cause that no forward was shared.
+        unscored: Names of metrics that other callbacks logged: they have one value, of the incumbent.
+        mode: Earlier name of ``direction``, which files keep.
 
     Raises:
-        ValueError: ``mode`` is neither ``"min"`` nor ``"max"``, or no mode has a score named ``monitor``.
+        ValueError: ``direction`` is neither ``"min"`` nor ``"max"``, or no mode has a score named ``monitor``.
 
     Example:
         >>> result = SweepResult({"cccc": {"val_loss": 0.52}, "ppcc": {"val_loss": 0.48}}, monitor="val_loss")
@@ -65,15 +68,18 @@ class SweepResult:
 
     scores: Mapping[StatisticsMode, Mapping[str, float]]
     monitor: str
-    mode: Direction = "min"
+    direction: Direction = None  # type: ignore[assignment]  # "min", unless mode says otherwise
     incumbent: StatisticsMode | None = None
     chosen: StatisticsMode | None = None
     regrouped: Mapping[StatisticsMode, Regrouped] = field(default_factory=dict)
     note: str | None = None
     reason: str | None = None
+    unscored: Iterable[str] = ()
+    mode: InitVar[Direction | None] = None
 
-    def __post_init__(self) -> None:
-        check_direction(self.mode)
+    def __post_init__(self, mode: Direction | None) -> None:
+        self.direction = one_direction(self.direction, mode)
+        self.unscored = tuple(self.unscored)
         self.scores = {
             StatisticsMode(key): {name: float(value) for name, value in values.items()}
             for key, values in self.scores.items()
@@ -90,14 +96,20 @@ class SweepResult:
         return list(names)
 
     def best(
-        self, monitor: str | None = None, mode: Direction | None = None, *, among: Iterable[str] | None = None
+        self,
+        monitor: str | None = None,
+        direction: Direction | None = None,
+        *,
+        among: Iterable[str] | None = None,
+        mode: Direction | None = None,
     ) -> StatisticsMode:
         """The mode with the best score; ties go to a batch-independent mode, then to the incumbent.
 
         Args:
             monitor: The metric that decides, by default the result's own.
-            mode: ``"min"`` or ``"max"``, by default the result's own.
+            direction: ``"min"`` or ``"max"``, by default the result's own.
             among: The modes to choose from, by default all that have scores.
+            mode: Earlier name of ``direction``.
 
         Returns:
             The best mode, or the incumbent if no score is a number.
@@ -106,7 +118,7 @@ class SweepResult:
             ValueError: No metric is named ``monitor``; or ``among`` has no mode with a score other than NaN, and there
                 is no incumbent to keep.
         """
-        direction = check_direction(self.mode if mode is None else mode)
+        direction = one_direction(direction, mode, default=self.direction)
         column = self._column(self.monitor if monitor is None else monitor)
         eligible = list(column) if among is None else [StatisticsMode(one) for one in among if one in column]
         if all(math.isnan(column[one]) for one in eligible):
@@ -120,7 +132,7 @@ class SweepResult:
 
     def ranking(self) -> list[StatisticsMode]:
         """All modes by their monitored score, the best first and NaN last."""
-        return self._ranked(self.scores, self._column(self.monitor), self.mode)
+        return self._ranked(self.scores, self._column(self.monitor), self.direction)
 
     def _ranked(
         self, modes: Iterable[StatisticsMode], column: Mapping[StatisticsMode, float], direction: Direction
@@ -151,11 +163,12 @@ class SweepResult:
         """The result in dictionaries, strings and floats; NaN and infinities are strings, since JSON lacks them."""
         return {
             "monitor": self.monitor,
-            "mode": self.mode,
+            "mode": self.direction,  # by the name that versions before direction= read
             "incumbent": None if self.incumbent is None else str(self.incumbent),
             "chosen": None if self.chosen is None else str(self.chosen),
             "note": self.note,
             "reason": self.reason,
+            "unscored": list(self.unscored),
             "scores": {
                 str(one): {name: plain(value) for name, value in values.items()} for one, values in self.scores.items()
             },
@@ -182,11 +195,11 @@ class SweepResult:
         scores, marks, small_is_good = self._column(metric), {}, False
         if metric == self.monitor:
             marks = {"best": self.best(), "incumbent": self.incumbent, "chosen": self.chosen}
-            small_is_good = self.mode == "min"
+            small_is_good = self.direction == "min"
         return draw(scores, metric, marks, small_is_good=small_is_good)
 
     def __str__(self) -> str:
-        header, rows = self._cells()
+        header, rows = self._cells(self.shown())
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
         def line(cells: list[str]) -> str:
@@ -196,13 +209,23 @@ class SweepResult:
 
         return "\n".join([line(header), *map(line, rows), *self._footer()])
 
-    def __rich__(self) -> Table:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        yield self.table(options.max_width)
+
+    def table(self, width: int | None = None) -> Table:
+        """A rich table of at most ``width`` columns: metrics for which there is no room are named below it."""
         from rich.table import Table
 
-        header, rows = self._cells()
+        shown = self.shown()
+        header, rows = self._cells(shown)
+        while width is not None and len(shown) > 1 and table_width(header, rows) > width:
+            shown.pop()
+            header, rows = self._cells(shown)
+        left_out = [name for name in self.shown() if name not in shown]
+        footer = [*self._footer(), *([f"Not shown: {', '.join(left_out)}."] if left_out else [])]
         marked = self.best() if self.chosen is None else self.chosen
-        caption = "\n".join(self._footer()) or None
-        table = Table(title=f"Statistics modes by {self.monitor} ({self.mode})", caption=caption)
+        title = f"Statistics modes by {self.monitor} ({self.direction})"
+        table = Table(title=title, caption="\n".join(footer) or None, caption_justify="left")
         for position, name in enumerate(header):
             table.add_column(name, justify="left" if position in (0, len(header) - 1) else "right")
         for one, cells in zip(self.ranking(), rows, strict=True):
@@ -211,7 +234,11 @@ class SweepResult:
 
     def _footer(self) -> list[str]:
         reason = f"Modes were evaluated one after the other: {self.reason}." if self.reason else None
-        return [sentence for sentence in (self.note, reason) if sentence]
+        unscored = None
+        if self.unscored and self.chosen not in (None, self.incumbent):
+            names, before = ", ".join(self.unscored), self.incumbent or "the modes set before"
+            unscored = f"Of {before}, not of {self.chosen}, since other callbacks logged them: {names}."
+        return [sentence for sentence in (self.note, reason, unscored) if sentence]
 
     def _column(self, metric: str) -> dict[StatisticsMode, float]:
         column = {one: values[metric] for one, values in self.scores.items() if metric in values}
@@ -232,8 +259,7 @@ class SweepResult:
 
         return [name for name in self.metrics if name == self.monitor or not is_twin(name)]
 
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
-        shown = self.shown()
+    def _cells(self, shown: list[str]) -> tuple[list[str], list[list[str]]]:
         header = ["mode", *shown, *([f"{self.monitor} regrouped"] if self.regrouped else []), ""]
         rows = []
         for one in self.ranking():
@@ -250,11 +276,30 @@ class SweepResult:
         return header, rows
 
 
-def check_direction(mode: str) -> Direction:
-    """``mode`` itself; raises ValueError if it is no direction."""
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode={mode!r}, but it says which way the monitored metric is good: 'min' or 'max'")
-    return mode  # type: ignore[return-value]
+SweepResult.mode = property(lambda self: self.direction)  # type: ignore[attr-defined]  # its earlier name
+
+
+def check_direction(value: str, name: str = "direction") -> Direction:
+    """``value`` itself; raises ValueError, by the argument's name, if it is no direction."""
+    if value not in ("min", "max"):
+        raise ValueError(f"{name}={value!r}, but it says which way the monitored metric is good: 'min' or 'max'")
+    return value  # type: ignore[return-value]
+
+
+def one_direction(direction: str | None, mode: str | None, default: Direction = "min") -> Direction:
+    """The direction, given as such or as ``mode``, its earlier name; raises ValueError where both contradict."""
+    for name, value in (("direction", direction), ("mode", mode)):
+        check_direction(default if value is None else value, name)
+    if None not in (direction, mode) and direction != mode:
+        raise ValueError(
+            f"direction={direction!r} and mode={mode!r}, but both are names of one argument; pass direction alone"
+        )
+    return check_direction(direction or mode or default)
+
+
+def table_width(header: list[str], rows: list[list[str]]) -> int:
+    """Columns that rich needs for a table: each cell has a border and a space on either side."""
+    return 1 + sum(3 + max(map(len, column)) for column in zip(header, *rows, strict=True))
 
 
 def plain(value: float) -> float | str:

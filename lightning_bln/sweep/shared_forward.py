@@ -195,7 +195,7 @@ class SharedForward:
                 layer.__dict__["fan"], layer.__dict__["_mode"] = own, mode
             self.largest, PerMode.largest = max(self.largest, PerMode.largest), largest
 
-    def recorded(self, modes: Any, module: nn.Module, plain: Callable, *args: Any, **kwargs: Any) -> Any:
+    def recorded(self, modes: Any, module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A module's output for all ``modes``, kept where the module did nothing but compute it."""
         if self.is_inside or module.training or holds(tree_flatten((args, kwargs))[0]) or torch.is_grad_enabled():
             return plain(*args, **kwargs)
@@ -214,7 +214,7 @@ class SharedForward:
             self.recordings.setdefault(call, []).append(Recording((args, kwargs), output, modes, memory))
         return output
 
-    def replayed(self, wanted: Any, module: nn.Module, plain: Callable, *args: Any, **kwargs: Any) -> Any:
+    def replayed(self, wanted: Any, module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A module's output in the first of ``wanted`` modes: its part of what was recorded, or is now."""
         if self.is_inside or module.training or torch.is_grad_enabled():
             return plain(*args, **kwargs)
@@ -235,7 +235,7 @@ class SharedForward:
     def recording(self, call: Any, mode: StatisticsMode, inputs: Any) -> Recording | None:
         return next((one for one in self.recordings.get(call, ()) if one.serves(mode, inputs)), None)
 
-    def record(self, call: Any, wanted: Any, plain: Callable, args: Any, kwargs: Any) -> Recording | None:
+    def record(self, call: Any, wanted: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Recording | None:
         """Run a module for several modes; None, and as it was, where that cannot be."""
         module, calls, random = call[0], self.calls.copy(), RandomState(self.device)
         self.calls[module] = call[1]
@@ -290,7 +290,7 @@ def memory_of(output: Any, inputs: Any) -> set[int] | None:
         if isinstance(value, Tensor):
             if id(leaf) in given:
                 return None
-            found |= {storage_address(one) for one in ((value.like,) if stack_in(value) else parts_of(value))}
+            found |= {storage_address(one) for one in memory(value)}
         elif not isinstance(leaf, (int, float, str, bool, type(None))):
             return None
     return found
@@ -302,9 +302,8 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
-def stack_in(value: Tensor) -> bool:
-    return isinstance(value, PerMode) and value.stack is not None
-
-
-def parts_of(value: Tensor) -> Sequence[Tensor]:
-    return value.parts if isinstance(value, PerMode) else (value,)
+def memory(value: Tensor) -> Sequence[Tensor]:
+    """The plain tensors in which a tensor's numbers lie."""
+    if not isinstance(value, PerMode):
+        return (value,)
+    return value.parts if value.stack is None else (value.stack,)

@@ -80,13 +80,13 @@ def stats_callback(trainer: Any, monitor: str, mode: Direction) -> BLNStatsCallb
     """
     found = [callback for callback in trainer.callbacks if isinstance(callback, BLNStatsCallback)]
     if not found:
-        callback = BLNStatsCallback(monitor=monitor, mode=mode, verbose=False)
+        callback = BLNStatsCallback(monitor=monitor, direction=mode, verbose=False)
         trainer.callbacks.append(callback)
         return callback
-    if (found[0].monitor, found[0].mode) != (monitor, mode):
+    if (found[0].monitor, found[0].direction) != (monitor, mode):
         raise ValueError(
             f"monitor={monitor!r} (mode={mode!r}), but the BLNStatsCallback chooses the statistics mode by "
-            f"{found[0].monitor!r} ({found[0].mode!r}); give both the same"
+            f"{found[0].monitor!r} ({found[0].direction!r}); give both the same"
         )
     return found[0]
 

@@ -75,7 +75,7 @@ class Recipe:
     def __post_init__(self) -> None:
         check_choice("pruner", self.pruner, PRUNERS)
         check_choice("sampler", self.sampler, SAMPLERS)
-        check_direction(self.mode)
+        check_direction(self.mode, "mode")
         check_bool("latency", self.latency)
         check_int("seed", self.seed)
         if not isinstance(self.monitor, str):

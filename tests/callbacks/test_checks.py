@@ -18,6 +18,9 @@ from lightning_bln.callbacks import BLNStatsCallback
     ("options", "words"),
     [
         ({"mode": "up"}, "mode='up'"),
+        ({"direction": "up"}, "direction='up'"),
+        ({"direction": "min", "mode": "max"}, "direction='min' and mode='max'"),
+        ({"log": "some"}, "log='some'"),
         ({"candidates": "most"}, "candidates='most'"),
         ({"candidates": ["xxxx"]}, "xxxx"),
         ({"candidates": []}, "candidates is empty"),
@@ -87,3 +90,17 @@ def test_a_rank_without_validation_batches_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(type(trainer.strategy), "reduce_boolean_decision", lambda self, decision, all=True: not all)
     with pytest.raises(MisconfigurationException, match="a rank has no validation batches"):
         trainer.fit(zoo.Simple(), zoo.train_data(), zoo.val_data())
+
+
+@pytest.mark.parametrize(
+    "given", [("val_acc", "max"), {"mode": "max"}, {"direction": "max"}, {"direction": "max", "mode": "max"}]
+)
+def test_the_direction_is_given_by_place_or_by_either_name(given: Any) -> None:
+    callback = BLNStatsCallback("val_acc", **given) if isinstance(given, dict) else BLNStatsCallback(*given)
+    assert (callback.direction, callback.mode) == ("max", "max")
+    # what checkpoints of earlier versions hold
+    assert callback.state_key == "BLNStatsCallback{'monitor': 'val_acc', 'mode': 'max'}"
+
+
+def test_without_a_direction_small_values_are_good() -> None:
+    assert BLNStatsCallback().state_key == "BLNStatsCallback{'monitor': 'val_loss', 'mode': 'min'}"

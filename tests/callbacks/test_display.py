@@ -6,29 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 import zoo
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from lightning_bln import ALL_MODES
 from lightning_bln.callbacks.display import RichLine, SweepBar, TqdmLine
 from lightning_bln.sweep import SweepResult
 
 
-@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
-def test_the_validation_bar_says_what_is_going_on(bar: Any, capsys: pytest.CaptureFixture) -> None:
+def test_the_validation_bar_says_what_is_going_on(capsys: pytest.CaptureFixture) -> None:
     labels: list[str] = []
 
     class Reads(zoo.Simple):
         def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-            shown = self.trainer.progress_bar_callback
-            if isinstance(shown, RichProgressBar) and shown.progress is not None:
-                task = shown.val_progress_bar_id
-                labels.extend(one.description for one in shown.progress.tasks if one.id == task)
-            elif isinstance(shown, TQDMProgressBar):
-                labels.append(shown.val_progress_bar.desc)
+            labels.append(self.trainer.progress_bar_callback.val_progress_bar.desc)  # type: ignore[union-attr]
 
-    zoo.fitted(Reads(), zoo.chooser(), bar(refresh_rate=1), enable_progress_bar=True, num_sanity_val_steps=0)
+    bar = TQDMProgressBar(refresh_rate=1)
+    zoo.fitted(Reads(), zoo.chooser(), bar, enable_progress_bar=True, num_sanity_val_steps=0)
     assert any("16 modes" in label for label in labels)
 
 
@@ -72,6 +69,19 @@ def test_without_bars_there_is_no_line() -> None:
     assert bar.line is None
 
 
+def test_a_bar_of_the_users_own_is_left_alone() -> None:
+    class Plain(ProgressBar):
+        """As lightning's documentation has it: it can be disabled, and does not say so."""
+
+        def disable(self) -> None: ...
+
+        def enable(self) -> None: ...
+
+    callback = zoo.chooser(verbose=True)
+    zoo.fitted(zoo.Simple(), callback, Plain(), enable_progress_bar=True)
+    assert callback.result is not None
+
+
 def test_table_files_and_hyperparameters(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     callback = zoo.chooser(verbose=True, save_dir=tmp_path / "out")
     logger = CSVLogger(tmp_path)
@@ -86,16 +96,56 @@ def test_table_files_and_hyperparameters(tmp_path: Path, capsys: pytest.CaptureF
     assert hyperparameters["bln_mode"] == str(callback.result.chosen)
 
 
-def test_tensorboard_gets_scores_and_the_heat_map(tmp_path: Path) -> None:
+def tags(folder: Path, *callbacks: Any, model: Any = None) -> tuple[dict[str, Any], Any]:
+    """The tags that TensorBoard shows of a fit, and the last value of a scalar by its tag."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logger = TensorBoardLogger(tmp_path)
-    zoo.fitted(zoo.Simple(), zoo.chooser(plot=True), logger=logger)
+    logger = TensorBoardLogger(folder)
+    zoo.fitted(zoo.Simple() if model is None else model, *callbacks, logger=logger, log_every_n_steps=1)
     events = EventAccumulator(logger.log_dir)
     events.Reload()
-    assert "bln/modes" in events.Tags()["images"]
-    assert {"bln/mode", "bln/val_loss/pppp", "val_loss"} <= set(events.Tags()["scalars"])
+    return events.Tags(), lambda tag: events.Scalars(tag)[-1].value
+
+
+def test_tensorboard_gets_the_heat_map(tmp_path: Path) -> None:
+    assert "bln/modes" in tags(tmp_path, zoo.chooser(plot=True))[0]["images"]
+
+
+EVERY_SCORE = {f"bln/val_loss/{mode}" for mode in ALL_MODES}
+FEW = {"bln/mode", "bln/val_loss/spread"}
+
+
+@pytest.mark.parametrize(("log", "added"), [(False, set()), (True, FEW), ("all", FEW | EVERY_SCORE)])
+def test_loggers_get_few_scalars_or_those_that_are_asked_for(tmp_path: Path, log: Any, added: set[str]) -> None:
+    def fit(folder: Path, *callbacks: Any) -> Any:
+        torch.manual_seed(0)
+        return tags(folder, *callbacks)
+
+    plain, _ = fit(tmp_path / "plain")
+    callback = zoo.chooser(guard="warn", tolerance=100.0, log=log)
+    shown, _ = fit(tmp_path / "ours", callback)
+    assert callback.result is not None
+    assert callback.result.chosen in callback.result.regrouped
+    spreads = {f"bln/spread/{mode}" for mode in callback.result.regrouped} if log == "all" else set()
+    assert set(shown["scalars"]) - set(plain["scalars"]) == added | spreads
+
+
+def test_tensorboard_gets_the_mode_as_text_and_keeps_the_users_hp_metric(tmp_path: Path) -> None:
+    class Tuned(zoo.Simple):
+        def on_validation_epoch_end(self) -> None:
+            self.log("hp_metric", 0.5)
+
+    shown, last = tags(tmp_path, zoo.chooser(), model=Tuned())
+    assert shown["tensors"] == ["bln/mode/text_summary"]
+    assert last("hp_metric") == 0.5
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_scores_of_every_mode_are_no_metrics_unless_asked_for(log: bool) -> None:
+    trainer = zoo.fitted(zoo.Simple(), zoo.chooser(log=log))
+    ours = {name for name in trainer.callback_metrics if name.startswith("bln/")}
+    assert ours == ({"bln/mode"} if log else set())
 
 
 def test_loggers_with_log_image_get_a_picture_and_may_fail() -> None:

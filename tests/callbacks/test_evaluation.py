@@ -34,7 +34,7 @@ def test_two_loaders(workers: int) -> None:
         options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
         return [zoo.val_data(**options), zoo.val_data(30, 3, **options)]
 
-    model, callback = zoo.Rich(), zoo.chooser("val_loss/dataloader_idx_1")
+    model, callback = zoo.Rich(), zoo.chooser("val_loss/dataloader_idx_1", log="all")
     trainer = zoo.fitted(model, callback, data=data())
     expected = zoo.oracle(model, data())
     zoo.assert_same_table(expected, callback)

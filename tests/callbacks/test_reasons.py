@@ -141,8 +141,8 @@ def test_the_end_of_the_epoch_needs_numbers() -> None:
 
 def test_the_log_says_it_once_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("lightning_bln.callbacks.stats.rank_zero_info", said.append)
-    callback = zoo.chooser()
+    monkeypatch.setattr("lightning_bln.callbacks.messages.rank_zero_info", said.append)
+    callback = zoo.chooser(verbose=True)
     for _ in range(2):
         reason(Numbers(), callback, max_epochs=2)
     told = next(line for line in said if "item gives" in line)
@@ -150,5 +150,5 @@ def test_the_log_says_it_once_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "item gives" in str(callback.result)
     assert told.startswith("BLNStatsCallback evaluates modes one after the other: ")
     said.clear()
-    reason(zoo.Simple(), zoo.chooser())
+    reason(zoo.Simple(), zoo.chooser(verbose=True))
     assert not any("one after the other" in line for line in said)

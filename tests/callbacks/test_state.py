@@ -96,7 +96,7 @@ def test_checkpoint_holds_the_choice_and_loads_with_weights_only(tmp_path: Path)
 
 def test_validation_before_training_chooses_nothing() -> None:
     model, callback = zoo.Simple(), zoo.chooser()
-    with pytest.warns(UserWarning, match="needs a population"):
+    with pytest.warns(UserWarning, match="chooses no mode: the model has no population yet"):
         zoo.trainer(callback).validate(model, zoo.val_data(), verbose=False)
     assert callback.result is None
     trainer = zoo.trainer(callback)

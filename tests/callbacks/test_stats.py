@@ -222,11 +222,11 @@ def test_a_reloaded_model_announces_its_mode(monkeypatch: pytest.MonkeyPatch) ->
         def test_step(self, batch: Any, batch_idx: int) -> None:
             self(batch[0])
 
-    model, callback = Tests(), zoo.chooser()
+    model, callback = Tests(), zoo.chooser(verbose=True)
     trainer = zoo.fitted(model, callback)
     assert callback.result is not None
     said: list[str] = []
-    monkeypatch.setattr("lightning_bln.callbacks.stats.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_bln.callbacks.messages.rank_zero_info", said.append)
     trainer.test(model, zoo.val_data(), verbose=False)
     trainer.fit_loop.max_epochs = 2
     trainer.fit(model, zoo.train_data(), zoo.val_data())
@@ -242,10 +242,10 @@ def test_a_model_from_a_checkpoint_announces_its_mode(tmp_path: Path, monkeypatc
     path = str(tmp_path / "saved.ckpt")
     zoo.fitted(Tests(), zoo.chooser(candidates=["pccp"])).save_checkpoint(path)
     said: list[str] = []
-    monkeypatch.setattr("lightning_bln.callbacks.stats.rank_zero_info", said.append)
-    zoo.trainer(zoo.chooser()).validate(Tests(), zoo.val_data(), ckpt_path=path, verbose=False)
-    zoo.trainer(zoo.chooser()).test(Tests(), zoo.val_data(), ckpt_path=path, verbose=False)
-    zoo.trainer(zoo.chooser(), max_epochs=2).fit(Tests(), zoo.train_data(), zoo.val_data(), ckpt_path=path)
+    monkeypatch.setattr("lightning_bln.callbacks.messages.rank_zero_info", said.append)
+    zoo.trainer(zoo.chooser(verbose=True)).validate(Tests(), zoo.val_data(), ckpt_path=path, verbose=False)
+    zoo.trainer(zoo.chooser(verbose=True)).test(Tests(), zoo.val_data(), ckpt_path=path, verbose=False)
+    zoo.trainer(zoo.chooser(verbose=True), max_epochs=2).fit(Tests(), zoo.train_data(), zoo.val_data(), ckpt_path=path)
     assert said[:3] == [
         "Tests starts to validate in statistics mode pccp.",
         "Tests tests in statistics mode pccp.",
@@ -282,3 +282,16 @@ def test_the_callback_comes_from_yaml(tmp_path: Path) -> None:
     assert callback.result is not None
     assert json.loads(callback.result.to_json())["chosen"] in ("ppcc", "cccc")
     assert torch.isfinite(torch.tensor(callback.history[0][3]))
+
+
+@pytest.mark.parametrize("given", ["mode: max", "direction: max", "direction: max, mode: max, log: all"])
+def test_yaml_has_the_direction_by_either_name(tmp_path: Path, given: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "trainer:\n  logger: false\n  callbacks:\n    - class_path: lightning_bln.callbacks.BLNStatsCallback\n"
+        f"      init_args: {{{given}}}\n"
+    )
+    cli = LightningCLI(zoo.Simple, Data, args=["--config", str(path)], save_config_callback=None, run=False)
+    (callback,) = (one for one in cli.trainer.callbacks if isinstance(one, BLNStatsCallback))
+    assert callback.direction == "max"
+    assert callback.should_log == ("all" if "log" in given else True)

@@ -197,9 +197,9 @@ def trainer(*callbacks: Any, **options: Any) -> pl.Trainer:
     return pl.Trainer(**{**SILENT, "max_epochs": 1, "callbacks": list(callbacks), **options})
 
 
-def chooser(monitor: str = "val_loss", mode: Any = "min", **options: Any) -> BLNStatsCallback:
+def chooser(monitor: str = "val_loss", direction: Any = None, **options: Any) -> BLNStatsCallback:
     """The callback without its guard, which has tests of its own."""
-    return BLNStatsCallback(monitor, mode, **{"guard": "off", "verbose": False, "recompute_batches": 2, **options})
+    return BLNStatsCallback(monitor, direction, **{"guard": "off", "verbose": False, "recompute_batches": 2, **options})
 
 
 def fitted(model: pl.LightningModule, *callbacks: Any, data: Any = None, **options: Any) -> pl.Trainer:

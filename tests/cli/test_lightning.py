@@ -124,3 +124,22 @@ def test_a_checkpoint_without_a_population_is_not_swept(checkpoint, config, caps
     torch.save(saved, checkpoint)
     with pytest.raises(RuntimeError, match="no frozen population"):
         cli.main(["sweep", "--ckpt", str(checkpoint)])
+
+
+@pytest.mark.parametrize("name", ["direction", "mode"])
+def test_a_sweep_without_a_callback_takes_the_direction_by_either_name(checkpoint, config, name, capsys) -> None:
+    recipe = yaml.safe_load(config.read_text())
+    callbacks = recipe["trainer"]["callbacks"]
+    recipe["trainer"]["callbacks"] = [one for one in callbacks if "BLNStats" not in one["class_path"]]
+    config.write_text(yaml.safe_dump(recipe))
+    arguments = ["sweep", "--config", str(config), "--ckpt", str(checkpoint), f"--{name}", "max"]
+    cli.main(arguments)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    losses = [float(line[1]) for line in lines if len(line) > 1 and line[0] in ALL_MODES]
+    assert len(losses) == 16
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_a_sweep_refuses_contradictory_directions(checkpoint) -> None:
+    with pytest.raises(ValueError, match="direction='min' and mode='max'"):
+        cli.main(["sweep", "--ckpt", str(checkpoint), "--direction", "min", "--mode", "max"])

@@ -107,7 +107,7 @@ def fit(
 ) -> tuple[Network, BLNStatsCallback, Trainer]:
     """Train a :class:`Network` up to an epoch, from the start or from a checkpoint."""
     torch.manual_seed(0)
-    network, callback = Network(), BLNStatsCallback(verbose=False, **options)
+    network, callback = Network(), BLNStatsCallback(verbose=False, log="all", **options)
     trainer = Trainer(
         default_root_dir=folder,
         max_epochs=epochs,

@@ -77,12 +77,15 @@ def test_bad_arguments_are_named() -> None:
         sweep_modes(nn.Linear(2, 2), batches, predict, metrics)
     with pytest.raises(ValueError, match="mode='up'"):
         sweep_modes(model, batches, predict, metrics, mode="up")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="direction='min' and mode='max'"):
+        sweep_modes(model, batches, predict, metrics, direction="min", mode="max")
 
 
 def test_the_result_says_why_modes_share_no_forward() -> None:
     model, batches, _ = prepared("perceptron")
     model[2].register_forward_hook(lambda *_: None)
     found = sweep_modes(model, batches, lambda batch: (model(batch[0]), batch[1]), {"loss": F.cross_entropy})
+    assert found.direction == "min"
     assert "forward hooks inside" in (found.reason or "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,25 @@ def test_best_by_either_direction_and_metric() -> None:
     assert result().best() == "pppc"
     assert result().best("acc", "max") == "pppp"
     assert result().best(among=["cccc", "pccc"]) == "pccc"
-    assert result(mode="max").best() == "cccc"
+    assert result().best("acc", direction="max") == result().best("acc", mode="max") == "pppp"
+    assert result(direction="max").best() == result(mode="max").best() == "cccc"
+    assert result(mode="max").direction == result(direction="max").mode == "max"
     with pytest.raises(ValueError, match="monitor='f1'"):
         result().best("f1")
+
+
+@pytest.mark.parametrize("make", [result, lambda **given: result().best(**given)])
+def test_contradictory_directions_are_refused(make: Any) -> None:
+    with pytest.raises(ValueError, match="direction='max' and mode='min'"):
+        make(direction="max", mode="min")
+    with pytest.raises(ValueError, match="direction='up'"):
+        make(direction="up")
+
+
+def test_files_hold_the_direction_by_its_earlier_name() -> None:
+    state = result(direction="max").to_dict()
+    assert state["mode"] == "max"
+    assert SweepResult.from_dict(state).direction == "max"
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
@@ -48,11 +65,11 @@ def test_table_ranks_and_marks() -> None:
 
 
 def test_note_and_reason_stand_below_the_table() -> None:
-    assert result().__rich__().caption is None
+    assert result().table().caption is None
     made = result(note="So it is.", reason="a step draws random numbers")
     footer = ["So it is.", "Modes were evaluated one after the other: a step draws random numbers."]
     assert str(made).splitlines()[-2:] == footer
-    assert made.__rich__().caption == "\n".join(footer)
+    assert made.table().caption == "\n".join(footer)
 
 
 def test_heat_map_marks_the_best_and_the_incumbent() -> None:
@@ -60,3 +77,23 @@ def test_heat_map_marks_the_best_and_the_incumbent() -> None:
     axes = figure.axes[0]
     assert [text.get_text() for text in axes.texts][:2] == ["nan", "0.1000"]
     assert sorted(patch.get_label() for patch in axes.patches) == ["best: pppc", "incumbent: ppcc"]
+
+
+def test_a_table_fits_its_width_and_names_what_it_leaves_out() -> None:
+    from rich.console import Console
+
+    names = [f"metric_{index}" for index in range(12)]
+    scores = {mode: {"loss": 0.1, **dict.fromkeys(names, 0.5)} for mode in ("pppp", "cccc")}
+    made = SweepResult(scores, "loss", regrouped={"cccc": (0.1, 0.2)}, incumbent="cccc")
+    shown = {}
+    for width in (40, 80, 100, 400):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(made)
+        lines = console.export_text().splitlines()
+        shown[width] = [name for name in names if name in lines[2]]
+        assert max(map(len, lines)) <= width
+        text = " ".join(" ".join(lines).split())
+        left_out = ", ".join(name for name in names if name not in shown[width])
+        assert (f"Not shown: {left_out}." in text) if left_out else ("Not shown" not in text)
+        assert {"loss", "regrouped"} <= set(lines[2].replace("┃", " ").split()) or width == 40
+    assert [len(one) for one in shown.values()] == [0, 2, 4, 12]
