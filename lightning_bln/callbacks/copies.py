@@ -76,13 +76,13 @@ class Copies:
             made[:] = [self.mapped(one, function) for one in value]
             return made
         if isinstance(value, Mapping):
-            made: Any = copy(value)  # type: ignore[call-overload]
+            entries: Any = copy(value)
             for key in list(value):
-                made[key] = self.mapped(value[key], function)
-            return made
+                entries[key] = self.mapped(value[key], function)
+            return entries
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            made = copy(value)
+            whole: Any = copy(value)
             for name, one in vars(value).items():
-                object.__setattr__(made, name, self.mapped(one, function))
-            return made
+                object.__setattr__(whole, name, self.mapped(one, function))
+            return whole
         return deepcopy(value)

@@ -124,6 +124,7 @@ register("scaled_dot_product_attention", attended, F)
 
 def spread_loss(func: Any, args: Args, kwargs: Kwargs) -> Any:
     """A loss of the numbers at one place, or its mean or sum over a part."""
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
     if len(args) != 2 or kwargs.keys() - {"reduction", "beta", "delta"}:
         return NotImplemented
     a, b = args
@@ -148,6 +149,7 @@ register(LOSSES, spread_loss, F)
 
 def class_loss(func: Any, args: Args, kwargs: Kwargs) -> Any:
     """``cross_entropy`` and ``nll_loss`` of class indices that all modes have, without weights."""
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
     if len(args) != 2 or kwargs.keys() - {"reduction", "ignore_index", "label_smoothing"}:
         return NotImplemented
     scores, target, reduction = *args, kwargs.get("reduction", "mean")

@@ -62,8 +62,10 @@ def permuted(func: Any, args: Args, kwargs: Kwargs) -> Any:
 def squeezed(func: Any, args: Args, kwargs: Kwargs) -> Any:
     """``squeeze`` of one axis, or of all of length 1."""
     first = args[0]
-    if not is_stack(first, kwargs) or not first.ndim or len(args) > 2:
+    if not is_stack(first, kwargs) or len(args) > 2:
         return NotImplemented
+    if not first.ndim:
+        return PerMode.of_stack(first.stack.view_as(first.stack)) if len(args) == 1 else NotImplemented
     try:
         over = shifted(args[1] if len(args) == 2 else tuple(range(first.ndim)), first.ndim)
     except (TypeError, IndexError):

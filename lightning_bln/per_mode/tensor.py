@@ -109,7 +109,7 @@ class PerMode(Tensor):
         return self.like.device
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         return self.like.requires_grad
 
     @requires_grad.setter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -15,6 +15,10 @@ from lightning_bln._torch import has_forward_hooks, tree_flatten
 from lightning_bln.modes import HasMode, mode_layers
 from lightning_bln.per_mode import holds
 from lightning_bln.sweep.pytree import is_same_input, trees_match, versions
+from lightning_bln.sweep.random_state import RandomState
+from lightning_bln.sweep.snapshot import snapshot
+
+CPU = torch.device("cpu")
 
 
 class Call(NamedTuple):
@@ -42,11 +46,12 @@ class Prefix:
 
     Args:
         model: The model.
+        device: Where it lies.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.modules = [module for module in dict.fromkeys(without_mode(model)) if only_computes(module)]
+    def __init__(self, model: nn.Module, device: torch.device = CPU) -> None:
+        self.model, self.device = model, device
+        self.modules = [module for module in dict.fromkeys(without_mode(model)) if not has_hooks_inside(module)]
         self.calls: dict[int, Call] = {}
 
     @contextmanager
@@ -67,10 +72,11 @@ class Prefix:
         if call is not None and call.serves(module, (args, kwargs)):
             return call.output
         # inference tensors do not count writes, so the cached output must be none
+        before, random = snapshot(module), RandomState(self.device)
         with torch.inference_mode(False), torch.no_grad():
             output = plain(*args, **kwargs)
         written = versions(output)
-        if written is not None:
+        if written is not None and before == snapshot(module) and not random.has_moved():
             self.calls[place] = Call(module, (args, kwargs), output, written)
         return output
 
@@ -87,16 +93,9 @@ def without_mode(module: nn.Module) -> Iterator[nn.Module]:
             yield from without_mode(child)
 
 
-def only_computes(module: nn.Module) -> bool:
-    """Whether every part is torch's own, in evaluation and without hooks, so that calls leave no trace."""
-    return all(
-        is_of_torch(type(part)) and not part.training and not has_forward_hooks(part) for part in module.modules()
-    )
-
-
-@cache
-def is_of_torch(kind: Any) -> bool:
-    return kind.__module__.startswith(("torch.nn.", "lightning_bln."))
+def has_hooks_inside(module: nn.Module) -> bool:
+    """Whether calls of ``module`` run hooks, which would not see a call that is answered from the cache."""
+    return any(has_forward_hooks(part) for part in module.modules())
 
 
 @contextmanager

@@ -266,7 +266,7 @@ class SharedForward:
         if not self.in_chunks:
             return nullcontext()
         if self.prefix is None or self.prefix.model is not module:
-            self.prefix = Prefix(module)
+            self.prefix = Prefix(module, self.device)
         return self.prefix.shared()
 
 

@@ -19,6 +19,11 @@ from lightning_bln.population import Population
 SMALL = 4096
 """Entries of a container, or of an array without a count of writes, up to which each is looked at."""
 
+UPDATES = "_update_count"
+"""The attribute in which a metric counts its updates, so that nothing else of it has to be looked at."""
+
+UNCHANGING = frozenset({int, float, bool, str, type(None)})
+
 LARGE = 2**16
 """Numbers of a tensor, or entries of a container, above which no copy is made."""
 
@@ -29,12 +34,17 @@ def snapshot(module: nn.Module) -> list[Any]:
     for part in module.modules():
         if isinstance(part, (HasMode, Population)):
             continue
-        # a metric counts its updates in an attribute; its tensors need not be looked at
-        is_metric = "_update_count" in part.__dict__
-        for name, value in part.__dict__.items():
-            if name not in MODULE_INTERNALS and name != "forward":
-                found.append((name, id(value) if is_metric and isinstance(value, Tensor) else state_of(value)))
-        found += [(name, state_of(value)) for name, value in part.named_buffers(recurse=False) if not is_metric]
+        fields = part.__dict__
+        if UPDATES in fields:
+            found.append(fields[UPDATES])
+            continue
+        for name in fields.keys() - MODULE_INTERNALS:
+            value = fields[name]
+            if type(value) in UNCHANGING:
+                found.append((name, value))
+            elif name != "forward":
+                found.append((name, state_of(value)))
+        found += [state_of(value) for value in own_buffers(part).values()]
     return found
 
 
