@@ -18,11 +18,13 @@ from lightning_bln.callbacks.averaging import exclude_populations, saving_averag
 from lightning_bln.callbacks.checks import check_arguments, check_model, check_validation_data, parse_candidates
 from lightning_bln.callbacks.display import SweepBar, label_bar, log_choice, log_scores, print_table, save, sparing
 from lightning_bln.callbacks.evaluation import Evaluation, shared_forward
+from lightning_bln.callbacks.freezing import Freezing
 from lightning_bln.callbacks.guard import Guard
-from lightning_bln.callbacks.recompute import batches_for, check_recompute, fingerprint, recompute
-from lightning_bln.modes import StatisticsMode, mode_layers
+from lightning_bln.callbacks.readings import check_readable
+from lightning_bln.callbacks.recompute import check_recompute
+from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers
 from lightning_bln.population import Population
-from lightning_bln.recomputation import freeze_population, populations, reset_population
+from lightning_bln.recomputation import populations, reset_population
 from lightning_bln.sweep.result import Direction, SweepResult, check_direction
 from lightning_bln.sweep.shared_forward import SharedForward
 
@@ -121,8 +123,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self._guard: Guard | None = None
         self._shared: SharedForward | None = None
         self._is_sweeping = False
-        self._frozen_weights: int | None = None
-        self._frozen_step: int | None = None
+        self._freezing = Freezing()
+        self._before_choice: tuple[Any, ...] | None = None
         self._last_warning: str | None = None
         self._is_explained = False
         self._during_sanity_check = ExitStack()
@@ -157,9 +159,12 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         check_model(trainer, pl_module)
-        self._frozen_weights = self._frozen_step = None  # another fit may bring other data, or another module
+        self._freezing = Freezing()  # another fit may bring other data, or another module
         if self.population == "recompute":
             check_recompute(trainer, pl_module)
+            self._check_readable(trainer, _lightning.given_train_loaders(trainer))
+        if trainer.global_step == 0 and trainer.ckpt_path is None:
+            self.result, self.history = None, []  # those of an earlier fit
         for callback in trainer.callbacks:
             exclude_populations(callback, pl_module)
         self._during_fit.enter_context(saving_average(trainer.callbacks, pl_module))
@@ -169,6 +174,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         if any(one.is_frozen for one in populations(pl_module)):
             self._announce(pl_module, "resumes")
         check_validation_data(trainer)
+        if self.population == "recompute":
+            self._check_readable(trainer, _lightning.train_loader(trainer).flattened)
 
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
         # before training there is no population, and a warning of it would be noise
@@ -186,6 +193,9 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._evaluation = self._guard = None
         fitting = trainer.state.fn == "fit"
+        self._freezing.is_due = fitting and not trainer.sanity_checking
+        if self._freezing.is_due:
+            _lightning.begin_again(trainer)
         self._is_sweeping = (
             not trainer.sanity_checking
             and not trainer.barebones
@@ -198,14 +208,14 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
                 self._is_sweeping = False
                 rank_zero_info("BLNStatsCallback chooses no mode: the model has no population yet; call fit first.")
 
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        # not earlier: other callbacks swap averaged weights in by this hook
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._freeze(trainer, pl_module)
-
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        if self._freezing.is_due:
+            # not earlier: only now has all that validates other weights, such as an average, swapped them in
+            self._freezing.is_due = False
+            self._freezing.freeze(self, trainer, pl_module)
+            self._is_sweeping &= any(one.is_frozen for one in populations(pl_module))
         if not self._is_sweeping:
             return
         if self._evaluation is None:
@@ -222,8 +232,9 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             self._guard.keep(batch, self._evaluation.base_results.dataloader_idx)
         self._evaluation.step(batch, batch_idx)
 
-    def on_validation_batch_end(self, *_: Any) -> None:
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         self._close_shared()
+        self._freezing.note_accumulators(pl_module)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         evaluation, guard = self._evaluation, self._guard
@@ -245,18 +256,22 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             guard.judge(evaluation, result, self.candidates)
         result.chosen = StatisticsMode(trainer.strategy.broadcast(str(result.chosen)))
         self._bar.close()
+        self._before_choice = evaluation.layers, [one.mode for one in evaluation.layers], self.result, self.history
         evaluation.install(result.chosen)
         self.result = result
         score = result.scores.get(result.chosen, {}).get(self.monitor, math.nan)
-        self.history.append((trainer.current_epoch, trainer.global_step, str(result.chosen), score))
+        self.history = [*self.history, (trainer.current_epoch, trainer.global_step, str(result.chosen), score)]
         if result.note is not None and result.note != self._last_warning:
             self._last_warning = result.note
             rank_zero_warn(result.note)
         if self.should_log:
             log_scores(self, trainer, result)
 
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._before_choice = None
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._freeze(trainer, pl_module)
+        self._freezing.freeze(self, trainer, pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         if self.result is None or not trainer.is_global_zero:
@@ -283,6 +298,10 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._evaluation = self._guard = None
+        if self._before_choice is not None:  # a validation that did not come to its end chooses nothing
+            layers, modes, self.result, self.history = self._before_choice
+            self._before_choice = None
+            assign_modes(layers, modes)
         self._bar.close()
         self._close_shared()
         self._during_sanity_check.close()
@@ -311,33 +330,9 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         if modes:
             rank_zero_info(f"{type(module).__name__} {doing} in statistics mode {', '.join(modes)}.")
 
-    def _freeze(self, trainer: Any, module: Any) -> None:
-        """Freeze the population of the present weights, unless that has been done."""
-        weights, step = fingerprint(module), trainer.global_step
-        has_moved, has_stepped = weights != self._frozen_weights, step != self._frozen_step
-        # ranks must decide alike, though a rank's shard of the weights may be unchanged, or its share of the data empty
-        has_moved = trainer.strategy.reduce_boolean_decision(has_moved, all=False)
-        has_gathered = any(one.is_gathering for one in populations(module))  # some may never be called
-        if self.population == "epoch":
-            has_gathered = trainer.strategy.reduce_boolean_decision(has_gathered, all=False)
-        if self.population == "epoch" and has_stepped and has_gathered:
-            freeze_population(module)
-        elif has_moved and (self.population == "recompute" or self._frozen_weights is not None):
-            # weights that changed without a step are an average's, for which no epoch has gathered statistics
-            source = trainer.train_dataloader if self.stats_dataloader is None else self.stats_dataloader
-            most = trainer.num_training_batches if self.stats_dataloader is None else math.inf
-            total = min(most, self.recompute_batches or math.inf, batches_for(source, self.samples, trainer.world_size))
-            self._bar.start(trainer, "Population", total)
-            recompute(
-                trainer,
-                module,
-                samples=self.samples,
-                limit=self.recompute_batches,
-                dataloader=self.stats_dataloader,
-                on_batch=self._bar.advance,
-            )
-            self._bar.close()
-        self._frozen_weights, self._frozen_step = weights, step
+    def _check_readable(self, trainer: Any, loaders: Iterable[Any]) -> None:
+        if self.stats_dataloader is None:
+            check_readable(trainer, loaders)
 
     def _agree(
         self, evaluation: Evaluation, scores: dict[StatisticsMode, dict[str, float]]

@@ -16,6 +16,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_bln._torch import MODULE_INTERNALS, own_buffers
 from lightning_bln.callbacks import _lightning
+from lightning_bln.callbacks.generators import GENERATORS, set_state, state_of
 from lightning_bln.modes import HasMode
 from lightning_bln.population import Population
 from lightning_bln.sweep.per_mode_tensor import PerMode
@@ -30,8 +31,6 @@ DICTIONARIES = (dict, OrderedDict, defaultdict, Counter)
 MUTABLE = (Tensor, np.ndarray, list, set, dict, deque)
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, *MUTABLE, tuple, frozenset)
 UNCHANGING = frozenset({int, float, bool, str, type(None), FunctionType, MethodType, BuiltinFunctionType})
-LARGEST_BUFFER = 2**20
-"""Elements of a buffer above which it is taken for a constant."""
 
 
 class UserState:
@@ -62,15 +61,24 @@ class UserState:
             helpers = unique(value for value in plain_values(holder) if is_helper(value))
             self.owners += [(helper.__dict__, frozenset()) for helper in helpers]
             buffers = own_buffers(holder)
-            if buffers and all(one is None or one.numel() <= LARGEST_BUFFER for one in buffers.values()):
+            if buffers:
                 self.owners.append((buffers, frozenset()))
+        held = (value for fields, _ in self.owners for value in values_of(fields))
+        self.generators = unique(one for one in held if isinstance(one, GENERATORS))
 
     def take(self) -> Snapshot:
         """The state as it is, by reference."""
-        return [{name: value for name, value in fields.items() if name not in skip} for fields, skip in self.owners]
+        state = [{name: value for name, value in fields.items() if name not in skip} for fields, skip in self.owners]
+        if self.generators:
+            state.append({str(place): state_of(one) for place, one in enumerate(self.generators)})
+        return state
 
     def put(self, snapshot: Snapshot) -> None:
         """Make ``snapshot`` the state."""
+        if self.generators:
+            *snapshot, states = snapshot
+            for generator, state in zip(self.generators, states.values(), strict=True):
+                set_state(generator, state)
         for (fields, skip), values in zip(self.owners, snapshot, strict=True):
             if len(fields) > len(values):
                 for name in list(fields):
@@ -79,15 +87,16 @@ class UserState:
             fields.update(values)
 
     @staticmethod
-    def copy(snapshot: Snapshot, part: int | None = None) -> Snapshot:
+    def copy(snapshot: Snapshot, part: int | None = None, shared: Iterable[Any] = ()) -> Snapshot:
         """A copy of a snapshot in new containers and tensors; references to one object still are to one.
 
         Args:
             snapshot: From :meth:`take`.
             part: Index of the mode whose part replaces each :class:`PerMode`. By default they are not copied, and
                 :func:`~lightning_bln.sweep.per_mode_tensor.undoable` takes back what is written into them.
+            shared: Objects that are not copied.
         """
-        memo: dict[int, tuple[Any, Any]] = {}
+        memo: dict[int, tuple[Any, Any]] = {id(one): (one, one) for one in shared}
         return [
             {name: value if type(value) in UNCHANGING else rebuild(value, memo, part) for name, value in values.items()}
             for values in snapshot
@@ -146,12 +155,18 @@ def is_helper(value: Any) -> bool:
         return False
     if type(value).__module__.partition(".")[0] in {"torch", "lightning", "pytorch_lightning", "lightning_fabric"}:
         return False
-    return bool(value.__dict__) and all(isinstance(one, PLAIN) for one in value.__dict__.values())
+    values = value.__dict__.values()
+    return bool(values) and all(isinstance(one, (*PLAIN, *GENERATORS)) for one in values)
 
 
 def plain_values(module: nn.Module) -> Iterator[Any]:
     """Attributes of ``module`` that nn.Module does not manage and that may change, and what their containers hold."""
-    for name, value in module.__dict__.items():
+    return values_of(module.__dict__)
+
+
+def values_of(fields: dict[str, Any]) -> Iterator[Any]:
+    """Attributes that may change, and what their containers hold."""
+    for name, value in fields.items():
         if type(value) not in UNCHANGING and name not in MODULE_INTERNALS and name not in UNSEARCHED:
             yield from flattened(value, depth=3)
 
