@@ -226,6 +226,16 @@ def training_modes(trainer: Any) -> dict[str, bool]:
     return trainer._evaluation_loop._module_mode.mode if trainer.validating else {}
 
 
+def mark_cut(checkpoint: dict[str, Any]) -> None:
+    """Have a run that resumes from a checkpoint, saved within a validation, begin with this validation.
+
+    Of progress that it cannot place, Lightning takes a validation for done.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    first = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    progress.update(total=dict(first), current=dict(first), is_last_batch=False)
+
+
 def begin_again(trainer: Any) -> None:
     """Have a validation that goes on where a checkpoint cut it begin with its first batch."""
     loop = trainer._evaluation_loop
@@ -250,6 +260,11 @@ def before_batch_transfer(module: Any, batch: Any, dataloader_idx: int) -> Any:
 def averaged_model(callback: Any) -> Any:
     """The averaged copy that a ``WeightAveraging`` callback keeps, or None; it has no public name."""
     return getattr(callback, "_average_model", None)
+
+
+def swap_average(callback: Any, module: Any) -> None:
+    """Exchange the weights of a module and those that a ``WeightAveraging`` callback keeps."""
+    callback._swap_models(module)
 
 
 SWAPS = ("_swap_models", "_copy_average_to_current")

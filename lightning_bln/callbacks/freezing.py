@@ -10,6 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_bln.callbacks import _lightning
+from lightning_bln.callbacks.averaging import averaged
 from lightning_bln.callbacks.recompute import batches_for, recompute
 from lightning_bln.callbacks.weights import Fingerprint, fingerprint, fingerprint_of_buffers
 from lightning_bln.recomputation import freeze_gathered, holders_of, populations
@@ -66,6 +67,13 @@ class Freezing:
         )
         callback._bar.close()
         return left
+
+    def refresh(self, callback: Any, trainer: Any, module: Any) -> None:
+        """Freeze the population of the weights that a checkpoint is about to hold."""
+        if trainer.sanity_checking or self.is_due:
+            return
+        with averaged(trainer.callbacks, module):
+            self.freeze(callback, trainer, module)
 
     def present(self, module: nn.Module) -> Fingerprint:
         """The fingerprint of the weights as they are, without buffers that a validation changes."""

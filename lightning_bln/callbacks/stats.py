@@ -6,15 +6,16 @@ import math
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_bln._checks import check_bool
 from lightning_bln._torch import ignore_in_ddp
 from lightning_bln.callbacks import _lightning
-from lightning_bln.callbacks.averaging import exclude_populations, saving_average, write_statistics
+from lightning_bln.callbacks.averaging import exclude_populations, saving_average, saving_statistics, write_statistics
 from lightning_bln.callbacks.checks import check_arguments, check_model, check_validation_data, parse_candidates
 from lightning_bln.callbacks.display import SweepBar, label_bar, log_choice, log_scores, print_table, save, sparing
 from lightning_bln.callbacks.evaluation import Evaluation, shared_forward
@@ -60,6 +61,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         plot: Whether to give the heat map to loggers that take figures, at the end of fit.
         save_dir: Folder for ``bln_sweep.json`` and ``bln_sweep.png`` at the end of fit; None writes nothing.
         verbose: Whether to print the table of scores at the end of fit.
+        refresh_on_save: Whether to compute the population anew before a checkpoint is saved whose weights have been
+            trained since the last validation. Without, loading such a checkpoint warns.
 
     Attributes:
         result: The last :class:`~lightning_bln.sweep.SweepResult`, or None before the first choice.
@@ -96,6 +99,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         plot: bool = False,
         save_dir: str | Path | None = None,
         verbose: bool = True,
+        refresh_on_save: bool = False,
     ) -> None:
         super().__init__()
         # a Trainer takes only callbacks of its own namespace, which may have been imported after this module
@@ -116,6 +120,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self.every_n_epochs, self.guard, self.tolerance = every_n_epochs, guard, tolerance
         self.stats_dataloader = stats_dataloader
         self.should_log, self.plot, self.verbose = log, plot, verbose
+        self.refresh_on_save = check_bool("refresh_on_save", refresh_on_save)
         self.save_dir = None if save_dir is None else Path(save_dir)
         self.result: SweepResult | None = None
         self.history: list[tuple[int, int, str, float]] = []
@@ -125,6 +130,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self._is_sweeping = False
         self._freezing = Freezing()
         self._before_choice: tuple[Any, ...] | None = None
+        self._is_validating = False
         self._last_warning: str | None = None
         self._is_explained = False
         self._during_sanity_check = ExitStack()
@@ -159,7 +165,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         check_model(trainer, pl_module)
-        self._freezing = Freezing()  # another fit may bring other data, or another module
+        self._freezing, self._is_validating = Freezing(), False  # another fit may bring other data, or another module
         if self.population == "recompute":
             check_recompute(trainer, pl_module)
             self._check_readable(trainer, _lightning.given_train_loaders(trainer))
@@ -168,6 +174,9 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         for callback in trainer.callbacks:
             exclude_populations(callback, pl_module)
         self._during_fit.enter_context(saving_average(trainer.callbacks, pl_module))
+        if self.refresh_on_save:
+            refresh = partial(self._freezing.refresh, self, trainer, pl_module)
+            self._during_fit.enter_context(saving_statistics(pl_module, refresh))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         # not in on_fit_start: sharded weights are loaded after it
@@ -194,7 +203,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self._evaluation = self._guard = None
         fitting = trainer.state.fn == "fit"
         self._freezing.is_due = fitting and not trainer.sanity_checking
-        if self._freezing.is_due:
+        self._is_validating = self._freezing.is_due
+        if self._is_validating:
             _lightning.begin_again(trainer)
         self._is_sweeping = (
             not trainer.sanity_checking
@@ -268,7 +278,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             log_scores(self, trainer, result)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        self._before_choice = None
+        self._before_choice, self._is_validating = None, False
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._freezing.freeze(self, trainer, pl_module)
@@ -309,6 +319,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         write_statistics(pl_module, checkpoint["state_dict"])
+        if self._is_validating:
+            _lightning.mark_cut(checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         return {
