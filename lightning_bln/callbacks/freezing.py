@@ -28,6 +28,7 @@ class Freezing:
         self.is_due = self.is_fresh = False
         self.weights: Fingerprint | None = None
         self.step: int | None = None
+        self.in_training: Fingerprint | None = None
         self.accumulators: set[str] = set()
         self.told: set[str] = set()
 
@@ -44,10 +45,20 @@ class Freezing:
                 left = self.recompute(callback, trainer, module, asleep)
         elif decide(any(one.is_gathering for one in populations(module)), all=False) and step != self.step:
             left = freeze_gathered(module, asleep.values())
-        elif has_moved and self.weights is not None:
-            self.tell("the weights have been exchanged since the last training step", EXCHANGED)
+        if callback.population == "epoch" and self.is_exchanged(weights, step):
+            self.tell("the weights that are validated", EXCHANGED)
         self.tell_left(asleep, left)
-        self.weights, self.step, self.is_fresh = weights, step, True
+        self.weights, self.step, self.is_fresh, self.in_training = weights, step, True, None
+
+    def begin(self, callback: Any, module: nn.Module) -> None:
+        """Note that a validation begins, at the first of whose batches the population is to be frozen."""
+        self.is_due = True
+        self.in_training = self.present(module) if callback.population == "epoch" else None
+
+    def is_exchanged(self, weights: Fingerprint, step: int) -> bool:
+        """Whether the weights are others than when the validation began, or than after the last freezing."""
+        before = self.in_training if step != self.step else self.weights
+        return before is not None and weights != before
 
     def recompute(self, callback: Any, trainer: Any, module: Any, asleep: dict[str, nn.Module]) -> list[str]:
         """Recompute the population, with a progress bar; return the names of those that stay as they were."""
@@ -106,8 +117,8 @@ class Freezing:
 
 
 EXCHANGED = (
-    ", for an average's, say. population='epoch' gathers statistics while weights move and has none of these, so that "
-    "the population stays as it is; set population='recompute' for one of the weights that are validated."
+    " are others than those in training, an average of them, say. population='epoch' gathers statistics in training, and "
+    "keeps these; set population='recompute' for the population of the weights that are validated."
 )
 ASLEEP = " is in evaluation mode while the model trains, and keeps the population it has."
 UNUSED = " gathered no statistics, since nothing called the layer, and keeps the population it has."

@@ -202,9 +202,9 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._evaluation = self._guard = None
         fitting = trainer.state.fn == "fit"
-        self._freezing.is_due = fitting and not trainer.sanity_checking
-        self._is_validating = self._freezing.is_due
+        self._is_validating, self._freezing.is_due = fitting and not trainer.sanity_checking, False
         if self._is_validating:
+            self._freezing.begin(self, pl_module)
             _lightning.begin_again(trainer)
         self._is_sweeping = (
             not trainer.sanity_checking
