@@ -107,24 +107,41 @@ class Watch(TorchFunctionMode):
         self.before_write = before_write
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        place = PLACES.get(func, PLACES)  # most functions only read
+        if place is None and not kwargs:
+            return func(*args)
         kwargs = kwargs or {}
-        for tensor in written_by(func, args, kwargs):
+        if place is PLACES:
+            place = PLACES[func] = written_place(func)
+        for tensor in written_by(place, args, kwargs):
             if has_memory(tensor):
                 self.before_write(tensor)
         return func(*args, **kwargs)
 
 
-def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """Tensors that a function of torch may write into."""
+PLACES: dict[Any, Any] = {}
+"""Of every function called so far, what :func:`written_place` says."""
+
+
+def written_place(func: Any) -> Any:
+    """Arguments that a function of torch writes into by its name: the first, all, those of its schema, or None."""
     name = getattr(func, "__name__", "").partition(".")[0]
-    arguments = written_arguments(func)
-    if arguments is not None:
-        yield from tensors_in([args[place] for place in arguments if place < len(args)])
-        yield from tensors_in([kwargs[one] for one in arguments.values() if one in kwargs])
-    elif kwargs.get("inplace") or kwargs.get("max_norm") is not None or name in KEEPERS:
+    if name in KEEPERS:
+        return "all"
+    if name in LEAKS or (name.endswith("_") and not name.startswith("__")):
+        return "first"
+    return written_arguments(func)
+
+
+def written_by(place: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """Tensors that a call may write into, of a function of which :func:`written_place` is known."""
+    if place == "all" or kwargs.get("inplace") or kwargs.get("max_norm") is not None:
         yield from tensors_in([*args, *kwargs.values()])
-    elif name in LEAKS or (name.endswith("_") and not name.startswith("__")):
-        yield from tensors_in(args[:1])
+    elif place == "first":
+        yield from tensors_in(args[:1] or kwargs.values())
+    elif place is not None:  # of a library's operator
+        yield from tensors_in([args[one] for one in place if one < len(args)])
+        yield from tensors_in([kwargs[one] for one in place.values() if one in kwargs])
     if "out" in kwargs:
         yield from tensors_in([kwargs["out"]])
 

@@ -117,8 +117,8 @@ class Freezing:
 
 
 EXCHANGED = (
-    " are others than those in training, an average of them, say. population='epoch' gathers statistics in training, and "
-    "keeps these; set population='recompute' for the population of the weights that are validated."
+    " are others than those in training, such as an average. population='epoch' gathers statistics in training and "
+    "keeps these; set population='recompute' for that of the weights validated."
 )
 ASLEEP = " is in evaluation mode while the model trains, and keeps the population it has."
 UNUSED = " gathered no statistics, since nothing called the layer, and keeps the population it has."

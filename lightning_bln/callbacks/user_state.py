@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from functools import cache
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -17,11 +18,10 @@ from torchmetrics import Metric, MetricCollection
 from lightning_bln._torch import MODULE_INTERNALS, own_buffers
 from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.generators import GENERATORS, set_state, state_of
+from lightning_bln.callbacks.large_state import MANY, Sharing, Snapshot
 from lightning_bln.modes import HasMode
 from lightning_bln.population import Population
 from lightning_bln.sweep.per_mode_tensor import PerMode
-
-Snapshot = list[dict[str, Any]]
 
 METRIC_INTERNALS = MODULE_INTERNALS | _lightning.METRIC_INTERNALS
 TRAINER_OWNED = _lightning.HPARAMS | {"forward", "log", "log_dict"}
@@ -65,29 +65,53 @@ class UserState:
                 self.owners.append((buffers, frozenset()))
         held = (value for fields, _ in self.owners for value in values_of(fields))
         self.generators = unique(one for one in held if isinstance(one, GENERATORS))
+        self.sharing = Sharing()
 
     def take(self) -> Snapshot:
         """The state as it is, by reference."""
         state = [{name: value for name, value in fields.items() if name not in skip} for fields, skip in self.owners]
         if self.generators:
             state.append({str(place): state_of(one) for place, one in enumerate(self.generators)})
-        return state
+        return Snapshot(state, self.sharing)
 
     def put(self, snapshot: Snapshot) -> None:
         """Make ``snapshot`` the state."""
+        values_of_owners: list[dict[str, Any]] = list(snapshot)
         if self.generators:
-            *snapshot, states = snapshot
+            states = values_of_owners.pop()
             for generator, state in zip(self.generators, states.values(), strict=True):
                 set_state(generator, state)
-        for (fields, skip), values in zip(self.owners, snapshot, strict=True):
+        for (fields, skip), values in zip(self.owners, values_of_owners, strict=True):
             if len(fields) > len(values):
                 for name in list(fields):
                     if name not in values and name not in skip:
                         del fields[name]
             fields.update(values)
 
+    @contextmanager
+    def holding(self, run: Any) -> Iterator[None]:
+        """Within the context the state is ``run.state``, which steps may change; it is put back as they leave it."""
+        before = self.take()
+        self.sharing.check()
+        with self.sharing.guarded(run):
+            try:
+                self.put(run.state)
+                yield
+            finally:
+                run.state = self.take()
+                self.put(before)
+
     @staticmethod
-    def copy(snapshot: Snapshot, part: int | None = None, shared: Iterable[Any] = ()) -> Snapshot:
+    def comparable(snapshot: Snapshot) -> list[dict[str, Any]]:
+        """The values of a snapshot to compare with another's: what both share stands for itself by its identity."""
+        shared = {} if snapshot.sharing is None else snapshot.sharing.values
+        return [
+            {name: ("shared", id(value)) if id(value) in shared else value for name, value in values.items()}
+            for values in snapshot
+        ]
+
+    @staticmethod
+    def copy(snapshot: list[dict[str, Any]], part: int | None = None, shared: Iterable[Any] = ()) -> Snapshot:
         """A copy of a snapshot in new containers and tensors; references to one object still are to one.
 
         Args:
@@ -96,11 +120,16 @@ class UserState:
                 :func:`~lightning_bln.sweep.per_mode_tensor.undoable` takes back what is written into them.
             shared: Objects that are not copied.
         """
-        memo: dict[int, tuple[Any, Any]] = {id(one): (one, one) for one in shared}
-        return [
+        memo = Memo({id(one): (one, one) for one in shared})
+        memo.sharing = getattr(snapshot, "sharing", None)
+        values_of_owners = [
             {name: value if type(value) in UNCHANGING else rebuild(value, memo, part) for name, value in values.items()}
             for values in snapshot
         ]
+        made = Snapshot(values_of_owners, memo.sharing)
+        if memo.sharing is not None:
+            memo.sharing.join(made)
+        return made
 
 
 @cache
@@ -118,13 +147,21 @@ def own(tensor: Tensor, part: int | None = None) -> Tensor:
     return tensor.detach().clone()
 
 
-def rebuild(value: Any, memo: dict[int, tuple[Any, Any]], part: int | None) -> Any:
+class Memo(dict[int, tuple[Any, Any]]):
+    """Copies made so far, each with what it is of, by the identity of that; and what snapshots share."""
+
+    sharing: Sharing | None = None
+
+
+def rebuild(value: Any, memo: Memo, part: int | None) -> Any:
     """A copy of what a step may change in place; all else is the same object."""
     if type(value) in UNCHANGING:
         return value
     known = memo.get(id(value))
     if known is not None:
         return known[0]
+    if memo.sharing is not None and memo.sharing.takes(value):
+        return value
     copied = value
     kind = type(value)
     if isinstance(value, Tensor):
@@ -173,7 +210,7 @@ def values_of(fields: dict[str, Any]) -> Iterator[Any]:
 
 def flattened(value: Any, depth: int) -> Iterator[Any]:
     yield value
-    if depth and isinstance(value, dict):
+    if depth and isinstance(value, dict) and len(value) <= MANY:
         for one in value.values():
             yield from flattened(one, depth - 1)
     elif depth and isinstance(value, (list, tuple, set, deque)) and len(value) <= 64:
