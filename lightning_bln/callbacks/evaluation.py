@@ -92,17 +92,14 @@ class Evaluation:
     @contextmanager
     def acting(self, run: Run) -> Iterator[Any]:
         """Within the context mode, log and user state are those of ``run``, and loggers take no note."""
-        state, modes = self.user.take(), [layer.mode for layer in self.layers]
+        modes = [layer.mode for layer in self.layers]
         log = _lightning.swap_log(self.loop, run.results, run.log)
-        with setting([self.trainer], loggers=self.silent):
+        with setting([self.trainer], loggers=self.silent), self.user.holding(run):
             try:
-                self.user.put(run.state)
                 if len(run.modes) == 1:
                     assign_modes(self.layers, run.modes * len(self.layers))
                 yield run.results
             finally:
-                run.state = self.user.take()
-                self.user.put(state)
                 _, run.log = _lightning.swap_log(self.loop, *log)
                 assign_modes(self.layers, modes)
 
@@ -123,6 +120,7 @@ class Evaluation:
             if self.is_first and self.may_be_joint:
                 self.verify_joint(step, state)
         self.is_first = False
+        self.user.sharing.settle()
 
     def step_per_mode(self, step: Callable[[Run], None], state: RandomState) -> None:
         """Run one mode after the other, each from the same random state."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bln.callbacks import _lightning
-from lightning_bln.callbacks.user_state import Snapshot, UserState, own
+from lightning_bln.callbacks.large_state import Snapshot
+from lightning_bln.callbacks.user_state import UserState, own
 from lightning_bln.modes import StatisticsMode
 from lightning_bln.sweep.per_mode_tensor import undoable
 from lightning_bln.sweep.pytree import is_identical, trees_match, versions
@@ -87,7 +88,7 @@ class Run:
         """All values, without the way they are reduced."""
         rows = {key: [row.__dict__.get(name) for name in _lightning.ROW_VALUES] for key, row in self.results.items()}
         # the order of attributes depends on when a run's state was put back
-        return [dict(sorted(values.items())) for values in (rows, *self.state, self.log)]
+        return [dict(sorted(values.items())) for values in (rows, *UserState.comparable(self.state), self.log)]
 
 
 class Copies:
