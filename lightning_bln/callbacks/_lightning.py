@@ -231,7 +231,7 @@ def mark_cut(checkpoint: dict[str, Any]) -> None:
 
     Of progress that it cannot place, Lightning takes a validation for done.
     """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    progress = checkpoint["loops"]["fit_loop"].get("epoch_loop.val_loop.batch_progress", {})
     first = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
     progress.update(total=dict(first), current=dict(first), is_last_batch=False)
 

@@ -81,7 +81,7 @@ class Freezing:
 
     def refresh(self, callback: Any, trainer: Any, module: Any) -> None:
         """Freeze the population of the weights that a checkpoint is about to hold."""
-        if trainer.sanity_checking or self.is_due:
+        if trainer.sanity_checking or callback._is_validating:  # the population is that of the weights validated
             return
         with averaged(trainer.callbacks, module):
             self.freeze(callback, trainer, module)

@@ -102,9 +102,10 @@ class UserState:
                 self.put(before)
 
     @staticmethod
-    def comparable(snapshot: Snapshot) -> list[dict[str, Any]]:
+    def comparable(snapshot: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The values of a snapshot to compare with another's: what both share stands for itself by its identity."""
-        shared = {} if snapshot.sharing is None else snapshot.sharing.values
+        sharing = getattr(snapshot, "sharing", None)
+        shared = {} if sharing is None else sharing.values
         return [
             {name: ("shared", id(value)) if id(value) in shared else value for name, value in values.items()}
             for values in snapshot
@@ -153,14 +154,15 @@ class Memo(dict[int, tuple[Any, Any]]):
     sharing: Sharing | None = None
 
 
-def rebuild(value: Any, memo: Memo, part: int | None) -> Any:
+def rebuild(value: Any, memo: dict[int, tuple[Any, Any]], part: int | None) -> Any:
     """A copy of what a step may change in place; all else is the same object."""
     if type(value) in UNCHANGING:
         return value
     known = memo.get(id(value))
     if known is not None:
         return known[0]
-    if memo.sharing is not None and memo.sharing.takes(value):
+    sharing = getattr(memo, "sharing", None)
+    if sharing is not None and sharing.takes(value):
         return value
     copied = value
     kind = type(value)

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
 
-from lightning_bln import BatchLayerNorm
+from lightning_bln import ALL_MODES, BatchLayerNorm, set_mode
 
 
 class Momentum(zoo.Simple):
@@ -398,3 +398,30 @@ def test_a_step_that_writes_into_the_weights_of_its_layers_is_told_so() -> None:
 
     with pytest.warns(UserWarning, match=r"training_step writes into key.0.weight .* population_step"):
         zoo.fitted(Twin(), zoo.chooser())
+
+
+def test_every_mode_draws_the_same_from_the_modules_own_generators() -> None:
+    class Noisy(Draws):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            noise = self.others[0].normal() + self.others[1].random() + self.old["old"].normal()
+            return super().validation_step([batch[0] + noise, batch[1]], batch_idx)
+
+    model, callback = Noisy(), zoo.chooser()
+    states: list[Any] = []
+
+    class Before(zoo.pl.Callback):
+        def on_validation_start(self, trainer: Any, module: Any) -> None:
+            new, python, old = *module.others, module.old["old"]
+            states[:] = [new.bit_generator.state, python.getstate(), old.get_state()]
+
+    zoo.fitted(model, callback, Before(), num_sanity_val_steps=0)
+    assert callback.result is not None
+    for mode in ALL_MODES:
+        set_mode(model, mode)
+        model.others[0].bit_generator.state = states[0]
+        model.others[1].setstate(states[1])
+        model.old["old"].set_state(states[2])
+        trainer = zoo.trainer()
+        trainer.validate(model, zoo.val_data(), verbose=False)
+        expected = float(trainer.callback_metrics["val_loss"])
+        assert callback.result.scores[mode]["val_loss"] == pytest.approx(expected, abs=1e-6)
