@@ -231,6 +231,17 @@ def assign_modes(layers: Iterable[HasMode], modes: Iterable[StatisticsMode]) -> 
         layer.__dict__["_mode"] = mode
 
 
+@contextmanager
+def setting_modes(layers: list[HasMode], modes: list[StatisticsMode]) -> Iterator[None]:
+    """Context in which each layer has another mode; afterwards each has its own again."""
+    own = [layer.mode for layer in layers]
+    assign_modes(layers, modes)
+    try:
+        yield
+    finally:
+        assign_modes(layers, own)
+
+
 def require_mode_layers(model: nn.Module) -> list[HasMode]:
     """:func:`mode_layers`; raises ValueError if there is none."""
     layers = mode_layers(model)

@@ -23,7 +23,7 @@ from lightning_bln.callbacks.freezing import Freezing
 from lightning_bln.callbacks.guard import Guard
 from lightning_bln.callbacks.readings import check_readable
 from lightning_bln.callbacks.recompute import check_recompute
-from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers
+from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers, setting_modes
 from lightning_bln.population import Population
 from lightning_bln.recomputation import populations, reset_population
 from lightning_bln.sweep.result import Direction, SweepResult, check_direction
@@ -127,10 +127,9 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self._evaluation: Evaluation | None = None
         self._guard: Guard | None = None
         self._shared: SharedForward | None = None
-        self._is_sweeping = False
+        self._is_sweeping = self._is_validating = False
         self._freezing = Freezing()
         self._before_choice: tuple[Any, ...] | None = None
-        self._is_validating = False
         self._last_warning: str | None = None
         self._is_explained = False
         self._during_sanity_check = ExitStack()
@@ -318,14 +317,17 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self._during_fit.close()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        write_statistics(pl_module, checkpoint["state_dict"])
+        layers, modes = (self._before_choice or ([], []))[:2]
+        with setting_modes(layers, modes):
+            write_statistics(pl_module, checkpoint["state_dict"])
         if self._is_validating:
             _lightning.mark_cut(checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
+        result, history = (self._before_choice or (None, None, self.result, self.history))[2:]
         return {
-            "result": None if self.result is None else self.result.to_dict(),
-            "history": [list(choice) for choice in self.history],
+            "result": None if result is None else result.to_dict(),
+            "history": [list(choice) for choice in history],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
