@@ -199,6 +199,15 @@ def writes(tensor: Tensor) -> int:
     return tensor._version
 
 
+def written_arguments(operator: Any) -> dict[int, str] | None:
+    """Place and name of each argument that an operator of a library writes into, by its private schema."""
+    schema = getattr(operator, "_schema", None)
+    if schema is None:
+        return None
+    arguments = enumerate(schema.arguments)
+    return {place: one.name for place, one in arguments if one.alias_info is not None and one.alias_info.is_write}
+
+
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """The dictionary of a module's buffers, to exchange or assign them by reference.
 

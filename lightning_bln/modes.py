@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -83,10 +84,31 @@ class HasMode(nn.Module):
         self._mode = StatisticsMode(mode)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self._mode.uses_population)
+        # the dtype marks a population that is older than the weights; earlier versions read either alike
+        outdated = any(is_outdated(one) for one in self.modules())
+        return torch.tensor(self._mode.uses_population, dtype=torch.uint8 if outdated else torch.bool)
 
     def set_extra_state(self, state: Any) -> None:
         self.mode = "".join("p" if population else "c" for population in state.tolist())
+        for one in self.modules():
+            if hasattr(one, "comes_outdated"):  # a population, which is loaded next
+                one.comes_outdated = state.dtype == torch.uint8
+
+
+def is_outdated(module: Any) -> bool:
+    """Whether ``module`` is a population whose frozen statistics are those of earlier weights."""
+    return getattr(module, "is_stale", False) and module.is_frozen and module.momentum is None
+
+
+def warn_outdated(population: Any) -> None:
+    """Warn of a population that has been loaded and is older than the weights beside it."""
+    if is_outdated(population):
+        warnings.warn(
+            "the population in this state dict is older than the weights beside it, which were trained further before "
+            "they were saved; call recompute_population(model, batches), or save after a validation or with "
+            "refresh_on_save=True of BLNStatsCallback",
+            stacklevel=3,
+        )
 
 
 class FanOut:
@@ -244,6 +266,17 @@ def assign_modes(layers: Iterable[HasMode], modes: Iterable[StatisticsMode]) -> 
     """Set each layer's mode past ``nn.Module.__setattr__``, too slow for twice per batch and mode."""
     for layer, mode in zip(layers, modes, strict=True):
         layer.__dict__["_mode"] = mode
+
+
+@contextmanager
+def setting_modes(layers: list[HasMode], modes: list[StatisticsMode]) -> Iterator[None]:
+    """Context in which each layer has another mode; afterwards each has its own again."""
+    own = [layer.mode for layer in layers]
+    assign_modes(layers, modes)
+    try:
+        yield
+    finally:
+        assign_modes(layers, own)
 
 
 def require_mode_layers(model: nn.Module) -> list[HasMode]:

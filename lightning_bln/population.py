@@ -15,6 +15,7 @@ from lightning_bln._checks import check_bool, check_choice, check_floating, chec
 from lightning_bln._torch import is_fake, is_observed, is_repetition, lasting, own_buffers
 from lightning_bln._writing import may_hold, one_at_a_time
 from lightning_bln.equation import Statistics
+from lightning_bln.modes import warn_outdated
 from lightning_bln.moments import Moments, check_one_batch, filled, merge_grown, position_mismatch
 
 ESTIMATORS = ("pooled", "paper")
@@ -68,6 +69,7 @@ class Population(nn.Module):
     """How many training batches each batch stands for while it is gathered, see ``recompute_population``."""
     is_stale = False
     """Whether the layer has been trained since the statistics were frozen."""
+    comes_outdated = False  # as the layer has read in a state dict that is being loaded
     channel_dim = -1
     """The layer's feature axis, if its batch axis is first: ahead of several axes of positions it is that of images."""
     training_sizes: Tensor | None = None
@@ -342,8 +344,9 @@ class Population(nn.Module):
             saved = state_dict.get(prefix + name)
             if saved is not None and saved.shape != own.shape:
                 setattr(self, name, own.new_zeros(saved.shape))
-        self.is_stale = False
+        self.is_stale, self.comes_outdated = self.comes_outdated, False
         super()._load_from_state_dict(state_dict, prefix, *args)
+        warn_outdated(self)
 
     def extra_repr(self) -> str:
         state = "frozen" if self.is_frozen else "empty"
@@ -389,11 +392,9 @@ def check_positions(population: Population, names: Iterable[str], state_dict: di
         )
 
 
-MOVED = {"freeze_population", "gathering", "populations", "recompute_population", "require_populations"}
-
-
 def __getattr__(name: str) -> Any:
     """Functions that lay here in version 0.1.0."""
-    if name in MOVED or name == "reset_population":
+    moved = {"freeze_population", "gathering", "populations", "recompute_population", "require_populations"}
+    if name in moved or name == "reset_population":
         return getattr(import_module("lightning_bln.recomputation"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from inspect import Parameter, signature
@@ -48,17 +48,37 @@ def freeze_population(model: nn.Module) -> None:
         ValueError: ``model`` has no layer with a population.
         RuntimeError: No layer has gathered anything.
     """
+    warn_left(freeze_gathered(model))
+
+
+def freeze_gathered(model: nn.Module, asleep: Collection[nn.Module] | None = None) -> list[str]:
+    """:func:`freeze_population` without a warning; return the names of populations that stay as they are.
+
+    Where layers may be ``asleep``, their populations stay and are not named, and it is no error if all do.
+    """
     require_populations(model)
     named = {name: module for name, module in model.named_modules() if isinstance(module, Population)}
-    if not is_distributed() and not any(population.is_gathering for population in named.values()):
+    if asleep is None and not is_distributed() and not any(one.is_gathering for one in named.values()):
         named[next(iter(named))].freeze()  # says what to do
+    out = {id(child) for holder in asleep or () for child in holder.children()}
+    named = {name: population for name, population in named.items() if id(population) not in out}
     empty = [name for name, population in named.items() if not population.freeze_gathered()]
-    if len(empty) == len(named):
+    if asleep is None and len(empty) == len(named):
         named[empty[0]].freeze()
-    if empty:
+    return empty
+
+
+def holders_of(model: nn.Module) -> list[nn.Module]:
+    """Layers in ``model`` that hold a population."""
+    return [module for module in model.modules() if any(isinstance(child, Population) for child in module.children())]
+
+
+def warn_left(names: Sequence[str]) -> None:
+    """Warn of populations that nothing was gathered for."""
+    if names:
         warnings.warn(
-            f"{', '.join(empty)} gathered no statistics, since nothing called the layer, and stays as it is",
-            stacklevel=2,
+            f"{', '.join(names)} gathered no statistics, since nothing called the layer, and stays as it is",
+            stacklevel=3,
         )
 
 
@@ -69,23 +89,24 @@ def reset_population(model: nn.Module) -> None:
 
 
 @contextmanager
-def gathering(model: nn.Module) -> Iterator[None]:
+def gathering(model: nn.Module, asleep: Collection[nn.Module] | None = None) -> Iterator[None]:
     """Context in which forward passes of ``model`` do nothing but gather statistics, from an empty start.
 
     All modules are in evaluation mode (no dropout), except for layers with a population, which normalise by the current
-    batch. Gradients are off. Afterwards every module has its own mode again, and after an error its population too.
+    batch unless they are ``asleep``. Gradients are off. Afterwards every module has its own mode again, and after an
+    error its population too. Modes are set as flags: ``train`` and ``eval``, which a module may have of its own, do not
+    run.
     """
     found = require_populations(model)
-    holders = [
-        module for module in model.modules() if any(isinstance(child, Population) for child in module.children())
-    ]
     before = [dict(population.named_buffers()) for population in found]
     values = [{name: buffer.clone() for name, buffer in buffers.items()} for buffers in before]
     training = {module: module.training for module in model.modules()}  # scripted modules too, unlike ``setting``
     reset_population(model)
-    model.eval()
-    for holder in holders:
-        holder.training = True
+    for module in training:
+        module.training = False
+    out = {id(one) for one in asleep or ()}
+    for holder in holders_of(model):
+        holder.training = id(holder) not in out
     try:
         with torch.no_grad():
             yield
@@ -141,10 +162,11 @@ def recompute_population(
     if isinstance(batches, Tensor):
         raise ValueError(f"batches is a tensor of shape {tuple(batches.shape)}, not a list of batches; pass [x]")
     if predict is None:
-        run, restart = partial(call_model, model), state_of(model)
-        gather_population(model, batches, run, samples=samples, limit=limit, collate=collate, restart=restart)
+        run: Callable[[Any], Any] = partial(call_model, model)
+        restart: Callable[[], Any] | None = state_of(model)
     else:
-        gather_population(model, batches, predict, samples=samples, limit=limit, collate=collate)
+        run, restart = predict, None
+    warn_left(gather_population(model, batches, run, samples=samples, limit=limit, collate=collate, restart=restart))
 
 
 def gather_population(
@@ -157,8 +179,9 @@ def gather_population(
     collate: Sequence[Callable[[list[Any]], Any]] = (),
     restart: Callable[[], Any] | None = None,
     wrapped: nn.Module | None = None,
-) -> None:
-    """:func:`recompute_population` by a function that runs the model.
+    asleep: Collection[nn.Module] | None = None,
+) -> list[str]:
+    """:func:`recompute_population` by a function that runs the model; return the names of populations that it left.
 
     Args:
         model: Module with layers that have a population.
@@ -169,18 +192,18 @@ def gather_population(
         collate: Collate functions of the loaders that :class:`~lightning_bln.joining.Items` come from.
         restart: Called before batches that have been run are run again; ``None`` where nothing gives states back.
         wrapped: What contains ``model`` and says whether ranks must run it together, if not ``model`` itself.
+        asleep: Layers that keep their population and gather nothing; where given, others may gather nothing, too.
     """
     for name, number in (("samples", samples), ("limit", limit)):
         if number is not None:
             check_int(name, number, 1)
-    with gathering(model):
+    with gathering(model, asleep):
         batches = islice(batches, limit)
         if samples is not None:
             taken = list(holding(batches, -(-samples // number_of_ranks())))
             together = Together(model, run, partial(collated, functions=collate), restart)
             if together.gather(taken, samples, map(owned, batches)):
-                freeze_alike(model)
-                return
+                return freeze_alike(model, asleep)
             batches = iter(taken)
         seen = 0
         for batch in in_step(model if wrapped is None else wrapped, batches):
@@ -189,17 +212,18 @@ def gather_population(
         # one rank may have no batch: its population is merged from the other ranks'
         if not seen and not is_distributed():
             raise ValueError("batches is empty, so there is nothing to compute a population from; pass at least one")
-        freeze_population(model)
+        return freeze_gathered(model, asleep)
 
 
-def freeze_alike(model: nn.Module) -> None:
-    """Freeze statistics that all ranks have gathered alike, up to rounding."""
+def freeze_alike(model: nn.Module, asleep: Collection[nn.Module] | None = None) -> list[str]:
+    """Freeze statistics that all ranks have gathered alike, up to rounding; as :func:`freeze_gathered`."""
     found = populations(model)
     with setting(found, is_joint=True):
-        freeze_population(model)
+        left = freeze_gathered(model, asleep)
     if is_distributed():
         for population in found:
             population.broadcast_frozen()
+    return left
 
 
 def state_of(model: nn.Module) -> Callable[[], None]:

@@ -14,6 +14,7 @@ import torch
 from torchmetrics import Metric
 
 from lightning_bln._scoped import setting
+from lightning_bln._torch import tree_flatten
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 """The two packages that distribute the Trainer; each accepts only callbacks of its own ``Callback`` class."""
@@ -214,6 +215,41 @@ def train_loader(trainer: Any) -> Any:
     return trainer.fit_loop._combined_loader
 
 
+def given_train_loaders(trainer: Any) -> list[Any]:
+    """Training loaders that ``fit`` was given; none where a hook makes them, which is not ours to call."""
+    instance = trainer.fit_loop._data_source.instance
+    if instance is None or {"LightningModule", "LightningDataModule"} & set(bases(instance)):
+        return []
+    return getattr(instance, "flattened", None) or tree_flatten(instance)[0]
+
+
+def training_modes(trainer: Any) -> dict[str, bool]:
+    """Whether each module, by its name, was in training mode before a validation within fit put all into evaluation.
+
+    Outside of one nothing, since modules then have their own modes.
+    """
+    return trainer._evaluation_loop._module_mode.mode if trainer.validating else {}
+
+
+def mark_cut(checkpoint: dict[str, Any]) -> None:
+    """Have a run that resumes from a checkpoint, saved within a validation, begin with this validation.
+
+    Of progress that it cannot place, Lightning takes a validation for done.
+    """
+    progress = checkpoint["loops"]["fit_loop"].get("epoch_loop.val_loop.batch_progress", {})
+    first = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    progress.update(total=dict(first), current=dict(first), is_last_batch=False)
+
+
+def begin_again(trainer: Any) -> None:
+    """Have a validation that goes on where a checkpoint cut it begin with its first batch."""
+    loop = trainer._evaluation_loop
+    done = loop.batch_progress.current.ready
+    if done:
+        loop.batch_progress.reset_on_run()
+        loop._data_fetcher.fetched -= done
+
+
 def recombined(combined: Any, loaders: Any) -> Any:
     """Other loaders combined as ``combined`` combines its own; it has no public name for its mode."""
     other = type(combined)(loaders, combined._mode)
@@ -229,6 +265,11 @@ def before_batch_transfer(module: Any, batch: Any, dataloader_idx: int) -> Any:
 def averaged_model(callback: Any) -> Any:
     """The averaged copy that a ``WeightAveraging`` callback keeps, or None; it has no public name."""
     return getattr(callback, "_average_model", None)
+
+
+def swap_average(callback: Any, module: Any) -> None:
+    """Exchange the weights of a module and those that a ``WeightAveraging`` callback keeps."""
+    callback._swap_models(module)
 
 
 SWAPS = ("_swap_models", "_copy_average_to_current")
@@ -247,6 +288,9 @@ BACK_REFERENCES = frozenset({"_trainer", "_fabric"})
 """What a LightningModule refers to and does not hold, so that a search for its state must not follow."""
 
 
+EVALUATION_LOOP = ("_results", "_logged_outputs", "_is_sequential", "_module_mode", "_data_fetcher")
+
+
 def required(namespace: str) -> Iterator[tuple[str, bool]]:
     """Each private name used above, with whether the installed version has it."""
 
@@ -257,8 +301,8 @@ def required(namespace: str) -> Iterator[tuple[str, bool]]:
     names: dict[type, tuple[str, ...]] = {
         lightning.Trainer: ("_evaluation_loop", "_logger_connector"),
         lightning.LightningModule: ("_current_fx_name", "_on_before_batch_transfer", *sorted(BACK_REFERENCES)),
-        part("loops.evaluation_loop")._EvaluationLoop: ("_results", "_logged_outputs", "_is_sequential"),
-        part("loops.fit_loop")._FitLoop: ("_combined_loader",),
+        part("loops.evaluation_loop")._EvaluationLoop: EVALUATION_LOOP,
+        part("loops.fit_loop")._FitLoop: ("_combined_loader", "_data_source"),
         part("strategies.launchers.multiprocessing")._MultiProcessingLauncher: (),
         part("utilities.combined_loader").CombinedLoader: ("_mode",),
         part(f"{connectors}.logger_connector")._LoggerConnector: (*CONNECTOR_METRICS.values(), "_current_fx"),

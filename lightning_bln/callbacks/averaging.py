@@ -57,6 +57,36 @@ def saving_average(callbacks: Iterable[Any], module: nn.Module) -> Iterator[None
         yield
 
 
+@contextmanager
+def saving_statistics(module: nn.Module, refresh: Callable[[], None]) -> Iterator[None]:
+    """Within the context, ``refresh`` runs before a checkpoint is complete, which then holds the populations of now.
+
+    The Trainer calls the module for checkpoints of all kinds, but callbacks for none with weights alone.
+    """
+    own: Any = module.on_save_checkpoint
+
+    def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+        refresh()
+        write_statistics(module, checkpoint["state_dict"])
+        own(checkpoint)
+
+    with setting([module], on_save_checkpoint=on_save_checkpoint):
+        yield
+
+
+@contextmanager
+def averaged(callbacks: Iterable[Any], module: nn.Module) -> Iterator[None]:
+    """Within the context ``module`` has the averaged weights that a checkpoint holds, if there are any."""
+    averaging = [callback for callback in callbacks if isinstance(_lightning.averaged_model(callback), AveragedModel)]
+    for callback in averaging:
+        _lightning.swap_average(callback, module)
+    try:
+        yield
+    finally:
+        for callback in averaging[::-1]:
+            _lightning.swap_average(callback, module)
+
+
 def write_statistics(module: nn.Module, state_dict: dict[str, Any]) -> None:
     """Write the modes and populations of ``module`` into a state dict whose weights may be an average's."""
     for name, part in module.named_modules():

@@ -92,17 +92,14 @@ class Evaluation:
     @contextmanager
     def acting(self, run: Run) -> Iterator[Any]:
         """Within the context mode, log and user state are those of ``run``, and loggers take no note."""
-        state, modes = self.user.take(), [layer.mode for layer in self.layers]
+        modes = [layer.mode for layer in self.layers]
         log = _lightning.swap_log(self.loop, run.results, run.log)
-        with setting([self.trainer], loggers=self.silent):
+        with setting([self.trainer], loggers=self.silent), self.user.holding(run):
             try:
-                self.user.put(run.state)
                 if len(run.modes) == 1:
                     assign_modes(self.layers, run.modes * len(self.layers))
                 yield run.results
             finally:
-                run.state = self.user.take()
-                self.user.put(state)
                 _, run.log = _lightning.swap_log(self.loop, *log)
                 assign_modes(self.layers, modes)
 
@@ -124,6 +121,7 @@ class Evaluation:
                 self.step_jointly(step, state)
             else:
                 self.step_alone(self.parted(), step)
+        self.user.sharing.settle()
         self.shared.follow(self.incumbent)
 
     def may_be_joint(self, copies: Copies) -> bool:

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from itertools import count
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from lightning_bln._scoped import setting
-from lightning_bln._torch import altered, tree_map
+from lightning_bln._torch import sync_buffers
 from lightning_bln.callbacks import _lightning
+from lightning_bln.callbacks.large_state import Contents, large_values
+from lightning_bln.callbacks.readings import training_batches
 from lightning_bln.callbacks.user_state import UserState
+from lightning_bln.callbacks.weights import KeptWeights
 from lightning_bln.distributed import is_sharded
 from lightning_bln.joining import reading_items, serves_items
+from lightning_bln.population import Population
 from lightning_bln.recomputation import gather_population, reset_population
 from lightning_bln.sweep.random_state import RandomState
 
 STEP = "population_step"
 """Optional method of a module, ``(batch, batch_idx)``, that is called in place of an unusable ``training_step``."""
+
+NEEDS_GRADIENTS = ("does not require grad", "not have been used in the graph", "no grad accumulator")
+"""Words of torch's errors where a gradient is asked for and none is taken."""
 
 
 def recompute(
@@ -34,8 +41,11 @@ def recompute(
     limit: int | None,
     dataloader: Iterable[Any] | None = None,
     on_batch: Callable[[int], None],
-) -> None:
+    asleep: Collection[nn.Module] = (),
+) -> list[str]:
     """Compute the population of ``module`` at its present weights, over the Trainer's training data.
+
+    Returns the names of populations that stay as they were, since the step calls their layers not at all.
 
     Args:
         trainer: A Trainer within ``fit``.
@@ -44,6 +54,7 @@ def recompute(
         limit: Use at most this many batches on each rank.
         dataloader: Batches to use in place of the training data.
         on_batch: Called with 1 for each batch that is read.
+        asleep: Layers that keep their population, since they are in evaluation mode while the module trains.
     """
     collate: list[Any] = []
 
@@ -64,23 +75,26 @@ def recompute(
             indices = count()
             restart()
 
-        def read() -> Iterator[Any]:
+        def read() -> Generator[Any, None, None]:
             for batch in training_batches(trainer, opened) if dataloader is None else opened(dataloader):
                 on_batch(1)
                 yield batch
 
-        gather_population(
-            module,
-            read(),
-            run,
-            samples=samples,
-            limit=limit_of(trainer, limit) if dataloader is None else limit,
-            collate=collate,
-            restart=begin_again,
-            # the module alone does not show that its wrapper shards weights, so that ranks must run in step
-            wrapped=trainer.strategy.model if is_sharded(trainer.strategy.model) else None,
-        )
+        with closing(read()) as batches:
+            left = gather_population(
+                module,
+                batches,
+                run,
+                samples=samples,
+                limit=limit_of(trainer, limit) if dataloader is None else limit,
+                collate=collate,
+                restart=begin_again,
+                # the module alone does not show that its wrapper shards weights, so that ranks must run in step
+                wrapped=trainer.strategy.model if is_sharded(trainer.strategy.model) else None,
+                asleep=asleep,
+            )
         reset_population(module)
+    return left
 
 
 def limit_of(trainer: Any, limit: int | None) -> int | None:
@@ -122,19 +136,33 @@ def run_step(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
     if hasattr(module, STEP):
         with trainer.precision_plugin.train_step_context():
             getattr(module, STEP)(batch, batch_idx)
-    else:
-        indexed = _lightning.takes_batch_idx(module.training_step)
+        return
+    indexed = _lightning.takes_batch_idx(module.training_step)
+    try:
         trainer.strategy.training_step(batch, *([batch_idx] if indexed else []))
+    except RuntimeError as error:
+        if not any(words in str(error) for words in NEEDS_GRADIENTS):
+            raise
+        raise _lightning.misconfiguration(
+            trainer,
+            f"population='recompute' runs training_step without gradients, which it needs ({error}); give the module "
+            f"a method {STEP}(batch, batch_idx) that only calls the model, or set population='epoch'",
+        ) from error
 
 
 @contextmanager
 def undisturbed(trainer: Any, module: Any) -> Iterator[Callable[[], None]]:
-    """After the context, all that a training step touches besides gradients is as before: RNG, state, logs, stage.
+    """After the context, all that a training step touches is as before: weights, gradients, RNG, state, logs, stage.
 
     Its value is a function that gives the module's state back within the context.
     """
-    user, wrapped = UserState(module), trainer.strategy.model
-    state, random = user.take(), RandomState(module.device)
+    wrapped = trainer.strategy.model
+    sync_buffers(wrapped)  # of other layers, on which the population depends
+    user, random = UserState(module), RandomState(module.device)
+    state = user.take()
+    large = list(large_values(value for values in state for value in values.values()))
+    tensors = {f"a large attribute of {type(module).__name__}": one for one in large if isinstance(one, Tensor)}
+    contents = [Contents(one) for one in large if not isinstance(one, Tensor)]
     with (
         torch.inference_mode(False),
         # DDP's forward would broadcast buffers, and ranks may have different numbers of batches
@@ -143,88 +171,31 @@ def undisturbed(trainer: Any, module: Any) -> Iterator[Callable[[], None]]:
         setting([trainer], loggers=_lightning.silent_loggers(trainer)),
         setting([trainer.state], stage=type(trainer.state.stage).TRAINING),
     ):
+        weights = KeptWeights(module, contents=not is_sharded(wrapped), others=tensors)
         try:
-            user.put(UserState.copy(state))
-            yield lambda: user.put(UserState.copy(state))
+            user.put(UserState.copy(state, shared=large))
+            with weights.backup:
+                yield lambda: user.put(UserState.copy(state, shared=large))
         finally:
             user.put(state)
             random.restore()
+            for one in contents:
+                if one.has_changed():
+                    one.put_back()
+            warn_written(module, weights.restore())
+
+
+def warn_written(module: nn.Module, names: Iterable[str]) -> None:
+    """Warn of weights that the step has written into, where they belong to layers that it gathers statistics of."""
+    parts = {name.partition(".")[0] for name, one in module.named_modules() if isinstance(one, Population)}
+    moved = [name for name in names if name.partition(".")[0] in parts]
+    if moved:
+        rank_zero_warn(
+            f"training_step writes into {moved[0]} and {len(moved) - 1} other weights, as momentum encoders do; that "
+            "was taken back, but the population is that of the weights written. A method "
+            f"{STEP}(batch, batch_idx) that only calls the model computes that of the weights validated."
+        )
 
 
 def mute(*args: Any, **kwargs: Any) -> None:
     """Stand in for ``self.log``."""
-
-
-def training_batches(trainer: Any, opened: Callable[[Any], Any]) -> Iterator[Any]:
-    """A separate pass over the training data, beside the one that trains.
-
-    Args:
-        trainer: A Trainer within ``fit``.
-        opened: Gives for each loader the one to read.
-    """
-    source = _lightning.train_loader(trainer)
-    loaders = tree_map(lambda loader: opened(independent(trainer, loader)), source.iterables)
-    with restored_generators(source.flattened):
-        for batch, _, _ in _lightning.recombined(source, loaders):
-            yield batch
-
-
-def independent(trainer: Any, loader: Any) -> Any:
-    """A loader of the same batches that shares no iterator with ``loader``, or an error where there cannot be one."""
-    name, problem = type(loader).__name__, None
-    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
-        problem = (
-            f"{name} keeps its place in the data, which a second reading would move; pass stats_dataloader=, or set "
-            "population='epoch'"
-        )
-    elif isinstance(loader, DataLoader) and loader.persistent_workers and loader.num_workers:
-        # persistent workers serve one iterator: a second one would take the batches that the first still waits for
-        if type(loader) is DataLoader:
-            return altered(loader)
-        problem = (
-            f"{name}(persistent_workers=True) cannot be read a second time while it trains; set "
-            "persistent_workers=False, or pass stats_dataloader="
-        )
-    elif isinstance(loader, Iterator):
-        problem = (
-            f"the training data is a {name}, which can be read only once; pass stats_dataloader=, or set "
-            "population='epoch'"
-        )
-    if problem is not None:
-        raise _lightning.misconfiguration(trainer, f"population='recompute', but {problem}")
-    return loader
-
-
-@contextmanager
-def restored_generators(loaders: Iterable[Any]) -> Iterator[None]:
-    """After the context, the generators that loaders and samplers draw from have the state they had before."""
-    generators = []
-    for loader in loaders:
-        sampler = getattr(loader, "sampler", None)
-        holders = [loader, sampler, getattr(loader, "batch_sampler", None)]
-        holders.append(getattr(holders[-1], "sampler", None))
-        generators += [one for one in (getattr(holder, "generator", None) for holder in holders) if one is not None]
-    states = [(generator, generator.get_state()) for generator in generators]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
-
-
-def fingerprint(module: nn.Module) -> int:
-    """A checksum of this rank's weights, which shows that some have changed, by an optimizer or otherwise."""
-    shards = [one.to_local() if hasattr(one, "to_local") else one for one in module.parameters()]
-    sums = [sum_of_bits(one.detach()) for one in shards]
-    return int(torch.stack(sums).sum()) if sums else 0
-
-
-def sum_of_bits(weight: Tensor) -> Tensor:
-    """The sum of a weight's bytes as 64-bit integers: as fast as memory, and a change of one element always shows."""
-    raw = weight.contiguous().view(-1).view(torch.uint8)
-    if raw.storage_offset() % 8:
-        raw = raw.clone()
-    rest = raw.numel() % 8
-    if not rest:
-        return raw.view(torch.int64).sum()
-    return raw[:-rest].view(torch.int64).sum() + raw[-rest:].sum()

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lightning_bln._torch import storage_address
 from lightning_bln.callbacks import _lightning
+from lightning_bln.callbacks.large_state import Snapshot
 from lightning_bln.callbacks.merge import merged
-from lightning_bln.callbacks.user_state import UNCHANGING, Snapshot, UserState, own
+from lightning_bln.callbacks.user_state import UNCHANGING, UserState, own
 from lightning_bln.modes import StatisticsMode
 from lightning_bln.per_mode import NotTogether, PerMode, undoable
 from lightning_bln.sweep.pytree import is_close_or_identical, trees_match
@@ -77,7 +78,10 @@ class Run:
             results[key] = copied_row(row)
             results[key].__dict__.update(merged_row([run.results[key] for run in runs], memo))
         results.dataloader_idx = first.results.dataloader_idx
-        state = [merged(column, memo) for column in zip(*(run.state for run in runs), strict=True)]
+        columns = zip(*(run.state for run in runs), strict=True)
+        state = Snapshot([merged(column, memo) for column in columns], first.state.sharing)
+        if state.sharing is not None:
+            state.sharing.join(state)
         log = merged_logs([run.log for run in runs], memo)
         return cls(tuple(run.mode for run in runs), results, state, log)
 
@@ -114,7 +118,7 @@ class Run:
         """All values, without the way they are reduced."""
         rows = {key: [row.__dict__.get(name) for name in _lightning.ROW_VALUES] for key, row in self.results.items()}
         # the order of attributes depends on when a run's state was put back
-        return [dict(sorted(values.items())) for values in (rows, *self.state, self.log)]
+        return [dict(sorted(values.items())) for values in (rows, *UserState.comparable(self.state), self.log)]
 
 
 def merged_row(rows: list[Any], memo: dict[Any, Any]) -> dict[str, Any]:

@@ -6,26 +6,32 @@ import math
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_bln._checks import check_bool
 from lightning_bln._torch import ignore_in_ddp, sync_buffers
 from lightning_bln.callbacks import _lightning
-from lightning_bln.callbacks.averaging import exclude_populations, saving_average, write_statistics
+from lightning_bln.callbacks.averaging import exclude_populations, saving_average, saving_statistics, write_statistics
 from lightning_bln.callbacks.checks import check_arguments, check_model, check_validation_data, parse_candidates
 from lightning_bln.callbacks.display import SweepBar, check_log, label_bar, log_scores, report, sparing
 from lightning_bln.callbacks.evaluation import Evaluation, shared_forward
+from lightning_bln.callbacks.freezing import Freezing
 from lightning_bln.callbacks.guard import Guard
 from lightning_bln.callbacks.mailbox import Arrived, Mailbox
 from lightning_bln.callbacks.messages import Messages
 from lightning_bln.callbacks.monitor import agree, unscored_of
-from lightning_bln.callbacks.recompute import batches_for, check_recompute, fingerprint, recompute
-from lightning_bln.modes import StatisticsMode, mode_layers
+from lightning_bln.callbacks.namespaces import of_both, revive
+from lightning_bln.callbacks.readings import check_readable
+from lightning_bln.callbacks.recompute import check_recompute
+from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers, setting_modes
 from lightning_bln.population import Population
-from lightning_bln.recomputation import freeze_population, populations, reset_population
+from lightning_bln.recomputation import populations, reset_population
 from lightning_bln.sweep.result import Direction, SweepResult, one_direction
 from lightning_bln.sweep.shared_forward import SharedForward
+
+__all__ = ["BLNStatsCallback", "revive"]
 
 for _namespace in _lightning.namespaces():
     _lightning.check(_namespace)
@@ -61,6 +67,10 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         save_dir: Folder for ``bln_sweep.json`` and ``bln_sweep.png`` at the end of fit; None writes nothing.
         verbose: Whether to say what goes on and to print the table of scores at the end of fit; warnings come anyway.
         mode: Earlier name of ``direction``.
+        refresh_on_save: Whether to compute the population anew before a checkpoint is saved whose weights have been
+            trained since the last validation. Without, loading such a checkpoint warns.
+        verify: Whether to compare, on the first batch of each validation, what modes come to together with what each
+            comes to alone, and raise where they differ: for finding faults.
 
     Attributes:
         result: The last :class:`~lightning_bln.sweep.SweepResult`, or None before the first choice.
@@ -101,6 +111,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         save_dir: str | Path | None = None,
         verbose: bool = True,
         mode: Direction | None = None,
+        refresh_on_save: bool = False,
+        verify: bool = False,
     ) -> None:
         super().__init__()
         # a Trainer takes only callbacks of its own namespace, which may have been imported after this module
@@ -121,6 +133,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self.every_n_epochs, self.guard, self.tolerance = every_n_epochs, guard, tolerance
         self.stats_dataloader = stats_dataloader
         self.should_log, self.plot, self.verbose = check_log(log), plot, verbose
+        self.refresh_on_save = check_bool("refresh_on_save", refresh_on_save)
+        self.verify = check_bool("verify", verify)
         self.save_dir = None if save_dir is None else Path(save_dir)
         self.mailbox = Mailbox()
         self.result = None
@@ -128,9 +142,9 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self._evaluation: Evaluation | None = None
         self._guard: Guard | None = None
         self._shared: SharedForward | None = None
-        self._is_sweeping = False
-        self._frozen_weights: int | None = None
-        self._frozen_step: int | None = None
+        self._is_sweeping = self._is_validating = False
+        self._freezing = Freezing()
+        self._before_choice: tuple[Any, ...] | None = None
         self._messages = Messages(verbose)
         self._while_quiet = ExitStack()
         self._during_fit = ExitStack()
@@ -164,18 +178,26 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         check_model(trainer, pl_module)
-        self._frozen_weights = self._frozen_step = None  # another fit may bring other data, or another module
+        self._freezing, self._is_validating = Freezing(), False  # another fit may bring other data, or another module
         if self.population == "recompute":
             check_recompute(trainer, pl_module)
+            self._check_readable(trainer, _lightning.given_train_loaders(trainer))
+        if trainer.global_step == 0 and trainer.ckpt_path is None:
+            self.result, self.history = None, []  # those of an earlier fit
         for callback in trainer.callbacks:
             exclude_populations(callback, pl_module)
         self._during_fit.enter_context(saving_average(trainer.callbacks, pl_module))
+        if self.refresh_on_save:
+            refresh = partial(self._freezing.refresh, self, trainer, pl_module)
+            self._during_fit.enter_context(saving_statistics(pl_module, refresh))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         # not in on_fit_start: sharded weights are loaded after it
         if any(one.is_frozen for one in populations(pl_module)):
             self._announce(trainer, pl_module, "resumes")
         check_validation_data(trainer)
+        if self.population == "recompute":
+            self._check_readable(trainer, _lightning.train_loader(trainer).flattened)
 
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
         self._quiet_layers()  # before training there is no population, and a warning of it would be noise
@@ -190,8 +212,11 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._evaluation = self._guard = None
-        sync_buffers(trainer.strategy.model)  # before the population is computed with those of other layers
         fitting = trainer.state.fn == "fit"
+        self._is_validating, self._freezing.is_due = fitting and not trainer.sanity_checking, False
+        if self._is_validating:
+            self._freezing.begin(self, pl_module)
+            _lightning.begin_again(trainer)
         self._is_sweeping = (
             not trainer.sanity_checking
             and not trainer.barebones
@@ -209,22 +234,23 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
                 )
                 self._quiet_layers()
 
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        # not earlier: other callbacks swap averaged weights in by this hook
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._freeze(trainer, pl_module)
-
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        if self._freezing.is_due:
+            # not earlier: only now has all that validates other weights, such as an average, swapped them in
+            self._freezing.is_due = False
+            self._freezing.freeze(self, trainer, pl_module)
+            self._is_sweeping &= any(one.is_frozen for one in populations(pl_module))
         if not self._is_sweeping:
             return
         if self._evaluation is None:
-            sync_buffers(trainer.strategy.model)  # again, for averages that have been swapped in since
-            # made here, since only now have the module's own hooks for the start of the epoch run
-            # layers and hooks may come and go between validations
+            sync_buffers(trainer.strategy.model)
+            # made here and each time anew: the hooks for the start of the epoch have run, layers may come and go
             self._shared = shared_forward(trainer, pl_module, self.shares_forwards, self._shared)
-            self._evaluation = Evaluation(trainer, pl_module, self.candidates, self._shared, self._bar.advance)
+            self._evaluation = Evaluation(
+                trainer, pl_module, self.candidates, self._shared, self._bar.advance, verify=self.verify
+            )
             batches = sum(self._evaluation.loop.max_batches)
             self._bar.start(trainer, f"{len(self.candidates)} modes", batches * len(self._evaluation.others))
             if self.guard != "off" and not all(one.is_batch_independent for one in self.candidates):
@@ -236,8 +262,9 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             self._guard.keep(batch, self._evaluation.base_results.dataloader_idx)
         self._evaluation.step(batch, batch_idx)
 
-    def on_validation_batch_end(self, *_: Any) -> None:
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         self._close_shared()
+        self._freezing.note_accumulators(pl_module)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         evaluation, guard = self._evaluation, self._guard
@@ -266,10 +293,11 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             guard.judge(evaluation, result, self.candidates)
         result.chosen = StatisticsMode(trainer.strategy.broadcast(str(result.chosen)))
         self._bar.close()
+        self._before_choice = evaluation.layers, [one.mode for one in evaluation.layers], self.result, self.history
         evaluation.install(result.chosen)
         self.result = result
         score = result.scores.get(result.chosen, {}).get(self.monitor, math.nan)
-        self.history.append((trainer.current_epoch, trainer.global_step, str(result.chosen), score))
+        self.history = [*self.history, (trainer.current_epoch, trainer.global_step, str(result.chosen), score)]
         if result.note is not None:
             self._messages.warn(trainer, result.note, about=("guard", best, result.chosen))
         if self.should_log:
@@ -277,9 +305,10 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         self._while_quiet.close()
+        self._before_choice, self._is_validating = None, False
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._freeze(trainer, pl_module)
+        self._freezing.freeze(self, trainer, pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         if self.result is None or not trainer.is_global_zero:
@@ -308,18 +337,27 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._evaluation = self._guard = None
+        if self._before_choice is not None:  # a validation that did not come to its end chooses nothing
+            layers, modes, self.result, self.history = self._before_choice
+            self._before_choice = None
+            assign_modes(layers, modes)
         self._bar.close()
         self._close_shared()
         self._while_quiet.close()
         self._during_fit.close()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        write_statistics(pl_module, checkpoint["state_dict"])
+        layers, modes = (self._before_choice or ([], []))[:2]
+        with setting_modes(layers, modes):
+            write_statistics(pl_module, checkpoint["state_dict"])
+        if self._is_validating:
+            _lightning.mark_cut(checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
+        result, history = (self._before_choice or (None, None, self.result, self.history))[2:]
         return {
-            "result": None if self.result is None else self.result.to_dict(),
-            "history": [list(choice) for choice in self.history],
+            "result": None if result is None else result.to_dict(),
+            "history": [list(choice) for choice in history],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -341,33 +379,9 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         if modes:
             self._messages.info(trainer, f"{type(module).__name__} {doing} in statistics mode {', '.join(modes)}.")
 
-    def _freeze(self, trainer: Any, module: Any) -> None:
-        """Freeze the population of the present weights, unless that has been done."""
-        weights, step = fingerprint(module), trainer.global_step
-        has_moved, has_stepped = weights != self._frozen_weights, step != self._frozen_step
-        # ranks must decide alike, though a rank's shard of the weights may be unchanged, or its share of the data empty
-        has_moved = trainer.strategy.reduce_boolean_decision(has_moved, all=False)
-        has_gathered = any(one.is_gathering for one in populations(module))  # some may never be called
-        if self.population == "epoch":
-            has_gathered = trainer.strategy.reduce_boolean_decision(has_gathered, all=False)
-        if self.population == "epoch" and has_stepped and has_gathered:
-            freeze_population(module)
-        elif has_moved and (self.population == "recompute" or self._frozen_weights is not None):
-            # weights that changed without a step are an average's, for which no epoch has gathered statistics
-            source = trainer.train_dataloader if self.stats_dataloader is None else self.stats_dataloader
-            most = trainer.num_training_batches if self.stats_dataloader is None else math.inf
-            total = min(most, self.recompute_batches or math.inf, batches_for(source, self.samples, trainer.world_size))
-            self._bar.start(trainer, "Population", total)
-            recompute(
-                trainer,
-                module,
-                samples=self.samples,
-                limit=self.recompute_batches,
-                dataloader=self.stats_dataloader,
-                on_batch=self._bar.advance,
-            )
-            self._bar.close()
-        self._frozen_weights, self._frozen_step = weights, step
+    def _check_readable(self, trainer: Any, loaders: Iterable[Any]) -> None:
+        if self.stats_dataloader is None:
+            check_readable(trainer, loaders)
 
 
 def population_buffers(module: Any) -> list[str]:
@@ -378,20 +392,3 @@ def population_buffers(module: Any) -> list[str]:
         if isinstance(one, Population)
         for buffer, _ in one.named_buffers()
     ]
-
-
-@cache
-def of_both(cls: Any, later: tuple[type, ...]) -> type:
-    """A subclass of ``cls`` under the same name that is a callback of further namespaces too."""
-    names: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    names["__reduce__"] = lambda self: (revive, (cls, self.__dict__))
-    make: Any = type(cls)
-    return make(cls.__name__, (cls, *later), names)
-
-
-def revive(cls: Any, state: dict[str, Any]) -> Any:
-    """Unpickle an instance of a class made by :func:`of_both`, which no module has by name."""
-    later = tuple(base for base in _lightning.callback_bases() if not issubclass(cls, base))
-    instance = object.__new__(of_both(cls, later) if later else cls)
-    instance.__dict__.update(state)
-    return instance

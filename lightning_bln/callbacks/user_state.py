@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from functools import cache
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -16,11 +17,11 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_bln._torch import MODULE_INTERNALS, own_buffers
 from lightning_bln.callbacks import _lightning
+from lightning_bln.callbacks.generators import GENERATORS, set_state, state_of
+from lightning_bln.callbacks.large_state import MANY, Sharing, Snapshot
 from lightning_bln.modes import HasMode
 from lightning_bln.per_mode import PerMode
 from lightning_bln.population import Population
-
-Snapshot = list[dict[str, Any]]
 
 METRIC_INTERNALS = MODULE_INTERNALS | _lightning.METRIC_INTERNALS
 TRAINER_OWNED = _lightning.HPARAMS | {"forward", "log", "log_dict"}
@@ -30,8 +31,6 @@ DICTIONARIES = (dict, OrderedDict, defaultdict, Counter)
 MUTABLE = (Tensor, np.ndarray, list, set, dict, deque)
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, *MUTABLE, tuple, frozenset)
 UNCHANGING = frozenset({int, float, bool, str, type(None), FunctionType, MethodType, BuiltinFunctionType})
-LARGEST_BUFFER = 2**20
-"""Elements of a buffer above which it is taken for a constant."""
 
 
 class UserState:
@@ -62,36 +61,76 @@ class UserState:
             helpers = unique(value for value in plain_values(holder) if is_helper(value))
             self.owners += [(helper.__dict__, frozenset()) for helper in helpers]
             buffers = own_buffers(holder)
-            if buffers and all(one is None or one.numel() <= LARGEST_BUFFER for one in buffers.values()):
+            if buffers:
                 self.owners.append((buffers, frozenset()))
+        held = (value for fields, _ in self.owners for value in values_of(fields))
+        self.generators = unique(one for one in held if isinstance(one, GENERATORS))
+        self.sharing = Sharing()
 
     def take(self) -> Snapshot:
         """The state as it is, by reference."""
-        return [{name: value for name, value in fields.items() if name not in skip} for fields, skip in self.owners]
+        state = [{name: value for name, value in fields.items() if name not in skip} for fields, skip in self.owners]
+        if self.generators:
+            state.append({str(place): state_of(one) for place, one in enumerate(self.generators)})
+        return Snapshot(state, self.sharing)
 
     def put(self, snapshot: Snapshot) -> None:
         """Make ``snapshot`` the state."""
-        for (fields, skip), values in zip(self.owners, snapshot, strict=True):
+        values_of_owners: list[dict[str, Any]] = list(snapshot)
+        if self.generators:
+            states = values_of_owners.pop()
+            for generator, state in zip(self.generators, states.values(), strict=True):
+                set_state(generator, state)
+        for (fields, skip), values in zip(self.owners, values_of_owners, strict=True):
             if len(fields) > len(values):
                 for name in list(fields):
                     if name not in values and name not in skip:
                         del fields[name]
             fields.update(values)
 
+    @contextmanager
+    def holding(self, run: Any) -> Iterator[None]:
+        """Within the context the state is ``run.state``, which steps may change; it is put back as they leave it."""
+        before = self.take()
+        self.sharing.check()
+        with self.sharing.guarded(run):
+            try:
+                self.put(run.state)
+                yield
+            finally:
+                run.state = self.take()
+                self.put(before)
+
     @staticmethod
-    def copy(snapshot: Snapshot, part: int | None = None) -> Snapshot:
+    def comparable(snapshot: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The values of a snapshot to compare with another's: what both share stands for itself by its identity."""
+        sharing = getattr(snapshot, "sharing", None)
+        shared = {} if sharing is None else sharing.values
+        return [
+            {name: ("shared", id(value)) if id(value) in shared else value for name, value in values.items()}
+            for values in snapshot
+        ]
+
+    @staticmethod
+    def copy(snapshot: list[dict[str, Any]], part: int | None = None, shared: Iterable[Any] = ()) -> Snapshot:
         """A copy of a snapshot in new containers and tensors; references to one object still are to one.
 
         Args:
             snapshot: From :meth:`take`.
             part: Index of the mode whose part replaces each :class:`PerMode`. By default they are not copied, and
                 :func:`~lightning_bln.per_mode.undoable` takes back what is written into them.
+            shared: Objects that are not copied.
         """
-        memo: dict[int, tuple[Any, Any]] = {}
-        return [
+        memo = Memo({id(one): (one, one) for one in shared})
+        memo.sharing = getattr(snapshot, "sharing", None)
+        values_of_owners = [
             {name: value if type(value) in UNCHANGING else rebuild(value, memo, part) for name, value in values.items()}
             for values in snapshot
         ]
+        made = Snapshot(values_of_owners, memo.sharing)
+        if memo.sharing is not None:
+            memo.sharing.join(made)
+        return made
 
 
 @cache
@@ -110,6 +149,12 @@ def own(tensor: Tensor, part: int | None = None) -> Tensor:
         return tensor.detach().clone()
 
 
+class Memo(dict[int, tuple[Any, Any]]):
+    """Copies made so far, each with what it is of, by the identity of that; and what snapshots share."""
+
+    sharing: Sharing | None = None
+
+
 def rebuild(value: Any, memo: dict[int, tuple[Any, Any]], part: int | None) -> Any:
     """A copy of what a step may change in place; all else is the same object."""
     if type(value) in UNCHANGING:
@@ -117,6 +162,9 @@ def rebuild(value: Any, memo: dict[int, tuple[Any, Any]], part: int | None) -> A
     known = memo.get(id(value))
     if known is not None:
         return known[0]
+    sharing = getattr(memo, "sharing", None)
+    if sharing is not None and sharing.takes(value):
+        return value
     copied = value
     kind = type(value)
     if isinstance(value, Tensor):
@@ -147,19 +195,25 @@ def is_helper(value: Any) -> bool:
         return False
     if type(value).__module__.partition(".")[0] in {"torch", "lightning", "pytorch_lightning", "lightning_fabric"}:
         return False
-    return bool(value.__dict__) and all(isinstance(one, PLAIN) for one in value.__dict__.values())
+    values = value.__dict__.values()
+    return bool(values) and all(isinstance(one, (*PLAIN, *GENERATORS)) for one in values)
 
 
 def plain_values(module: nn.Module) -> Iterator[Any]:
     """Attributes of ``module`` that nn.Module does not manage and that may change, and what their containers hold."""
-    for name, value in module.__dict__.items():
+    return values_of(module.__dict__)
+
+
+def values_of(fields: dict[str, Any]) -> Iterator[Any]:
+    """Attributes that may change, and what their containers hold."""
+    for name, value in fields.items():
         if type(value) not in UNCHANGING and name not in MODULE_INTERNALS and name not in UNSEARCHED:
             yield from flattened(value, depth=3)
 
 
 def flattened(value: Any, depth: int) -> Iterator[Any]:
     yield value
-    if depth and isinstance(value, dict):
+    if depth and isinstance(value, dict) and len(value) <= MANY:
         for one in value.values():
             yield from flattened(one, depth - 1)
     elif depth and isinstance(value, (list, tuple, set, deque)) and len(value) <= 64:
