@@ -131,19 +131,28 @@ class Sharing:
 
     def part(self, contents: Contents) -> None:
         """Give every member a copy of a value as it was; it belongs to who holds it besides them."""
-        if contents.kept is None:
+        holders = [member for member in list(self.members.values()) if holds(member, contents.value)]
+        if contents.kept is None and holders:
             raise RuntimeError(
                 f"a tensor of {contents.value.nbytes} bytes among the module's attributes was changed in one "
                 "statistics mode and in no other, which have lost it thereby; assign a new tensor in its place"
             )
         del self.values[id(contents.value)]
-        for member in list(self.members.values()):
+        for member in holders:
             substitute(member, contents.value, partial(copied, contents.kept))
 
 
 def copied(value: Any) -> Any:
     """A copy of a large value."""
     return value.detach().clone() if isinstance(value, Tensor) else value.copy()
+
+
+def holds(holder: Any, wanted: Any) -> bool:
+    """Whether lists and dictionaries hold ``wanted`` somewhere."""
+    values = holder.values() if isinstance(holder, dict) else holder
+    return any(
+        one is wanted or (isinstance(one, (list, dict)) and not is_large(one) and holds(one, wanted)) for one in values
+    )
 
 
 def substitute(holder: Any, old: Any, new: Any) -> None:
