@@ -187,7 +187,7 @@ def is_sole(tensor: Tensor) -> bool:
 
 
 def storage_address(tensor: Tensor) -> int:
-    """Where a tensor's memory begins, views alike; 0 where it has none."""
+    """The place where a tensor's memory begins, the same for its views; 0 where it has none."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):

@@ -190,8 +190,7 @@ class Recurrent(HasCells):
             The last layer's output at each step, and the last states of each layer and direction.
         """
         check_start(start, self.bidirectional)
-        packed = isinstance(input, PackedSequence)
-        if isinstance(input, PackedSequence):
+        if packed := isinstance(input, PackedSequence):
             self._check_input(input.data, (2,), "(packed data of 2)", self.weight_ih_l0)
         else:
             axes = "(time, batch, input_size), batch first if asked for,"

@@ -80,7 +80,7 @@ class Evaluation:
 
     @property
     def reason(self) -> str | None:
-        """Why modes were evaluated one after the other the last time."""
+        """The reason why modes were evaluated one after the other the last time."""
         return self.shared.reason if len(self.others) > 1 else None
 
     def present_run(self, modes: tuple[StatisticsMode, ...], rows: dict[str, Any]) -> Run:

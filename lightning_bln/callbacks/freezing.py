@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.averaging import averaged
+from lightning_bln.callbacks.kept_batches import KeptBatches
 from lightning_bln.callbacks.recompute import batches_for, recompute
 from lightning_bln.callbacks.weights import Fingerprint, fingerprint, fingerprint_of_buffers
 from lightning_bln.recomputation import freeze_gathered, holders_of, populations
@@ -31,6 +32,7 @@ class Freezing:
         self.in_training: Fingerprint | None = None
         self.accumulators: set[str] = set()
         self.told: set[str] = set()
+        self.kept = KeptBatches()
 
     def freeze(self, callback: Any, trainer: Any, module: Any) -> None:
         """Freeze the population of the present weights as ``callback`` says, unless that has been done."""
@@ -75,6 +77,7 @@ class Freezing:
             dataloader=loader,
             on_batch=callback._bar.advance,
             asleep=asleep.values(),
+            kept=self.kept,
         )
         callback._bar.close()
         return left

@@ -19,7 +19,7 @@ from lightning_bln.sweep.result import Regrouped, SweepResult
 TARGETS = ("y", "target", "targets", "label", "labels")
 """Keys under which a batch that is a mapping may hold its target."""
 
-SAMPLES, BYTES = 4096, 2**28
+SAMPLES, BYTES = 1024, 2**28
 """Bounds on the validation data that are kept: beyond two batches no more than either."""
 
 

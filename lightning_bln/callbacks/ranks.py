@@ -44,7 +44,7 @@ COLLECTIVES = frozenset(
 
 
 class Ranks:
-    """What the steps of one validation do on several ranks.
+    """Conduct of the steps of one validation on several ranks.
 
     A joint step is one step where others take sixteen, and ranks may differ in which they take. So none may take part
     in a collective: one that the user's code calls parts the modes, on each rank that comes to it, before it is called.

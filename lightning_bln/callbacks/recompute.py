@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_bln._scoped import setting
 from lightning_bln._torch import sync_buffers
 from lightning_bln.callbacks import _lightning
+from lightning_bln.callbacks.kept_batches import KeptBatches
 from lightning_bln.callbacks.large_state import Contents, large_values
 from lightning_bln.callbacks.readings import training_batches
 from lightning_bln.callbacks.user_state import UserState
@@ -42,6 +44,7 @@ def recompute(
     dataloader: Iterable[Any] | None = None,
     on_batch: Callable[[int], None],
     asleep: Collection[nn.Module] = (),
+    kept: KeptBatches | None = None,
 ) -> list[str]:
     """Compute the population of ``module`` at its present weights, over the Trainer's training data.
 
@@ -55,6 +58,7 @@ def recompute(
         dataloader: Batches to use in place of the training data.
         on_batch: Called with 1 for each batch that is read.
         asleep: Layers that keep their population, since they are in evaluation mode while the module trains.
+        kept: Batches of the Trainer's training data from an earlier reading, or where to keep them.
     """
     collate: list[Any] = []
 
@@ -76,9 +80,17 @@ def recompute(
             restart()
 
         def read() -> Generator[Any, None, None]:
-            for batch in training_batches(trainer, opened) if dataloader is None else opened(dataloader):
+            for batch in source():
                 on_batch(1)
                 yield batch
+
+        def source() -> Iterable[Any]:
+            if dataloader is not None:
+                return opened(dataloader)
+            loaders = _lightning.train_loader(trainer).flattened
+            if kept is None or samples is None:
+                return training_batches(trainer, opened)
+            return kept.read(loaders, partial(training_batches, trainer, opened), collate)
 
         with closing(read()) as batches:
             left = gather_population(

@@ -1,4 +1,4 @@
-"""What a validation has gathered in a mode, or in several: results, user state, random state."""
+"""Values that a validation has gathered in a mode, or in several: results, user state, state of the log."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ class Along:
         return wrapped(self.every(stack, tuple(range(1, stack.ndim)), **{n: v for n, v in given.items() if v}))
 
     def prefix(self, given: Kwargs) -> int:
-        """How many arguments can be passed by position."""
+        """The number of arguments that can be passed by position."""
         return next((place for place, name in enumerate(self.names) if name not in given), len(self.names))
 
 

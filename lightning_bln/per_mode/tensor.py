@@ -232,7 +232,7 @@ def promote(tensor: Tensor, size: int) -> None:
 
 
 def addresses(values: Iterable[Any]) -> set[int]:
-    """Where the memory of the first mode's arguments begins."""
+    """The places where the memory of the first mode's arguments begins."""
     found: set[int] = set()
     for value in values:
         if isinstance(value, (list, tuple)):

@@ -28,7 +28,7 @@ def is_in_place(func: Any) -> bool:
 
 
 def target_of(func: Any, first: Any, kwargs: dict[str, Any]) -> Any:
-    """What a call writes into, or None."""
+    """The tensor that a call writes into, or None."""
     return first if is_in_place(func) else kwargs.get("out")
 
 
@@ -40,7 +40,7 @@ def is_sole_owner(tensor: Any) -> bool:
 
 
 class Journal:
-    """What was written into tensors with a part for each mode, to be taken back.
+    """Notes of what was written into tensors with a part for each mode, to be taken back.
 
     Args:
         old: Where the memory lies that was there before, which alone has to be noted; None for all.

@@ -118,7 +118,7 @@ class SharedForward:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """The device of the model."""
         return next((one.device for layer in self.layers for one in layer.buffers()), torch.device("cpu"))
 
     @property
@@ -283,7 +283,7 @@ def holders(model: nn.Module) -> list[nn.Module]:
 
 
 def memory_of(output: Any, inputs: Any) -> set[int] | None:
-    """Where the memory of an output lies; None where its parts for each mode could not be told or kept."""
+    """The places where the memory of an output lies; None where its parts for each mode could not be told or kept."""
     given, found = {id(leaf) for leaf in tree_flatten(inputs)[0]}, set()
     for leaf in tree_flatten(output)[0]:
         value = leaf.data if isinstance(leaf, PackedSequence) else leaf

@@ -1,4 +1,4 @@
-"""What a module holds, so that a forward which changes any of it is told from one that only computes."""
+"""State that a module holds, so that a forward which changes any of it is told from one that only computes."""
 
 from __future__ import annotations
 

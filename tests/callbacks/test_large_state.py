@@ -67,7 +67,7 @@ class Keeps(zoo.Simple):
         self.log("val_loss", loss + sum(float(self.held[place]) for place in range(6)))
 
     def on_validation_epoch_end(self) -> None:
-        self.log("end", sum(float(self.held[place]) for place in range(6)))
+        self.log("end_held", sum(float(self.held[place]) for place in range(6)))
         if self.writes:
             for place in range(6):
                 self.held[place] = 0.0
