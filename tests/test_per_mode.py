@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -238,3 +239,27 @@ def test_what_is_one_object_stays_plain() -> None:
     assert_parts(joined["a"], [torch.zeros(()), torch.ones(())])
     assert joined["b"] is common
     assert joined["c"] == 3
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator()])
+def test_every_mode_draws_the_same(generator: torch.Generator | None) -> None:
+    def draw(x: Tensor) -> Tensor:
+        return torch.bernoulli(x.sigmoid(), generator=generator) + torch.bernoulli(x.sigmoid(), generator=generator)
+
+    def seed() -> None:
+        (torch.manual_seed if generator is None else generator.manual_seed)(3)
+
+    seed()
+    found = draw(PerMode(logits()))
+    expected = []
+    for part in logits():
+        seed()
+        expected.append(draw(part))
+    assert_parts(found, expected)
+
+
+def test_an_error_that_code_catches_is_counted() -> None:
+    made = NotTogether.made
+    with suppress(Exception):
+        float(PerMode([torch.tensor(1.0), torch.tensor(2.0)]))
+    assert NotTogether.made == made + 1

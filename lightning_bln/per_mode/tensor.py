@@ -158,7 +158,7 @@ def part_by_part(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         prepare(target, func, size)
     plain = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor) and not isinstance(one, PerMode)]
     plain = [one for one in plain if not one.is_inference()]
-    before, random = [writes(one) for one in plain], RandomState(first)
+    before, random = [writes(one) for one in plain], RandomState(first, kwargs.get("generator"))
     results, draws = [], False
     for place in range(size):
         if draws:
@@ -180,15 +180,17 @@ def same(a: Any, b: Any) -> bool:
 
 
 class RandomState:
-    """States of the generators that torch's functions draw from by default, on the CPU and on a GPU in use."""
+    """States of the generators that torch's functions draw from by default, and of one that is given to them."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, generator: torch.Generator | None = None) -> None:
         self.device = value.device if isinstance(value, PerMode) and value.is_cuda else None
+        self.generator = generator
         self.states = self.now()
 
     def now(self) -> list[Tensor]:
+        given = [] if self.generator is None else [self.generator.get_state()]
         own = [] if self.device is None else [torch.cuda.get_rng_state(self.device)]
-        return [torch.get_rng_state(), *own]
+        return [torch.get_rng_state(), *own, *given]
 
     def has_moved(self) -> bool:
         return not all(map(torch.equal, self.states, self.now()))
@@ -197,6 +199,8 @@ class RandomState:
         torch.set_rng_state(self.states[0])
         if self.device is not None:
             torch.cuda.set_rng_state(self.states[1], self.device)
+        if self.generator is not None:
+            self.generator.set_state(self.states[-1])
 
 
 def prepare(target: Any, func: Any, size: int) -> None:
