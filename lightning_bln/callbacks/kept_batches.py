@@ -49,6 +49,7 @@ class KeptBatches:
             yield deepcopy(batch)
         if held and self.has_all:
             return
+        collate.clear()  # source() numbers them anew, and alike
         room, is_keeping = BYTES - sum(map(size_of, self.batches)), key is not None
         for place, batch in enumerate(source()):
             if place < held:
