@@ -156,11 +156,8 @@ make_wrapper_subclass = Tensor._make_wrapper_subclass
 """Makes a tensor subclass without storage of its own, as torch documents it only in its subclass examples."""
 
 
-def refuse_data_pointer(tensor: Tensor) -> None:
-    """Have compiled code that asks for the memory of a tensor without storage get an error, not a null pointer."""
-    refuse = getattr(torch._C, "_set_throw_on_mutable_data_ptr", None)
-    if refuse is not None:
-        refuse(tensor)
+refuse_data_pointer: Callable[[Tensor], None] = getattr(torch._C, "_set_throw_on_mutable_data_ptr", lambda tensor: None)
+"""Has compiled code that asks for the memory of a tensor without storage get an error, not a null pointer."""
 
 
 @contextmanager

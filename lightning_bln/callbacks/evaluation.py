@@ -114,7 +114,10 @@ class Evaluation:
 
         def step(run: Run) -> None:
             self.run_step(run, copies.next(), batch_idx, dataloader_idx)
-            state.restore()
+            if state.has_moved():
+                state.restore()
+                if len(run.modes) > 1:
+                    self.shared.recordings.clear()  # something of the model's may have drawn
 
         with self.ranks.in_step():
             if self.may_be_joint(copies):

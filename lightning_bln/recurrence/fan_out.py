@@ -114,27 +114,6 @@ def join_packed(parts: list[PackedSequence]) -> PackedSequence:
     )
 
 
-def is_joined(packed: PackedSequence, number: int) -> bool:
-    """Whether a packed batch has the form that :func:`join_packed` gives, in which modes keep the order of one."""
-    if packed.sorted_indices is None or (packed.batch_sizes % number).any():
-        return False
-    order = packed.sorted_indices.view(-1, number)
-    offset = torch.arange(number, device=order.device) * len(order)
-    return torch.equal(order, order[:, :1] + offset)
-
-
-def part_of_joined(packed: PackedSequence, number: int, position: int) -> PackedSequence:
-    """One of the parts given to :func:`join_packed`."""
-    sizes = torch.div(packed.batch_sizes, number, rounding_mode="floor")
-    assert packed.sorted_indices is not None
-    return PackedSequence(rows_of_joined(packed, number)[position], sizes, packed.sorted_indices[::number])
-
-
-def rows_of_joined(packed: PackedSequence, number: int) -> Tensor:
-    """The data of all parts given to :func:`join_packed`, along a first axis."""
-    return packed.data.unflatten(0, (-1, number)).movedim(1, 0).contiguous()
-
-
 def split_packed(packed: PackedSequence, number: int) -> list[PackedSequence]:
     """The packed batch of each mode, from one whose sequences, unpacked, are those of one mode after the other.
 

@@ -103,6 +103,7 @@ class SharedForward:
 
     def __init__(self, model: nn.Module, chunk: int = 16) -> None:
         self.layers = mode_layers(model)
+        self.device = next((one.device for layer in self.layers for one in layer.buffers()), torch.device("cpu"))
         self.modules = holders(model)
         self.most, self.largest = chunk, 0
         self.reason: str | None = None
@@ -115,11 +116,6 @@ class SharedForward:
         self.prefix: Prefix | None = None
         self.may_record = True
         self.following = ExitStack()
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the model."""
-        return next((one.device for layer in self.layers for one in layer.buffers()), torch.device("cpu"))
 
     @property
     def chunk(self) -> int:
@@ -201,14 +197,14 @@ class SharedForward:
             return plain(*args, **kwargs)
         call = module, self.calls[module]
         self.calls[module] += 1
-        before, random = snapshot(module), RandomState(self.device)
+        before, random = snapshot(module), torch.get_rng_state()
         self.is_inside = True
         try:
             with self.sharing_prefix(module):
                 output = plain(*args, **kwargs)
         finally:
             self.is_inside = False
-        is_clean = not random.has_moved() and before == snapshot(module)
+        is_clean = torch.equal(random, torch.get_rng_state()) and before == snapshot(module)
         memory = memory_of(output, (args, kwargs))
         if is_clean and memory is not None:
             self.recordings.setdefault(call, []).append(Recording((args, kwargs), output, modes, memory))
@@ -242,13 +238,14 @@ class SharedForward:
         try:
             with isolated(module), self.stacked(wanted):
                 self.recorded(wanted, module, plain, *args, **kwargs)
-            found = self.recording(call, wanted[0], (args, kwargs))
+            found = None if random.has_moved() else self.recording(call, wanted[0], (args, kwargs))
         except Exception as error:  # the user's own come again from the module by itself
             found = None
             self.note(error, len(wanted))
         self.calls = calls
         if found is None:
             random.restore()
+            self.recordings.pop(call, None)
             self.may_record = False
             self.recording_patience.failed()
         else:
