@@ -65,7 +65,7 @@ MODELS: dict[str, tuple[Any, tuple[int, ...], bool]] = {
     "random": (Noisy, (5,), False),
     "stateful": (Remembers, (5,), False),
 }
-"""For each network how to make it, the shape of a sample, and whether modes share a forward, which then only computes."""
+"""For each network how to make it, the shape of a sample, and whether modes share a forward, which then is pure."""
 
 
 def first(output: Any) -> Tensor:
