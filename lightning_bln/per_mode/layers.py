@@ -21,7 +21,16 @@ def leading(func: Any, args: Args, kwargs: Kwargs) -> Any:
     return PerMode.of_stack(func(first.stacked(), *args[1:], **kwargs))
 
 
-register("linear layer_norm rms_norm one_hot", leading, F)
+register("linear layer_norm rms_norm", leading, F)
+
+
+def classes(func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """``one_hot`` of a given number of classes; one that it counts itself is each mode's own."""
+    given = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
+    return leading(func, args, kwargs) if isinstance(given, int) and given >= 0 else NotImplemented
+
+
+register("one_hot", classes, F)
 
 
 def embedded(func: Any, args: Args, kwargs: Kwargs) -> Any:
