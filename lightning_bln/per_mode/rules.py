@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_bln.per_mode.errors import NotTogether, name_of
 from lightning_bln.per_mode.tensor import RULES, PerMode, holds, prepare
 from lightning_bln.per_mode.writes import is_in_place
 
@@ -53,6 +54,26 @@ for attribute in ("is_sparse", "is_quantized", "layout", "is_nested", "itemsize"
     if hasattr(Tensor, attribute) and hasattr(getattr(Tensor, attribute), "__get__"):
         RULES[getattr(Tensor, attribute).__get__] = lambda func, args, kwargs: func(args[0].like)
 RULES[Tensor.__hash__] = lambda func, args, kwargs: id(args[0])
+
+
+# Memory, which the parts of a stack have in common.
+
+
+def refused(func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """A function that shows or exchanges the memory in which a tensor lies."""
+    raise NotTogether(f"{name_of(func)} looks at the memory of what differs between modes")
+
+
+register("untyped_storage storage _typed_storage storage_offset is_set_to set_ resize_ resize_as_", refused, Tensor)
+RULES[Tensor.data.__set__] = refused  # type: ignore[attr-defined]
+
+
+def strided(func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """``as_strided``, which an offset counts from where the memory begins."""
+    return refused(func, args, kwargs) if len(args) > 3 or "storage_offset" in kwargs else NotImplemented
+
+
+register("as_strided as_strided_", strided, Tensor, torch)
 
 
 # One number from the numbers at one place.
