@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_bln.per_mode.errors import NotTogether
 from lightning_bln.per_mode.rules import Args, Kwargs, register
 from lightning_bln.per_mode.tensor import RULES, PerMode, holds, part
 
@@ -221,6 +222,14 @@ register("_pack_padded_sequence _pad_packed_sequence", packed, torch)
 
 
 # Gradients.
+
+
+def refused(func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """``backward``, which adds to gradients that all modes have."""
+    raise NotTogether("backward adds to gradients that all modes have")
+
+
+register("backward", refused, Tensor)
 
 
 def gradient(func: Any, args: Args, kwargs: Kwargs) -> Any:
