@@ -197,7 +197,7 @@ class SharedForward:
 
     def recorded(self, modes: Any, module: nn.Module, plain: Callable, *args: Any, **kwargs: Any) -> Any:
         """A module's output for all ``modes``, kept where the module did nothing but compute it."""
-        if self.is_inside or module.training or holds(tree_flatten((args, kwargs))[0]) or torch.is_grad_enabled():
+        if self.runs_alone(module) or holds(tree_flatten((args, kwargs))[0]):
             return plain(*args, **kwargs)
         call = module, self.calls[module]
         self.calls[module] += 1
@@ -216,7 +216,7 @@ class SharedForward:
 
     def replayed(self, wanted: Any, module: nn.Module, plain: Callable, *args: Any, **kwargs: Any) -> Any:
         """A module's output in the first of ``wanted`` modes: its part of what was recorded, or is now."""
-        if self.is_inside or module.training or torch.is_grad_enabled():
+        if self.runs_alone(module):
             return plain(*args, **kwargs)
         call, mode = (module, self.calls[module]), wanted[0]
         self.calls[module] += 1
@@ -231,6 +231,10 @@ class SharedForward:
             return plain(*args, **kwargs)
         finally:
             self.is_inside = False
+
+    def runs_alone(self, module: nn.Module) -> bool:
+        """Whether a call of ``module`` is neither recorded nor replayed: asked each time, since a step may change it."""
+        return self.is_inside or module.training or torch.is_grad_enabled() or has_hooks(module)
 
     def recording(self, call: Any, mode: StatisticsMode, inputs: Any) -> Recording | None:
         return next((one for one in self.recordings.get(call, ()) if one.serves(mode, inputs)), None)
@@ -276,10 +280,15 @@ def holders(model: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     module: nn.Module | None = model
     while module is not None:
-        if not any(_torch.has_forward_hooks(part) for part in module.modules()):
+        if not has_hooks(module):
             found.append(module)
         module = next((one for one in module.children() if layers <= {id(part) for part in one.modules()}), None)
     return found
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks look at what ``module`` or a part of it computes."""
+    return any(_torch.has_forward_hooks(part) for part in module.modules())
 
 
 def memory_of(output: Any, inputs: Any) -> set[int] | None:
