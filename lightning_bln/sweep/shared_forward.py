@@ -18,7 +18,7 @@ from lightning_bln.modes import Stacked, StatisticsMode, mode_layers
 from lightning_bln.per_mode import NotTogether, PerMode, holds, part_of, reason_of
 from lightning_bln.per_mode.writes import WRITTEN
 from lightning_bln.sweep.prefix_cache import Prefix, replacing_forward
-from lightning_bln.sweep.pytree import is_same_input, trees_match
+from lightning_bln.sweep.pytree import is_same_input, kept, trees_match
 from lightning_bln.sweep.random_state import RandomState
 from lightning_bln.sweep.snapshot import isolated, snapshot
 
@@ -201,7 +201,7 @@ class SharedForward:
             return plain(*args, **kwargs)
         call = module, self.calls[module]
         self.calls[module] += 1
-        before, random = snapshot(module), RandomState(self.device)
+        inputs, before, random = kept((args, kwargs)), snapshot(module), RandomState(self.device)
         self.is_inside = True
         try:
             with self.sharing_prefix(module):
@@ -211,7 +211,7 @@ class SharedForward:
         is_clean = not random.has_moved() and before == snapshot(module)
         memory = memory_of(output, (args, kwargs))
         if is_clean and memory is not None:
-            self.recordings.setdefault(call, []).append(Recording((args, kwargs), output, modes, memory))
+            self.recordings.setdefault(call, []).append(Recording(inputs, output, modes, memory))
         return output
 
     def replayed(self, wanted: Any, module: nn.Module, plain: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -125,6 +125,20 @@ def test_other_input_is_computed() -> None:
 
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_an_input_that_has_been_written_into_is_another(guard: Any) -> None:
+    model = network()
+    with guard():
+        x = torch.randn(5, 4)
+        prefix, found = Prefix(model), []
+        for _ in range(2):
+            with prefix.shared():
+                found.append(model(x))
+            x.mul_(2)
+    assert torch.equal(found[0], model(x / 4))
+    assert torch.equal(found[1], model(x / 2))
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_what_has_been_written_into_is_computed_again(guard: Any) -> None:
     model, x = network(), torch.randn(5, 4)
     with guard():
