@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from exact_modules import Exact, Functional, norm
+from exact_modules import Exact, Functional
 from torch import Tensor, nn
 
 STEPS: dict[str, Callable[..., Any]] = {

@@ -173,7 +173,7 @@ def numpy_functions(net: Any, x: Tensor, y: Tensor, i: int) -> Any:
 
 def numpy_of_tensors(net: Any, x: Tensor, y: Tensor, i: int) -> Tensor:
     out = net(x).detach()
-    return torch.as_tensor(np.exp(out)).mean() + float(np.dot(out[0], out[0])) + float(np.max(out))
+    return torch.as_tensor(np.exp(out)).mean() + float(np.dot(out[0], out[0]))
 
 
 def numpy_back(net: Any, x: Tensor, y: Tensor, i: int) -> Tensor:
@@ -250,11 +250,17 @@ def buffers_of_bytes(net: Any, x: Tensor, y: Tensor, i: int) -> Tensor:
 def pickled(net: Any, x: Tensor, y: Tensor, i: int) -> Tensor:
     import pickle
 
-    return pickle.loads(pickle.dumps(net(x))).mean()  # noqa: S301
+    return pickle.loads(pickle.dumps(net(x))).mean()
 
 
 def storage(net: Any, x: Tensor, y: Tensor, i: int) -> Tensor:
-    return torch.tensor(net(x).contiguous().untyped_storage().tolist()).float().mean() + net(x).mean()
+    return (
+        torch.tensor(net(x).clone().untyped_storage().nbytes() / 100 + net(x).clone().storage_offset()) + net(x).mean()
+    )
+
+
+def strided(net: Any, x: Tensor, y: Tensor, i: int) -> Tensor:
+    return net(x).clone().as_strided((len(x),), (3,), 1).sum() + net(x).mean()
 
 
 def made_of_numbers(net: Any, x: Tensor, y: Tensor, i: int) -> Tensor:
@@ -423,6 +429,7 @@ FUNCTIONS = (
     buffers_of_bytes,
     pickled,
     storage,
+    strided,
     made_of_numbers,
     subclass,
     data_attribute,
