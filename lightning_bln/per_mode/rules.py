@@ -64,7 +64,7 @@ def refused(func: Any, args: Args, kwargs: Kwargs) -> Any:
     raise NotTogether(f"{name_of(func)} looks at the memory of what differs between modes")
 
 
-MEMORY = "untyped_storage storage _typed_storage storage_offset is_set_to set_ resize_ resize_as_ as_strided as_strided_"
+MEMORY = "untyped_storage storage _typed_storage storage_offset is_set_to set_ resize_ as_strided as_strided_"
 register(MEMORY, refused, Tensor, torch)
 RULES[Tensor.data.__set__] = refused  # type: ignore[attr-defined]
 
@@ -104,7 +104,7 @@ def pointwise(func: Any, args: Args, kwargs: Kwargs) -> Any:
     types = {one.dtype for one in tensors if not (func in CONDITIONAL and one.dtype == torch.bool)}
     if len(types) > 1 and any(one.ndim == 0 for one in tensors):
         return NotImplemented  # tensors without an axis promote differently once stacked
-    ndim = first.ndim if func in ALIASING else max(one.ndim for one in tensors)  # another one gives its type alone
+    ndim = max(one.ndim for one in (tensors[:1] if func in ALIASING else tensors))  # to(other) takes its type alone
     writes = is_in_place(func) or kwargs.get("inplace")
     if writes:
         if not isinstance(first, PerMode) or first.stack is None or first.ndim < ndim:

@@ -195,7 +195,7 @@ class SharedForward:
                 layer.__dict__["fan"], layer.__dict__["_mode"] = own, mode
             self.largest, PerMode.largest = max(self.largest, PerMode.largest), largest
 
-    def recorded(self, modes: Any, module: nn.Module, plain: Callable, *args: Any, **kwargs: Any) -> Any:
+    def recorded(self, modes: Any, module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A module's output for all ``modes``, kept where the module did nothing but compute it."""
         if self.runs_alone(module) or holds(tree_flatten((args, kwargs))[0]):
             return plain(*args, **kwargs)
@@ -214,7 +214,7 @@ class SharedForward:
             self.recordings.setdefault(call, []).append(Recording(inputs, output, modes, memory))
         return output
 
-    def replayed(self, wanted: Any, module: nn.Module, plain: Callable, *args: Any, **kwargs: Any) -> Any:
+    def replayed(self, wanted: Any, module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A module's output in the first of ``wanted`` modes: its part of what was recorded, or is now."""
         if self.runs_alone(module):
             return plain(*args, **kwargs)
@@ -233,13 +233,13 @@ class SharedForward:
             self.is_inside = False
 
     def runs_alone(self, module: nn.Module) -> bool:
-        """Whether a call of ``module`` is neither recorded nor replayed: asked each time, since a step may change it."""
+        """Whether a call of ``module`` is neither recorded nor replayed; a step may change that."""
         return self.is_inside or module.training or torch.is_grad_enabled() or has_hooks(module)
 
     def recording(self, call: Any, mode: StatisticsMode, inputs: Any) -> Recording | None:
         return next((one for one in self.recordings.get(call, ()) if one.serves(mode, inputs)), None)
 
-    def record(self, call: Any, wanted: Any, plain: Callable, args: Any, kwargs: Any) -> Recording | None:
+    def record(self, call: Any, wanted: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Recording | None:
         """Run a module for several modes; None, and as it was, where that cannot be."""
         module, calls, random = call[0], self.calls.copy(), RandomState(self.device)
         self.calls[module] = call[1]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import random
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -76,13 +74,6 @@ def caught_then_raised_again(net: Any, x: Tensor, y: Tensor, i: int) -> Tensor:
     except ValueError:
         return out.mean() - 10
     return out.mean()
-
-
-def asked_whether_it_can(net: Any, x: Tensor, y: Tensor, i: int) -> Tensor:
-    out = net(x)
-    is_plain = type(out) is Tensor
-    assert isinstance(out, Tensor)
-    return out.mean() if is_plain else out.mean() + 100
 
 
 def sorted_by_python(net: Any, x: Tensor, y: Tensor, i: int) -> Tensor:
@@ -205,11 +196,6 @@ def sklearn_metrics(net: Any, x: Tensor, y: Tensor, i: int) -> Any:
         "accuracy": accuracy_score(y, found.argmax(1)),
         "matrix": float(confusion_matrix(y.numpy(), found.argmax(1).numpy(), labels=[0, 1, 2])[0].sum()),
     }
-
-
-def python_statistics(net: Any, x: Tensor, y: Tensor, i: int) -> Any:
-    numbers = net(x)[:, 0].tolist()
-    return {"val_loss": statistics.fmean(numbers), "median": statistics.median(numbers), "log": math.exp(net(x).mean())}
 
 
 def dlpack(net: Any, x: Tensor, y: Tensor, i: int) -> Tensor:
@@ -361,22 +347,6 @@ class Compiled(Exact):
             self.head.compile(backend="eager")
 
 
-class Scripted(Exact):
-    def build(self) -> None:
-        self.late = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
-
-    def hidden(self, x: Tensor) -> Tensor:
-        return self.late(super().hidden(x))
-
-
-class Traced(Exact):
-    def build(self) -> None:
-        self.late = torch.jit.trace(nn.Sequential(nn.Linear(8, 8), nn.Softmax(0)), torch.randn(4, 8))
-
-    def hidden(self, x: Tensor) -> Tensor:
-        return self.late(super().hidden(x))
-
-
 class Sometimes(Exact):
     """Decides in some epochs only."""
 
@@ -394,52 +364,13 @@ class Sometimes(Exact):
 
 
 FUNCTIONS = (
-    branch,
-    branch_sometimes,
-    until_converged,
-    early_exit,
-    caught,
-    caught_bare,
-    caught_in_finally,
-    caught_then_raised_again,
-    sorted_by_python,
-    maximum_by_python,
-    hashed,
-    formatted,
-    printed,
-    as_json,
-    table_of_words,
-    index_of_a_list,
-    in_range,
-    beam,
-    halting,
-    unequal_shapes,
-    numpy_functions,
-    numpy_of_tensors,
-    numpy_back,
-    numpy_first,
-    scipy_metrics,
-    sklearn_metrics,
-    python_statistics,
-    dlpack,
-    numpy_dlpack,
-    deep_copied,
-    copied_model,
-    copied_layers,
-    buffers_of_bytes,
-    pickled,
-    storage,
-    strided,
-    made_of_numbers,
-    subclass,
-    data_attribute,
-    written_data,
-    types_of_it,
-    at_random_by_it,
-    custom_op,
-    custom_op_in_place,
-    asked_whether_it_can,
-)
+    branch, branch_sometimes, until_converged, early_exit, caught, caught_bare, caught_in_finally,
+    caught_then_raised_again, sorted_by_python, maximum_by_python, hashed, formatted, printed, as_json,
+    table_of_words, index_of_a_list, in_range, beam, halting, unequal_shapes, numpy_functions, numpy_of_tensors,
+    numpy_back, numpy_first, scipy_metrics, sklearn_metrics, dlpack, numpy_dlpack, deep_copied,
+    copied_model, copied_layers, buffers_of_bytes, pickled, storage, strided, made_of_numbers, subclass,
+    data_attribute, written_data, types_of_it, at_random_by_it, custom_op, custom_op_in_place,
+)  # fmt: skip
 STEPS: dict[str, Callable[..., Any]] = {
     **{function.__name__.replace("_", " "): function for function in FUNCTIONS},
     "an own function of autograd": lambda net, x, y, i: Doubled.apply(net(x)).mean(),
@@ -461,7 +392,5 @@ MODULES: dict[str, Callable[[], Any]] = {
     "compiled head": type("Compiled", (Compiled,), {"what": "head"}),
     "compiled layers": type("Compiled", (Compiled,), {"what": "second"}),
     "compiled in place": type("Compiled", (Compiled,), {"what": "method"}),
-    "scripted": Scripted,
-    "traced": Traced,
     "in some epochs": Sometimes,
 }

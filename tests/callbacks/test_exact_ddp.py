@@ -1,0 +1,23 @@
+"""On two ranks, too, the table of the callback is that of sixteen plain validations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from exact_run import KINDS
+from test_ddp import run
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_two_ranks(tmp_path: Path, name: str) -> None:
+    tables = run("exact_run.py", name, tmp_path)
+    assert len(tables) == 2
+    for scores, plain, reason in tables:
+        assert set(scores) == set(plain)
+        for mode, value in plain.items():
+            assert scores[mode] == pytest.approx(value, rel=1e-5, abs=1e-6), f"{mode}: {reason}"
+        assert len({f"{value:.5g}" for value in plain.values()}) >= 4
