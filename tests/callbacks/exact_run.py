@@ -57,12 +57,19 @@ def plain_validations(trainer: Any, module: Any) -> dict[str, float]:
     return found
 
 
-def main(name: str, out: Path) -> None:
+OPTIONS: dict[str, Any] = {
+    "strategy": "ddp_find_unused_parameters_true",
+    "devices": 2,
+    "use_distributed_sampler": False,
+}
+
+
+def tables(name: str) -> tuple[int, list[Any]]:
+    """This rank, and for each validation the callback's scores, those of plain validations and the reason."""
     exact_modules.seed_all(0)
-    options: dict[str, Any] = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
     callback = zoo.chooser(recompute_batches=None)
     keeps = exact_modules.Keeps(callback)
-    trainer = zoo.trainer(exact_modules.SameSeed(), callback, keeps, max_epochs=2, num_sanity_val_steps=0, **options)
+    trainer = zoo.trainer(exact_modules.SameSeed(), callback, keeps, max_epochs=2, num_sanity_val_steps=0, **OPTIONS)
 
     class Data(zoo.pl.LightningDataModule):
         def train_dataloader(self) -> Any:
@@ -72,14 +79,19 @@ def main(name: str, out: Path) -> None:
             return batches(trainer.global_rank)
 
     trainer.fit(KINDS[name](), datamodule=Data())
-    validates = zoo.trainer(exact_modules.SameSeed(), **options)
-    tables = []
+    validates = zoo.trainer(exact_modules.SameSeed(), **OPTIONS)
+    found = []
     for module, result in zip(keeps.modules, keeps.results, strict=True):
         scores = {str(mode): values["val_loss"] for mode, values in result.scores.items()}
-        tables.append((scores, plain_validations(validates, module), result.reason))
-    if trainer.global_rank == 0:
-        out.write_text(json.dumps(tables))
+        found.append((scores, plain_validations(validates, module), result.reason))
+    return trainer.global_rank, found
+
+
+def main(out: Path) -> None:
+    found = {name: tables(name) for name in KINDS}
+    if all(rank == 0 for rank, _ in found.values()):
+        out.write_text(json.dumps({name: own for name, (_, own) in found.items()}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[2]))
