@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_bln.per_mode.errors import NotTogether
 from lightning_bln.per_mode.rules import Args, Kwargs, register
 from lightning_bln.per_mode.tensor import RULES, PerMode, holds, part
 
@@ -21,7 +22,16 @@ def leading(func: Any, args: Args, kwargs: Kwargs) -> Any:
     return PerMode.of_stack(func(first.stacked(), *args[1:], **kwargs))
 
 
-register("linear layer_norm rms_norm one_hot", leading, F)
+register("linear layer_norm rms_norm", leading, F)
+
+
+def classes(func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """``one_hot`` of a given number of classes; one that it counts itself is each mode's own."""
+    given = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
+    return leading(func, args, kwargs) if isinstance(given, int) and given >= 0 else NotImplemented
+
+
+register("one_hot", classes, F)
 
 
 def embedded(func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -214,6 +224,14 @@ register("_pack_padded_sequence _pad_packed_sequence", packed, torch)
 
 
 # Gradients.
+
+
+def refused(func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """``backward``, which adds to gradients that all modes have."""
+    raise NotTogether("backward adds to gradients that all modes have")
+
+
+register("backward", refused, Tensor)
 
 
 def gradient(func: Any, args: Args, kwargs: Kwargs) -> Any:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_bln.per_mode.errors import NotTogether, name_of
 from lightning_bln.per_mode.tensor import RULES, PerMode, holds, prepare
 from lightning_bln.per_mode.writes import is_in_place
 
@@ -55,6 +56,19 @@ for attribute in ("is_sparse", "is_quantized", "layout", "is_nested", "itemsize"
 RULES[Tensor.__hash__] = lambda func, args, kwargs: id(args[0])
 
 
+# Memory, which the parts of a stack have in common.
+
+
+def refused(func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """A function that shows or exchanges the memory in which a tensor lies."""
+    raise NotTogether(f"{name_of(func)} looks at the memory of what differs between modes")
+
+
+MEMORY = "untyped_storage storage _typed_storage storage_offset is_set_to set_ resize_ as_strided as_strided_"
+register(MEMORY, refused, Tensor, torch)
+RULES[Tensor.data.__set__] = refused  # type: ignore[attr-defined]
+
+
 # One number from the numbers at one place.
 
 ALIASING = set(functions("detach to float double half bfloat16 long int bool type_as contiguous alias"))
@@ -90,7 +104,7 @@ def pointwise(func: Any, args: Args, kwargs: Kwargs) -> Any:
     types = {one.dtype for one in tensors if not (func in CONDITIONAL and one.dtype == torch.bool)}
     if len(types) > 1 and any(one.ndim == 0 for one in tensors):
         return NotImplemented  # tensors without an axis promote differently once stacked
-    ndim = max(one.ndim for one in tensors)
+    ndim = max(one.ndim for one in (tensors[:1] if func in ALIASING else tensors))  # to(other) takes its type alone
     writes = is_in_place(func) or kwargs.get("inplace")
     if writes:
         if not isinstance(first, PerMode) or first.stack is None or first.ndim < ndim:

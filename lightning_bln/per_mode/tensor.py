@@ -134,7 +134,7 @@ class PerMode(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        rule = RULES.get(func)
+        rule = RULES.get(func) if kwargs.get("out") is None else None  # what it writes into has no stack
         if rule is not None:
             result = rule(func, args, kwargs)
             if result is not NotImplemented:

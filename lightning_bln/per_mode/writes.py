@@ -33,9 +33,13 @@ def target_of(func: Any, first: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def is_sole_owner(tensor: Any) -> bool:
-    """Whether a plain tensor can be exchanged for another without anyone else noticing."""
+    """Whether a plain tensor can be exchanged for another without anyone else noticing, an array of numpy's neither."""
     return (
-        type(tensor) is Tensor and not isinstance(tensor, nn.Parameter) and not tensor.requires_grad and is_sole(tensor)
+        type(tensor) is Tensor
+        and not isinstance(tensor, nn.Parameter)
+        and not tensor.requires_grad
+        and is_sole(tensor)
+        and tensor.untyped_storage().resizable()
     )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from lightning_bln._torch import has_forward_hooks, tree_flatten
 from lightning_bln.modes import HasMode, mode_layers
 from lightning_bln.per_mode import holds
-from lightning_bln.sweep.pytree import is_same_input, trees_match, versions
+from lightning_bln.sweep.pytree import is_same_input, kept, trees_match, versions
 from lightning_bln.sweep.random_state import RandomState
 from lightning_bln.sweep.snapshot import snapshot
 
@@ -72,12 +72,13 @@ class Prefix:
         if call is not None and call.serves(module, (args, kwargs)):
             return call.output
         # inference tensors do not count writes, so the cached output must be none
+        inputs = kept((args, kwargs))
         before, random = snapshot(module), RandomState(self.device)
         with torch.inference_mode(False), torch.no_grad():
             output = plain(*args, **kwargs)
         written = versions(output)
         if written is not None and before == snapshot(module) and not random.has_moved():
-            self.calls[place] = Call(module, (args, kwargs), output, written)
+            self.calls[place] = Call(module, inputs, output, written)
         return output
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bln import _torch
-from lightning_bln._torch import tree_flatten
+from lightning_bln._torch import tree_flatten, tree_map
 from lightning_bln.recurrence.fan_out import order_of
 
 
@@ -26,6 +26,17 @@ def versions(value: Any) -> list[int] | None:
     """The number of writes into each tensor; None where one is an inference tensor, which does not count them."""
     found = tensors(value)
     return None if any(tensor.is_inference() for tensor in found) else [_torch.writes(tensor) for tensor in found]
+
+
+def kept(value: Any) -> Any:
+    """A nested value whose tensors are copies, so that it stays as it is, whatever is written into it later."""
+    return tree_map(copied, value)
+
+
+def copied(leaf: Any) -> Any:
+    if isinstance(leaf, PackedSequence):
+        return leaf._replace(data=leaf.data.clone())
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def trees_match(a: Any, b: Any, same_leaf: Callable[[Any, Any], bool]) -> bool:

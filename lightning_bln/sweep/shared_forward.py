@@ -18,7 +18,7 @@ from lightning_bln.modes import Stacked, StatisticsMode, mode_layers
 from lightning_bln.per_mode import NotTogether, PerMode, holds, part_of, reason_of
 from lightning_bln.per_mode.writes import WRITTEN
 from lightning_bln.sweep.prefix_cache import Prefix, replacing_forward
-from lightning_bln.sweep.pytree import is_same_input, trees_match
+from lightning_bln.sweep.pytree import is_same_input, kept, trees_match
 from lightning_bln.sweep.random_state import RandomState
 from lightning_bln.sweep.snapshot import isolated, snapshot
 
@@ -193,11 +193,11 @@ class SharedForward:
 
     def recorded(self, modes: Any, module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A module's output for all ``modes``, kept where the module did nothing but compute it."""
-        if self.is_inside or module.training or holds(tree_flatten((args, kwargs))[0]) or torch.is_grad_enabled():
+        if self.runs_alone(module) or holds(tree_flatten((args, kwargs))[0]):
             return plain(*args, **kwargs)
         call = module, self.calls[module]
         self.calls[module] += 1
-        before, random = snapshot(module), torch.get_rng_state()
+        inputs, before, random = kept((args, kwargs)), snapshot(module), torch.get_rng_state()
         self.is_inside = True
         try:
             with self.sharing_prefix(module):
@@ -207,12 +207,12 @@ class SharedForward:
         is_clean = torch.equal(random, torch.get_rng_state()) and before == snapshot(module)
         memory = memory_of(output, (args, kwargs))
         if is_clean and memory is not None:
-            self.recordings.setdefault(call, []).append(Recording((args, kwargs), output, modes, memory))
+            self.recordings.setdefault(call, []).append(Recording(inputs, output, modes, memory))
         return output
 
     def replayed(self, wanted: Any, module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A module's output in the first of ``wanted`` modes: its part of what was recorded, or is now."""
-        if self.is_inside or module.training or torch.is_grad_enabled():
+        if self.runs_alone(module):
             return plain(*args, **kwargs)
         call, mode = (module, self.calls[module]), wanted[0]
         self.calls[module] += 1
@@ -227,6 +227,10 @@ class SharedForward:
             return plain(*args, **kwargs)
         finally:
             self.is_inside = False
+
+    def runs_alone(self, module: nn.Module) -> bool:
+        """Whether a call of ``module`` is neither recorded nor replayed; a step may change that."""
+        return self.is_inside or module.training or torch.is_grad_enabled() or has_hooks(module)
 
     def recording(self, call: Any, mode: StatisticsMode, inputs: Any) -> Recording | None:
         return next((one for one in self.recordings.get(call, ()) if one.serves(mode, inputs)), None)
@@ -273,10 +277,15 @@ def holders(model: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     module: nn.Module | None = model
     while module is not None:
-        if not any(_torch.has_forward_hooks(part) for part in module.modules()):
+        if not has_hooks(module):
             found.append(module)
         module = next((one for one in module.children() if layers <= {id(part) for part in one.modules()}), None)
     return found
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks look at what ``module`` or a part of it computes."""
+    return any(_torch.has_forward_hooks(part) for part in module.modules())
 
 
 def memory_of(output: Any, inputs: Any) -> set[int] | None:

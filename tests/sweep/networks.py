@@ -11,7 +11,7 @@ from lightning_bln import BLNLSTM, BatchLayerNorm, recompute_population
 
 
 class Residual(nn.Module):
-    """Adds its input to its layer's output, so that the layer cannot lay out modes by itself."""
+    """Adds its input to its layer's output."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -63,9 +63,9 @@ MODELS: dict[str, tuple[Any, tuple[int, ...], bool]] = {
     "recurrent": (Recurrent, (4, 5), True),
     "one layer": (lambda: BatchLayerNorm(5, scale=False), (5,), True),
     "random": (Noisy, (5,), False),
-    "stateful outside its layer": (Remembers, (5,), True),
+    "stateful": (Remembers, (5,), False),
 }
-"""For each network how to make it, the shape of a sample, and whether all modes share one forward."""
+"""For each network how to make it, the shape of a sample, and whether modes share a forward, which then is pure."""
 
 
 def first(output: Any) -> Tensor:

@@ -118,56 +118,47 @@ def lstm(**options: Any) -> BLNLSTM:
     return BLNLSTM(4, 3, **options)
 
 
-NETWORKS: dict[str, tuple[Callable[[], Net], Callable[[tuple[int, ...]], tuple[Any, ...]], bool]] = {
-    "a layer": (lambda: Net(lambda net, x: net.rnn(x), rnn=lstm()), packed_only, True),
-    "sorted": (lambda: Net(lambda net, x: net.rnn(x), rnn=lstm()), packed_sorted, True),
+NETWORKS: dict[str, tuple[Callable[[], Net], Callable[[tuple[int, ...]], tuple[Any, ...]]]] = {
+    "a layer": (lambda: Net(lambda net, x: net.rnn(x), rnn=lstm()), packed_only),
+    "sorted": (lambda: Net(lambda net, x: net.rnn(x), rnn=lstm()), packed_sorted),
     "two layers, two directions": (
         lambda: Net(lambda net, x: net.rnn(x), rnn=BLNGRU(4, 3, num_layers=2, bidirectional=True)),
         packed_only,
-        True,
     ),
-    "reference": (lambda: Net(lambda net, x: net.rnn(x), rnn=lstm(backend="reference")), packed_only, True),
+    "reference": (lambda: Net(lambda net, x: net.rnn(x), rnn=lstm(backend="reference")), packed_only),
     "one after another": (
         lambda: Net(lambda net, x: net.second(net.rnn(x)[0]), rnn=lstm(), second=BLNGRU(3, 2)),
         packed_only,
-        True,
     ),
     "decoder": (
         lambda: Net(lambda net, x: net.second(x, net.rnn(x)[1]), rnn=lstm(), second=lstm()),
         packed_only,
-        True,
     ),
-    "given states": (lambda: Net(lambda net, x, h: net.rnn(x, (h, -h)), rnn=lstm()), with_state, True),
-    "embedding": (lambda: Net(embedded, embed=nn.Linear(4, 4), rnn=lstm()), packed_only, True),
+    "given states": (lambda: Net(lambda net, x, h: net.rnn(x, (h, -h)), rnn=lstm()), with_state),
+    "embedding": (lambda: Net(embedded, embed=nn.Linear(4, 4), rnn=lstm()), packed_only),
     "replaced data": (
         lambda: Net(replaced, embed=nn.Linear(4, 4), rnn=lstm(), second=BLNGRU(3, 2)),
         packed_sorted,
-        True,
     ),
     "padded after": (
         lambda: Net(lambda net, x: pad_packed_sequence(net.second(net.rnn(x)[0])[0]), rnn=lstm(), second=BLNGRU(3, 2)),
         packed_only,
-        True,
     ),
     "in a dict": (
         lambda: Net(lambda net, batch: {"out": net.rnn(batch["x"])[0], "y": batch["y"]}, rnn=lstm()),
         in_dict,
-        True,
     ),
     "in a named tuple": (
         lambda: Net(lambda net, batch: batch._replace(x=net.rnn(batch.x)[0]), rnn=lstm()),
         in_named_tuple,
-        True,
     ),
     "packed after a norm": (
         lambda: Net(lambda net, x, n: net.rnn(pack(net.first(x), n))[1], first=norm(), rnn=lstm()),
         padded,
-        True,
     ),
     "returned as packed after a norm": (
         lambda: Net(lambda net, x, n: net.rnn(pack(net.first(x), n)), first=norm(), rnn=lstm()),
         padded,
-        False,
     ),
     "packed after a layer": (
         lambda: Net(
@@ -176,47 +167,39 @@ NETWORKS: dict[str, tuple[Callable[[], Net], Callable[[tuple[int, ...]], tuple[A
             rnn=lstm(),
         ),
         padded,
-        True,
     ),
-    "pack_sequence after a norm": (lambda: Net(cut, first=norm(), rnn=lstm()), padded, True),
+    "pack_sequence after a norm": (lambda: Net(cut, first=norm(), rnn=lstm()), padded),
     "lengths from a mask": (
         lambda: Net(lambda net, x, mask: net.rnn(pack(net.first(x), mask.sum(1)))[1], first=norm(), rnn=lstm()),
         with_mask,
-        True,
     ),
     "lengths in a list": (
         lambda: Net(lambda net, x, n: net.rnn(pack(net.first(x), n)), first=norm(), rnn=lstm()),
         with_list,
-        False,
     ),
-    "sorted inside": (lambda: Net(sorted_inside, first=norm(), rnn=lstm()), padded, False),
+    "sorted inside": (lambda: Net(sorted_inside, first=norm(), rnn=lstm()), padded),
     "shuffled by an index": (
         lambda: Net(lambda net, x, n, order: net.rnn(pack(net.first(x)[order], n[order])), first=norm(), rnn=lstm()),
         with_order,
-        False,
     ),
     "a norm of the data": (
         lambda: Net(lambda net, x: net.rnn(x._replace(data=net.first(x.data))), first=norm(), rnn=lstm()),
         packed_only,
-        False,
     ),
     "a norm of the output's data": (
         lambda: Net(lambda net, x: net.first(net.rnn(x)[0].data), rnn=BLNLSTM(4, 4), first=norm()),
         packed_only,
-        False,
     ),
-    "a dropped order": (lambda: Net(dropped_order, rnn=lstm(), second=BLNGRU(3, 2)), packed_only, False),
+    "a dropped order": (lambda: Net(dropped_order, rnn=lstm(), second=BLNGRU(3, 2)), packed_only),
     "the last outputs by batch_sizes": (
         lambda: Net(
             lambda net, x: net.second(net.rnn(x)[0])[0].data[: x.batch_sizes[0]], rnn=lstm(), second=BLNGRU(3, 2)
         ),
         packed_only,
-        False,
     ),
     "states in sorted order": (
         lambda: Net(lambda net, x: net.second(net.rnn(x)[0])[1][0, x.sorted_indices], rnn=lstm(), second=BLNGRU(3, 2)),
         packed_only,
-        False,
     ),
 }
-"""For each network how to make it, its batch for sequences of some lengths, and whether all modes share one forward."""
+"""For each network how to make it, and its batch for sequences of some lengths."""

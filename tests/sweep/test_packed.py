@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from lightning_bln import ALL_MODES, BLNGRU, BLNLSTM, BLNRNN, recompute_population, sweep_modes, using_mode
-from lightning_bln.modes import fan_out
+from lightning_bln.modes import StatisticsMode, fan_out
+from lightning_bln.per_mode import part_of
 from lightning_bln.recurrence.fan_out import join_packed, split_packed
-from lightning_bln.sweep.pytree import find_axes, is_close, is_same_input, repeated, tensors, trees_match, versions
+from lightning_bln.sweep.pytree import is_close, is_same_input, tensors, trees_match, versions
 from lightning_bln.sweep.shared_forward import SharedForward
 from tests.sweep.packed_networks import LENGTHS, NETWORKS, packed
 
-
-@dataclass
-class Run:
-    mode: str
+MODES = [StatisticsMode(mode) for mode in ALL_MODES]
 
 
 @dataclass
@@ -48,36 +46,41 @@ def with_population(model: nn.Module, batches: list[Any], predict: Any = None) -
     return model.eval()
 
 
-def compared_with_each_mode_alone(model: nn.Module, batches: list[tuple[Any, ...]]) -> SharedForward:
-    """The shared forward of the whole model over ``batches``, whose outputs are those of plain forwards."""
-    shared = SharedForward(model)
-    shared.modules = shared.modules[:1]
-    with torch.no_grad():
-        for batch in batches:
-            found: list[list[Tensor]] = []
-
-            def step(run: Run, batch: Any = batch, found: list[list[Tensor]] = found) -> None:
-                with using_mode(model, run.mode):
-                    found.append(flat(model(*batch)))
-
-            shared.step_per_mode([Run(mode) for mode in ALL_MODES], step)
-            for mode, ours in zip(ALL_MODES, found, strict=True):
-                with using_mode(model, mode):
-                    torch.testing.assert_close(ours, flat(model(*batch)), rtol=1e-4, atol=1e-5)
-    return shared
+def one_by_one(model: nn.Module, shared: SharedForward, batch: tuple[Any, ...]) -> list[Any]:
+    """The output in every mode, one after the other."""
+    shared.begin(len(MODES))
+    found = []
+    for place, mode in enumerate(MODES):
+        with shared.alone(mode, MODES[place + 1 :]), using_mode(model, mode):
+            found.append(model(*batch))
+    return found
 
 
+def together(model: nn.Module, shared: SharedForward, batch: tuple[Any, ...]) -> list[Any]:
+    """The output in every mode, of one forward."""
+    shared.begin(len(MODES))
+    with shared.together(MODES):
+        joint = model(*batch)
+    return [part_of(joint, place) for place in range(len(MODES))]
+
+
+@pytest.mark.parametrize("evaluate", [one_by_one, together])
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("first", [0, 1])
-def test_every_mode_gets_what_it_gives_alone(name: str, first: int) -> None:
-    make, batch_of, shares = NETWORKS[name]
+def test_every_mode_gets_what_it_gives_alone(name: str, first: int, evaluate: Any) -> None:
+    make, batch_of = NETWORKS[name]
     torch.manual_seed(first)
     batches = [batch_of(LENGTHS[first + step]) for step in range(3)]
     model = make()
     with_population(model, [*batches[:2]], lambda batch: model(*batch))
-    shared = compared_with_each_mode_alone(model, batches)
-    if first == 0:
-        assert shared.is_active is shares, shared.failure
+    shared = SharedForward(model)
+    with torch.no_grad():
+        for batch in batches:
+            found = evaluate(model, shared, batch)
+            for mode, ours in zip(MODES, found, strict=True):
+                with using_mode(model, mode):
+                    torch.testing.assert_close(flat(ours), flat(model(*batch)), rtol=1e-4, atol=1e-5)
+    assert shared.reason is None
 
 
 @pytest.mark.parametrize(
@@ -136,7 +139,7 @@ def test_a_packed_batch_is_the_input_from_which_a_population_comes() -> None:
 def test_fan_out_over_any_lengths_runs_each_mode(lengths: list[int], is_sorted: bool, again: bool) -> None:
     x, modes = packed(tuple(lengths), is_sorted), ALL_MODES[::5]
     model = with_population(BLNGRU(4, 4, bidirectional=again), [x])
-    given_x = repeated(x, len(modes))
+    given_x = join_packed([x] * len(modes))
     with torch.no_grad():
         with fan_out(model, modes) as fan:
             fanned = model(x)
@@ -179,11 +182,6 @@ def test_walks_take_a_packed_sequence_as_one() -> None:
     assert versions(x) == before
     x.data.add_(1)
     assert versions(x) != before
-    assert find_axes([x], [repeated(x, 3)], 3) == [0]
-    assert find_axes([x], [other], 3) == [None]
-    assert find_axes([x], [repeated(x, 2)], 3) is None
-    assert find_axes([x], [longer], 3) is None
-    assert find_axes([x], [PackedSequence(*repeated(x, 3)[:2])], 3) is None
 
 
 def test_modes_with_sequences_of_other_lengths_have_no_parts() -> None:
@@ -193,7 +191,7 @@ def test_modes_with_sequences_of_other_lengths_have_no_parts() -> None:
         split_packed(packed((2, 2), is_sorted=True), 2)
 
 
-def test_later_batches_of_another_form_run_one_mode_after_another() -> None:
+def test_a_form_may_change_from_batch_to_batch() -> None:
     class Sometimes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -205,5 +203,11 @@ def test_later_batches_of_another_form_run_one_mode_after_another() -> None:
 
     batches = [packed(lengths) for lengths in ((3, 3), (2, 2), (4, 1), (2, 2))]
     model = with_population(Sometimes(), batches[:1])
-    shared = compared_with_each_mode_alone(model, [(x,) for x in batches])
-    assert "another form than on the verification batch" in (shared.failure or "")
+    shared = SharedForward(model)
+    with torch.no_grad():
+        for x in batches:
+            for found in (one_by_one(model, shared, (x,)), together(model, shared, (x,))):
+                for mode, ours in zip(MODES, found, strict=True):
+                    with using_mode(model, mode):
+                        torch.testing.assert_close(flat(ours), flat(model(x)), rtol=1e-4, atol=1e-5)
+    assert shared.reason is None

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bln import ALL_MODES, BatchLayerNorm, recompute_population
-from lightning_bln.modes import fan_out
+from lightning_bln.modes import StatisticsMode
 from lightning_bln.sweep.prefix_cache import Prefix
+from lightning_bln.sweep.shared_forward import SharedForward
+
+MODES = [StatisticsMode(mode) for mode in ALL_MODES]
 
 
 class Counted(nn.Linear):
-    """Counts its forwards."""
+    """Counts its forwards; to a prefix it is one of torch's own."""
 
+    __module__ = nn.Linear.__module__
     calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -23,32 +27,40 @@ class Counted(nn.Linear):
         return super().forward(x)
 
 
+class Unknown(Counted):
+    """Somebody's own module, which may do anything besides."""
+
+    __module__ = "somewhere"
+
+
 @pytest.fixture(autouse=True)
 def _from_zero() -> None:
-    Counted.calls = 0
+    Counted.calls = Unknown.calls = 0
 
 
-def network() -> nn.Module:
+def network(kind: type[Counted] = Counted) -> nn.Module:
     model = nn.Sequential(
-        nn.Sequential(Counted(4, 6), nn.Tanh(), Counted(6, 6)), BatchLayerNorm(6), Counted(6, 6), BatchLayerNorm(6)
+        nn.Sequential(kind(4, 6), nn.Tanh(), kind(6, 6)), BatchLayerNorm(6), kind(6, 6), BatchLayerNorm(6)
     )
     recompute_population(model, [torch.randn(8, 4)])
-    Counted.calls = 0
+    kind.calls = 0
     return model.eval()
 
 
-def at_once(model: nn.Module, x: Tensor) -> Tensor:
+def at_once(model: nn.Module, x: Tensor, modes: list[StatisticsMode] = MODES) -> Tensor:
     """All modes in one forward."""
-    with fan_out(model, ALL_MODES):
-        return model(x)
+    with SharedForward(model).stacked(modes):
+        found: Any = model(x)
+    return found.stacked()
 
 
 def in_chunks(model: nn.Module, x: Tensor, *, written: bool = False) -> Tensor:
     """All modes in chunks of four, which share what comes before them."""
-    prefix, parts = Prefix(model), []
+    prefix, parts, shared = Prefix(model), [], SharedForward(model)
     for start in range(0, 16, 4):
-        with fan_out(model, ALL_MODES[start : start + 4]) as fan, prefix.shared(fan):
-            parts.append(model(x))
+        with shared.stacked(MODES[start : start + 4]), prefix.shared():
+            found: Any = model(x)
+            parts.append(found.stacked())
         if written:
             next(iter(prefix.calls.values())).output.add_(1)
     return torch.cat(parts)
@@ -65,6 +77,30 @@ def test_what_comes_first_runs_once_and_gives_the_same(guard: Any) -> None:
     assert Counted.calls == 3 + 2 + 4
 
 
+def test_a_shared_forward_in_chunks_has_a_prefix() -> None:
+    model, x = network(), torch.randn(5, 4)
+    shared = SharedForward(model, chunk=4)
+    shared.largest = 1
+    shared.begin(len(MODES))
+    with torch.no_grad():
+        for start in range(0, 16, 4):
+            with shared.together(MODES[start : start + 4]):
+                model(x)
+    assert Counted.calls == 2 + 4
+
+
+@pytest.mark.parametrize("change", ["kind", "hook", "training"])
+def test_what_may_do_more_than_compute_runs_each_time(change: str) -> None:
+    model, x = network(Unknown if change == "kind" else Counted), torch.randn(5, 4)
+    if change == "hook":
+        model[0][1].register_forward_hook(lambda *_: None)
+    if change == "training":
+        model[0][1].train()
+    with torch.no_grad():
+        in_chunks(model, x)
+    assert Counted.calls + Unknown.calls == 4 * 3
+
+
 def test_a_forward_is_the_modules_own_again() -> None:
     model = network()
     model[0][0].forward = own = model[0][0].forward
@@ -76,14 +112,30 @@ def test_a_forward_is_the_modules_own_again() -> None:
 
 def test_other_input_is_computed() -> None:
     model, x = network(), torch.randn(5, 4)
-    prefix = Prefix(model)
+    prefix, shared, modes = Prefix(model), SharedForward(model), MODES[::15]
+    counts = []
     with torch.no_grad():
         for value in (x, x.clone(), x + 1):  # the second is equal, the third is not
-            with fan_out(model, ["pppp", "cccc"]) as fan, prefix.shared(fan):
-                found = model(value)
-            with fan_out(model, ["pppp", "cccc"]):
-                assert torch.equal(found, model(value))
-    assert Counted.calls == 2 + 1 + 0 + 1 + 2 + 1 + 3 * 3
+            Counted.calls = 0
+            with shared.stacked(modes), prefix.shared():
+                found: Any = model(value)
+            counts.append(Counted.calls)
+            assert torch.equal(found.stacked(), at_once(model, value, modes))
+    assert counts == [2 + 1, 0 + 1, 2 + 1]
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_an_input_that_has_been_written_into_is_another(guard: Any) -> None:
+    model = network()
+    with guard():
+        x = torch.randn(5, 4)
+        prefix, found = Prefix(model), []
+        for _ in range(2):
+            with prefix.shared():
+                found.append(model(x))
+            x.mul_(2)
+    assert torch.equal(found[0], model(x / 4))
+    assert torch.equal(found[1], model(x / 2))
 
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
@@ -96,7 +148,7 @@ def test_what_has_been_written_into_is_computed_again(guard: Any) -> None:
 def test_with_gradients_nothing_is_kept() -> None:
     model = network()
     prefix = Prefix(model)
-    with fan_out(model, ["pppp", "cccc"]) as fan, prefix.shared(fan):
+    with prefix.shared():
         model(torch.randn(5, 4)).sum().backward()
     assert not prefix.calls
     assert model[0][0].weight.grad is not None
