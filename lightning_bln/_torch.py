@@ -284,6 +284,9 @@ def is_persistent(module: nn.Module, buffer: str) -> bool:
 HOOKS = tuple(sorted(name for name in MODULE_INTERNALS if name.endswith(("_hooks", "_with_kwargs", "_always_called"))))
 """Attributes in which nn.Module keeps hooks, whose handles hold on to these very dictionaries."""
 
+STRUCTURE = ("_modules", "_parameters", *HOOKS)
+"""Attributes in which nn.Module keeps its parts."""
+
 
 def carry_hooks(source: nn.Module, target: nn.Module, *, shared: bool) -> None:
     """Give ``target`` the hooks of ``source``: its very dictionaries, so that handles still remove them, or copies."""

@@ -81,6 +81,8 @@ class HasMode(nn.Module):
 
     @mode.setter
     def mode(self, mode: str) -> None:
+        if isinstance(self.fan, Stacked):
+            raise NotTogether("a step sets the mode of a layer")
         self._mode = StatisticsMode(mode)
 
     def get_extra_state(self) -> Tensor:

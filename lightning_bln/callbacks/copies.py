@@ -15,7 +15,14 @@ from torch.nn.utils.rnn import PackedSequence
 from lightning_bln.per_mode import PerMode
 from lightning_bln.sweep.pytree import versions
 
+COPIED = (Tensor, PackedSequence, np.ndarray, list, tuple, dict, set)
 UNCHANGING = (str, bytes, int, float, complex, bool, type(None), range, torch.dtype, torch.device)
+
+
+def alike(tensor: Tensor) -> Tensor:
+    """A copy of a tensor, which autograd may use if it may use that."""
+    with torch.inference_mode(tensor.is_inference()):
+        return tensor.detach().clone()
 
 
 class Copies:
@@ -31,7 +38,7 @@ class Copies:
         self.renew()
 
     def renew(self) -> None:
-        self.first = self.mapped(self.original, torch.clone)
+        self.first = self.mapped(self.original, alike)
         self.tensors: list[Tensor] = []
         self.mapped(self.first, self.taken)
         self.versions = versions(self.tensors)
@@ -85,4 +92,12 @@ class Copies:
             for name, one in vars(value).items():
                 object.__setattr__(whole, name, self.mapped(one, function))
             return whole
-        return deepcopy(value)
+        try:
+            return deepcopy(value)
+        except Exception:  # tensors that belong to a graph, locks: its attributes one by one
+            other: Any = copy(value)
+            if not vars(value) or other is value:
+                raise
+            for name, one in vars(value).items():
+                vars(other)[name] = self.mapped(one, function) if isinstance(one, COPIED) else one
+            return other

@@ -124,7 +124,8 @@ def check_log(value: Any) -> bool | Literal["all"]:
 def log_scores(callback: Any, trainer: Any, result: SweepResult, *, every_mode: bool) -> None:
     """Log the mode chosen, in fit its spread and with ``every_mode`` all scores, from a hook of ``callback``."""
     assert result.chosen is not None
-    callback.log("bln/mode", float(ALL_MODES.index(result.chosen)))
+    # ranks have the same value, and Lightning would advise to say so
+    callback.log("bln/mode", float(ALL_MODES.index(result.chosen)), sync_dist=trainer.world_size > 1)
     if trainer.state.fn != "fit":
         return
     spreads = {mode: pair.spread for mode, pair in result.regrouped.items() if math.isfinite(pair.spread)}

@@ -16,7 +16,8 @@ from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.copies import Copies
 from lightning_bln.callbacks.epoch_end import undone
 from lightning_bln.callbacks.ranks import Ranks
-from lightning_bln.callbacks.run import Run
+from lightning_bln.callbacks.run import Run, first_difference
+from lightning_bln.callbacks.surroundings import Surroundings
 from lightning_bln.callbacks.user_state import UserState
 from lightning_bln.distributed import is_sharded
 from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers
@@ -76,7 +77,7 @@ class Evaluation:
         self.others = tuple(mode for mode in modes if mode != self.incumbent)
         self.modes = self.others if self.incumbent is None else (*self.others, self.incumbent)
         self.runs: list[Run] = [self.start.copy(self.loop, (mode,)) for mode in self.others]
-        self.ranks, self.runs_hook = Ranks(trainer), False
+        self.ranks, self.around, self.runs_hook = Ranks(trainer), Surroundings(module), False
 
     @property
     def reason(self) -> str | None:
@@ -94,7 +95,7 @@ class Evaluation:
         """Within the context mode, log and user state are those of ``run``, and loggers take no note."""
         modes = [layer.mode for layer in self.layers]
         log = _lightning.swap_log(self.loop, run.results, run.log)
-        with setting([self.trainer], loggers=self.silent), self.user.holding(run):
+        with setting([self.trainer], loggers=self.silent), self.around.of(run), self.user.holding(run):
             try:
                 if len(run.modes) == 1:
                     assign_modes(self.layers, run.modes * len(self.layers))
@@ -105,6 +106,7 @@ class Evaluation:
 
     def step(self, batch: Any, batch_idx: int) -> None:
         """Run every mode but the incumbent on a batch; Lightning's own step of that follows."""
+        self.around.begin_batch()
         dataloader_idx = self.base_results.dataloader_idx
         if dataloader_idx != self.dataloader_idx:
             self.close_dataloaders()
@@ -125,6 +127,7 @@ class Evaluation:
             else:
                 self.step_alone(self.parted(), step)
         self.user.sharing.settle()
+        self.around.end_batch()
         self.shared.follow(self.incumbent)
 
     def may_be_joint(self, copies: Copies) -> bool:
@@ -194,7 +197,10 @@ class Evaluation:
         for run in runs:
             step(run)
             if not joint.part(self.loop, run.mode).is_same_as(run):
-                raise RuntimeError(f"verify=True: joint evaluation gives other values than {run.mode} by itself")
+                raise RuntimeError(
+                    f"verify=True: together modes come to other values than {run.mode} by itself: "
+                    f"{first_difference(joint.part(self.loop, run.mode), run)}"
+                )
 
     def parted(self) -> list[Run]:
         """A run for each mode but the incumbent, which are the runs of this evaluation from now on."""
@@ -253,6 +259,7 @@ class Evaluation:
 
         The module's hook for the end of the epoch runs only where ``monitor`` is not known before, once for each mode.
         """
+        self.around.begin_batch()
         self.close_dataloaders()
         scores = self.all_scores()
         is_missing = any(monitor not in values for values in scores.values())
@@ -307,7 +314,7 @@ class Evaluation:
         ending = Run(run.modes, run.results, UserState.copy(run.state), run.copied_log())
         state = RandomState(self.module.device)
         try:
-            with undone(self.trainer, self.module), self.acting(ending) as results:
+            with undone(self.trainer, self.module), self.around.watching(), self.acting(ending) as results:
                 scores: dict[str, Tensor] = {}
                 for metrics in self.per_dataloader(results):
                     scores.update(metrics["callback"])
@@ -347,7 +354,7 @@ class Evaluation:
         results = self.base_results
         foreign = {key: value for key, value in results.items() if self.is_foreign(key, value)}
         lost = self.names(results)
-        self.user.put(run.state)
+        self.user.write(run.state)
         dict.clear(results)
         dict.update(results, {**foreign, **{key: _lightning.plain_row(row) for key, row in run.results.items()}})
         lost -= self.names(results)

@@ -50,7 +50,7 @@ def merged(values: Sequence[Any], memo: dict[tuple[int, ...], tuple[Any, Any]]) 
             made.clear()
             made.extend(rows)
     elif all(is_equal(value, first) for value in values):
-        made = first
+        made = copy(first) if isinstance(first, (set, np.ndarray)) else first
     else:
         raise NotTogether(f"what a step keeps differs between modes: a {kind.__name__}")
     memo[key] = made, values
@@ -64,9 +64,9 @@ def merged_tensors(values: Sequence[Any]) -> Any:
         raise NotTogether("a tensor that a step keeps has another shape in one mode than in another")
     if first.layout != torch.strided or any(value.requires_grad for value in values):
         raise NotTogether("a tensor that a step keeps cannot be stacked")
-    if all(is_identical(value, first) for value in values):
-        return first
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # a copy of each, since the runs may be needed again
+        if all(is_identical(value, first) for value in values):
+            return first.detach().clone()
         return PerMode.of_stack(torch.stack([value.detach() for value in values]))
 
 

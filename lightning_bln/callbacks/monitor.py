@@ -13,7 +13,7 @@ Scores = dict[StatisticsMode, dict[str, float]]
 
 
 def agree(evaluation: Evaluation, scores: Scores, monitor: str) -> Scores:
-    """``scores``, the monitored ones averaged over ranks so that all of them choose alike.
+    """``scores``, averaged over ranks so that all of them choose alike and have the same table.
 
     Raises:
         MisconfigurationException: Some rank has no score named ``monitor``; raised on every rank.
@@ -23,9 +23,12 @@ def agree(evaluation: Evaluation, scores: Scores, monitor: str) -> Scores:
         raise _lightning.misconfiguration(
             trainer, f"monitor={monitor!r}, but {why_missing(evaluation, known, monitor)}"
         )
-    values = evaluation.agreed([own.get(monitor, math.nan) for own in scores.values()])
-    for own, value in zip(scores.values(), values, strict=True):
-        own[monitor] = value
+    if trainer.world_size > 1:
+        of_all = set.intersection(*map(set, gathered(trainer, sorted(known))))
+        for name in sorted(of_all):
+            values = evaluation.agreed([own.get(name, math.nan) for own in scores.values()])
+            for own, value in zip(scores.values(), values, strict=True):
+                own[name] = value
     return scores
 
 

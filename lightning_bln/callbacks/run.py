@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -15,7 +14,8 @@ from lightning_bln._torch import storage_address
 from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.large_state import Snapshot
 from lightning_bln.callbacks.merge import merged
-from lightning_bln.callbacks.user_state import UNCHANGING, UserState, own
+from lightning_bln.callbacks.surroundings import Structure
+from lightning_bln.callbacks.user_state import UserState, collect, own, shared_memory
 from lightning_bln.modes import StatisticsMode
 from lightning_bln.per_mode import NotTogether, PerMode, undoable
 from lightning_bln.sweep.pytree import is_close_or_identical, trees_match
@@ -32,12 +32,16 @@ class Run:
         results: The collection that ``self.log`` fills.
         state: The module's user state.
         log: The state of the Trainer's log, see :func:`~lightning_bln.callbacks._lightning.log_state`.
+        structure: Parts, hooks and flags of the module, where steps of the run have changed them.
+        gradients: The gradients that steps of the run have added to.
     """
 
     modes: tuple[StatisticsMode, ...]
     results: Any
     state: Snapshot
     log: dict[str, Any]
+    structure: Structure | None = None
+    gradients: list[Tensor | None] | None = None
 
     @property
     def mode(self) -> StatisticsMode:
@@ -52,7 +56,7 @@ class Run:
             results[key] = copied_row(row, place)
         results.dataloader_idx = self.results.dataloader_idx
         log = self.copied_log() if place is None else UserState.copy([self.log], place)[0]
-        return Run(modes, results, UserState.copy(self.state, place), log)
+        return Run(modes, results, UserState.copy(self.state, place), log, self.structure)
 
     def part(self, loop: Any, mode: StatisticsMode) -> Run:
         """The run of one of the modes alone."""
@@ -72,6 +76,15 @@ class Run:
         first = runs[0]
         memo: dict[Any, Any] = {}
         results = _lightning.new_results(loop, has_bar=False)
+        if shared_memory(first.state):
+            raise NotTogether("a step keeps a tensor and a view of it")
+        if any(run.gradients is not None for run in runs):
+            raise NotTogether("steps add to gradients")
+        structures = [run.structure for run in runs]
+        if any(one is not structures[0] and (one is None or structures[0] is None) for one in structures):
+            raise NotTogether("the module has other parts or hooks in one mode than in another")
+        if first.structure is not None and not all(one.equals(first.structure) for one in structures if one):
+            raise NotTogether("the module has other parts or hooks in one mode than in another")
         if any(list(run.results) != list(first.results) for run in runs):
             raise NotTogether("other values are logged in one mode than in another")
         for key, row in first.results.items():
@@ -83,7 +96,7 @@ class Run:
         if state.sharing is not None:
             state.sharing.join(state)
         log = merged_logs([run.log for run in runs], memo)
-        return cls(tuple(run.mode for run in runs), results, state, log)
+        return cls(tuple(run.mode for run in runs), results, state, log, first.structure)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the state and of the logged values."""
@@ -97,6 +110,7 @@ class Run:
         """Within the context, an error leaves the run as it was."""
         rows = {key: (row, dict(row.__dict__)) for key, row in self.results.items()}
         state, log = UserState.copy(self.state), self.copied_log()
+        around = self.structure, self.gradients
         old = {storage_address(part) for one in self.tensors() if isinstance(one, PerMode) for part in memory(one)}
         try:
             with undoable(old, reach=lambda: {id(tensor) for tensor in self.tensors()}):
@@ -108,6 +122,7 @@ class Run:
                 row.__dict__.update(values)
                 self.results[key] = row
             self.state, self.log = state, log
+            self.structure, self.gradients = around
             raise
 
     def is_same_as(self, other: Run) -> bool:
@@ -119,6 +134,15 @@ class Run:
         rows = {key: [row.__dict__.get(name) for name in _lightning.ROW_VALUES] for key, row in self.results.items()}
         # the order of attributes depends on when a run's state was put back
         return [dict(sorted(values.items())) for values in (rows, *UserState.comparable(self.state), self.log)]
+
+
+def first_difference(one: Run, other: Run) -> str:
+    """The first value that two runs of a mode do not have in common, as each has it."""
+    for some, others in zip(one.gathered(), other.gathered(), strict=True):
+        for name in sorted(some.keys() | others.keys(), key=str):
+            if not trees_match(some.get(name), others.get(name), is_close_or_identical):
+                return f"{name} is {some.get(name)} and {others.get(name)}"
+    return "in order"
 
 
 def merged_row(rows: list[Any], memo: dict[Any, Any]) -> dict[str, Any]:
@@ -136,19 +160,10 @@ def merged_logs(logs: list[dict[str, Any]], memo: dict[Any, Any]) -> dict[str, A
         if isinstance(first, dict):
             common = [key for key in first if all(key in value for value in values)]
             values = [{key: value[key] for key in common} for value in values]
+        else:
+            values = [first]  # the hook that was last logged from, another callback's perhaps
         made[name] = merged(values, memo)
     return made
-
-
-def collect(value: Any, found: list[Tensor], seen: set[int]) -> None:
-    """Append the tensors in nested plain containers to ``found``."""
-    if isinstance(value, Tensor):
-        found.append(value)
-    elif isinstance(value, (dict, list, tuple, deque)) and id(value) not in seen:
-        seen.add(id(value))
-        for one in value.values() if isinstance(value, dict) else value:
-            if type(one) not in UNCHANGING:
-                collect(one, found, seen)
 
 
 def copied_row(row: Any, part: int | None = None) -> Any:

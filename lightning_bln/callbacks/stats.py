@@ -25,7 +25,7 @@ from lightning_bln.callbacks.monitor import agree, unscored_of
 from lightning_bln.callbacks.namespaces import of_both, revive
 from lightning_bln.callbacks.readings import check_readable
 from lightning_bln.callbacks.recompute import check_recompute
-from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers, setting_modes
+from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers, set_mode, setting_modes
 from lightning_bln.population import Population
 from lightning_bln.recomputation import populations, reset_population
 from lightning_bln.sweep.result import Direction, SweepResult, one_direction
@@ -246,6 +246,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             return
         if self._evaluation is None:
             sync_buffers(trainer.strategy.model)
+            if len(self.candidates) == 1:  # there is nothing to choose, and nothing to run beside it
+                set_mode(pl_module, self.candidates[0])
             # made here and each time anew: the hooks for the start of the epoch have run, layers may come and go
             self._shared = shared_forward(trainer, pl_module, self.shares_forwards, self._shared)
             self._evaluation = Evaluation(

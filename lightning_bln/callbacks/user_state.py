@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_bln._torch import MODULE_INTERNALS, own_buffers
+from lightning_bln._torch import MODULE_INTERNALS, own_buffers, storage_address
 from lightning_bln.callbacks import _lightning
+from lightning_bln.callbacks.contents import written
 from lightning_bln.callbacks.generators import GENERATORS, set_state, state_of
 from lightning_bln.callbacks.large_state import MANY, Sharing, Snapshot
 from lightning_bln.modes import HasMode
@@ -50,6 +51,7 @@ class UserState:
         ours = {id(part) for one in every if isinstance(one, (HasMode, Population)) for part in one.modules()}
         ours |= {id(part) for metric in metrics for part in metric.modules()}
         children = [child for child in every if child is not module and id(child) not in ours]
+        children = [child for child in children if not isinstance(child, torch.jit.ScriptModule)]
 
         self.owners: list[tuple[dict[str, Any], frozenset[str]]] = [(module.__dict__, root_internals)]
         for child in children:
@@ -88,6 +90,20 @@ class UserState:
                         del fields[name]
             fields.update(values)
 
+    def write(self, snapshot: Snapshot) -> None:
+        """Make ``snapshot`` the state, its contents in the objects that are there, which others may refer to."""
+        memo: dict[int, Any] = {}
+        present = self.take()
+        self.put(
+            Snapshot(
+                (
+                    {name: written(before.get(name), value, memo) for name, value in values.items()}
+                    for before, values in zip(present, snapshot, strict=True)
+                ),
+                self.sharing,
+            )
+        )
+
     @contextmanager
     def holding(self, run: Any) -> Iterator[None]:
         """Within the context the state is ``run.state``, which steps may change; it is put back as they leave it."""
@@ -123,6 +139,7 @@ class UserState:
         """
         memo = Memo({id(one): (one, one) for one in shared})
         memo.sharing = getattr(snapshot, "sharing", None)
+        memo.aliased = shared_memory(snapshot)
         values_of_owners = [
             {name: value if type(value) in UNCHANGING else rebuild(value, memo, part) for name, value in values.items()}
             for values in snapshot
@@ -153,6 +170,7 @@ class Memo(dict[int, tuple[Any, Any]]):
     """Copies made so far, each with what it is of, by the identity of that; and what snapshots share."""
 
     sharing: Sharing | None = None
+    aliased: frozenset[int] = frozenset()
 
 
 def rebuild(value: Any, memo: dict[int, tuple[Any, Any]], part: int | None) -> Any:
@@ -168,7 +186,7 @@ def rebuild(value: Any, memo: dict[int, tuple[Any, Any]], part: int | None) -> A
     copied = value
     kind = type(value)
     if isinstance(value, Tensor):
-        copied = value if isinstance(value, nn.Parameter) else own(value, part)
+        copied = value if isinstance(value, nn.Parameter) else own_in(value, memo, part)
     elif isinstance(value, np.ndarray):
         copied = value.copy()
     elif kind in SEQUENCES:
@@ -183,6 +201,51 @@ def rebuild(value: Any, memo: dict[int, tuple[Any, Any]], part: int | None) -> A
             copied[key] = rebuild(one, memo, part)
     memo[id(value)] = (copied, value)
     return copied
+
+
+def own_in(value: Tensor, memo: dict[int, Any], part: int | None) -> Tensor:
+    """:func:`own`, in memory that is shared with copies of those tensors with which ``value`` shares its own."""
+    aliased = getattr(memo, "aliased", ())
+    if not aliased or (isinstance(value, PerMode) and part is None):
+        return own(value, part)
+    plain = value.parts[part] if isinstance(value, PerMode) and part is not None else value
+    address = storage_address(plain)
+    if address not in aliased:
+        return own(value, part)
+    plain = plain.detach()
+    with torch.inference_mode(False):
+        if -address not in memo:  # no identity of an object is negative
+            memo[-address] = plain.untyped_storage().clone(), None
+        made = torch.empty(0, dtype=plain.dtype, device=plain.device)
+        return made.set_(memo[-address][0], plain.storage_offset(), plain.size(), plain.stride())
+
+
+CACHES = {"_computed", "_forward_cache", "_cache"}
+"""Attributes of metrics that hold results, into which nobody writes."""
+
+
+def shared_memory(snapshot: Iterable[dict[str, Any]]) -> frozenset[int]:
+    """The places of memory that several tensors of a snapshot have in common, as a tensor and a view of it have."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    for values in snapshot:
+        for name, value in values.items():
+            if name not in CACHES and type(value) not in UNCHANGING:
+                collect(value, found, seen)
+    tensors = unique(one for one in found if one.layout == torch.strided)
+    counts = Counter(storage_address(one.parts[0] if isinstance(one, PerMode) else one) for one in tensors)
+    return frozenset(address for address, count in counts.items() if count > 1 and address)
+
+
+def collect(value: Any, found: list[Tensor], seen: set[int]) -> None:
+    """Append the tensors in nested plain containers to ``found``."""
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, (dict, list, tuple, deque)) and id(value) not in seen:
+        seen.add(id(value))
+        for one in value.values() if isinstance(value, dict) else value:
+            if type(one) not in UNCHANGING:
+                collect(one, found, seen)
 
 
 def is_metric(value: Any) -> bool:

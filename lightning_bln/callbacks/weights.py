@@ -29,7 +29,8 @@ class KeptWeights:
     def __init__(self, module: nn.Module, contents: bool, others: dict[str, Tensor]) -> None:
         places: list[dict[str, Any]] = []
         if contents:
-            places = [place for one in module.modules() for place in (own_parameters(one), own_modules(one))]
+            parts = [one for one in module.modules() if not isinstance(one, torch.jit.ScriptModule)]
+            places = [place for one in parts for place in (own_parameters(one), own_modules(one))]
         self.places = [(place, dict(place)) for place in places]
         self.parameters = dict(module.named_parameters()) if contents else {}
         self.flags = [(one, one.requires_grad, one.grad) for one in self.parameters.values()]

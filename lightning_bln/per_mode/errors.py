@@ -16,6 +16,10 @@ class NotTogether(Exception):
         NotTogether.made += 1
 
 
+class AddsGradients(NotTogether):
+    """A backward pass would add to gradients that all modes have."""
+
+
 def name_of(func: Any) -> str:
     """The name of a function of torch, for a sentence."""
     return getattr(func, "__name__", str(func))

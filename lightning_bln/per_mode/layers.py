@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_bln.per_mode.errors import NotTogether
+from lightning_bln.per_mode.errors import AddsGradients, NotTogether
 from lightning_bln.per_mode.rules import Args, Kwargs, register
-from lightning_bln.per_mode.tensor import RULES, PerMode, holds, part
+from lightning_bln.per_mode.tensor import RULES, PerMode, Rule, holds, part
 
 
 def leading(func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -92,8 +92,21 @@ def without_running(args: Args, kwargs: Kwargs) -> bool:
     return running is None
 
 
-register("batch_norm", batched(0, samples_alone), F)
-register("instance_norm", batched(0, without_running), F)
+def gathers(rule: Rule) -> Rule:
+    """``rule`` of a norm, which parts the modes where running statistics are written: no count of writes shows that."""
+
+    def checked(func: Any, args: Args, kwargs: Kwargs) -> Any:
+        flag = "training" if func is F.batch_norm else "use_input_stats"
+        given = args[5] if len(args) > 5 else kwargs.get(flag, func is F.instance_norm)
+        if given and not without_running(args, kwargs):
+            raise NotTogether(f"{func.__name__} writes into running statistics that all modes have")
+        return rule(func, args, kwargs)
+
+    return checked
+
+
+register("batch_norm", gathers(batched(0, samples_alone)), F)
+register("instance_norm", gathers(batched(0, without_running)), F)
 register("interpolate upsample", batched(0), F)
 RULES[F.pad] = batched(0, lambda args, kwargs: len(args[1]) <= 2 * (args[0].ndim - 2) if len(args) > 1 else False)
 
@@ -228,7 +241,7 @@ register("_pack_padded_sequence _pad_packed_sequence", packed, torch)
 
 def refused(func: Any, args: Args, kwargs: Kwargs) -> Any:
     """``backward``, which adds to gradients that all modes have."""
-    raise NotTogether("backward adds to gradients that all modes have")
+    raise AddsGradients("backward adds to gradients that all modes have")
 
 
 register("backward", refused, Tensor)

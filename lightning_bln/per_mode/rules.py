@@ -193,7 +193,7 @@ for reduced, over_all in REDUCED.items():
     register(reduced, Along("dim* keepdim", every=over_all), Tensor, torch)
 for name in ("std", "var"):
     register(name, Along("dim* unbiased keepdim", every=getattr(torch, name)), Tensor, torch)
-register("argmax argmin logsumexp prod median nansum nanmean count_nonzero", Along("dim* keepdim"), Tensor, torch)
+register("argmax argmin logsumexp prod median nansum nanmean", Along("dim* keepdim"), Tensor, torch)
 register("softmax log_softmax", Along("dim* dtype"), Tensor, torch)
 register("softmax log_softmax softmin", Along("dim* _stacklevel dtype"), F)
 register("cumsum cumprod", Along("dim*"), Tensor, torch)

@@ -14,7 +14,7 @@ from lightning_bln.per_mode.tensor import RULES, PerMode, holds
 def shape_of(args: Args) -> tuple[int, ...] | None:
     """Sizes or axes given one by one or as a tuple; None where they are no integers."""
     given = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
-    return tuple(given) if all(isinstance(one, int) for one in given) else None
+    return tuple(given) if all(isinstance(one, int) and not isinstance(one, bool) for one in given) else None
 
 
 def is_stack(value: Any, kwargs: Kwargs) -> bool:

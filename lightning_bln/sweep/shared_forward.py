@@ -216,6 +216,8 @@ class SharedForward:
             return plain(*args, **kwargs)
         call, mode = (module, self.calls[module]), wanted[0]
         self.calls[module] += 1
+        if any(layer.mode != mode for layer in self.layers):  # the step has set another
+            return plain(*args, **kwargs)
         found = self.recording(call, mode, (args, kwargs))
         is_recorded = any(mode in one.modes for one in self.recordings.get(call, ()))
         if found is None and len(wanted) > 1 and self.may_record and not is_recorded:

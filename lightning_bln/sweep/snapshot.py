@@ -16,6 +16,9 @@ from lightning_bln._torch import MODULE_INTERNALS, own_buffers, writes
 from lightning_bln.modes import HasMode
 from lightning_bln.population import Population
 
+LEFT_OUT = (HasMode, Population, torch.jit.ScriptModule)
+"""Modules whose state is no user's."""
+
 SMALL = 4096
 """Entries of a container, or of an array without a count of writes, up to which each is looked at."""
 
@@ -32,7 +35,7 @@ def snapshot(module: nn.Module) -> list[Any]:
     """The state of every part of ``module`` but layers with a mode: attributes and buffers, by identity and writes."""
     found: list[Any] = []
     for part in module.modules():
-        if isinstance(part, (HasMode, Population)):
+        if isinstance(part, LEFT_OUT):
             continue
         fields = part.__dict__
         if UPDATES in fields:
@@ -89,7 +92,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
     memo: dict[int, Any] = {}
     large: list[tuple[Tensor, int]] = []
     for part in module.modules():
-        if isinstance(part, (HasMode, Population)):
+        if isinstance(part, LEFT_OUT):
             continue
         kept = {name: value for name, value in part.__dict__.items() if name not in MODULE_INTERNALS}
         for fields, values in ((part.__dict__, kept), (own_buffers(part), dict(own_buffers(part)))):

@@ -17,6 +17,7 @@ import zoo
 from torch import Tensor, nn
 
 from lightning_bln import ALL_MODES, BatchLayerNorm, set_mode
+from lightning_bln.callbacks import stats
 
 Values = Any
 CALLS: Counter[str] = Counter()
@@ -83,18 +84,24 @@ class Functional(Exact):
 
 
 class Keeps(pl.Callback):
-    """Keeps the module as it was at the start of each validation, with its population, and the table of that."""
+    """Keeps the module as it was before the first step of each validation, and the table of that."""
 
     def __init__(self, callback: Any) -> None:
         self.callback = callback
         self.modules: list[Any] = []
         self.results: list[Any] = []
-        self.freeze, callback.on_validation_epoch_start = callback.on_validation_epoch_start, self.start
 
-    def start(self, trainer: Any, pl_module: Any) -> None:
-        self.freeze(trainer, pl_module)
-        if not trainer.sanity_checking:
-            self.modules.append(copy.deepcopy(pl_module))
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.evaluation = stats.Evaluation
+
+        def made(trainer: Any, module: Any, *args: Any, **options: Any) -> Any:
+            self.modules.append(copy.deepcopy(module))
+            return self.evaluation(trainer, module, *args, **options)
+
+        stats.Evaluation = made  # type: ignore[assignment, misc]
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        stats.Evaluation = self.evaluation  # type: ignore[misc]
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.sanity_checking:

@@ -137,4 +137,4 @@ def test_what_workers_chose_reaches_the_process_that_started_them(tmp_path: Path
     assert found["validated"] == pytest.approx(found["score"], rel=1e-5)
     assert found["left"] == []
     assert found["alone"] != found["history"]  # a fit in this process then counts as any other
-    assert len(found["alone"]) == 3
+    assert len(found["alone"]) == 1
