@@ -1,10 +1,10 @@
-# make demo | test | test-oldest | check | bench | bench-cells | asan: each sets up .venv by itself and is quick the second time.
+# make demo | test | test-exact | test-oldest | check | bench | bench-cells | asan: each sets up .venv by itself and is quick the second time.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-oldest compatibility bench bench-cells bench-sweep asan lint types check clean
+.PHONY: demo test test-exact test-oldest compatibility bench bench-cells bench-sweep asan lint types check clean
 
 # The oldest versions the package declares, and torchtext, in an environment of 5 GB that outlives the clone.
 OLDEST_PYTHON ?= python3.11
@@ -33,6 +33,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(TESTS)
+
+# Tables of modules of every kind against plain validations, and every rule of a tensor with a part for each mode.
+test-exact: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m exact tests/callbacks/test_exact.py tests/callbacks/test_exact_ddp.py tests/test_per_mode_rules.py
 
 # Made beside its place and moved there whole, so that one cut short is never used.
 $(OLDEST)/.installed:

@@ -14,6 +14,8 @@ from torch import Tensor
 from lightning_bln.per_mode import NotTogether, PerMode, part_of
 from lightning_bln.per_mode.tensor import RULES
 
+pytestmark = pytest.mark.exact
+
 MODES = 3
 Parts = list[Tensor]
 

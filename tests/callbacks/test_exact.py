@@ -13,6 +13,8 @@ import exact_python
 import exact_state
 import pytest
 
+pytestmark = pytest.mark.exact
+
 
 @pytest.mark.parametrize("name", exact_batch.MODULES)
 def test_operations_along_the_batch(name: str) -> None:

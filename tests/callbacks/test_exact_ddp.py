@@ -9,6 +9,8 @@ import torch
 from exact_run import KINDS
 from test_ddp import run
 
+pytestmark = pytest.mark.exact
+
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
 
