@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from lightning_bln.callbacks.run import Run, first_difference
 from lightning_bln.callbacks.surroundings import Surroundings
 from lightning_bln.callbacks.user_state import UserState
 from lightning_bln.distributed import is_sharded
-from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers
+from lightning_bln.modes import StatisticsMode, assign_modes
 from lightning_bln.per_mode import NotTogether, PerMode, reason_of
 from lightning_bln.sweep.random_state import RandomState
 from lightning_bln.sweep.shared_forward import SharedForward
@@ -60,7 +60,7 @@ class Evaluation:
     ) -> None:
         self.trainer, self.module, self.shared, self.on_step, self.verifies = trainer, module, shared, on_step, verify
         self.loop = _lightning.evaluation_loop(trainer)
-        self.layers = mode_layers(module)
+        self.layers = shared.layers
         modes_set = {layer.mode for layer in self.layers}
         self.incumbent = modes_set.pop() if len(modes_set) == 1 else None
         self.user = UserState(module)
@@ -367,9 +367,11 @@ class Evaluation:
         return {name for metrics in self.per_dataloader(results) for kind in metrics.values() for name in kind}
 
 
-def shared_forward(trainer: Any, module: Any, shares: bool, before: SharedForward | None) -> SharedForward:
+def shared_forward(
+    trainer: Any, module: Any, shares: bool, before: SharedForward | None, fixed: Collection[Any] = ()
+) -> SharedForward:
     """The shared forward of a validation, which shares nothing if not ``shares``, and goes on from ``before``."""
-    shared, are_sharded = SharedForward(module), is_sharded(trainer.strategy.model)
+    shared, are_sharded = SharedForward(module, fixed=fixed), is_sharded(trainer.strategy.model)
     if are_sharded or not shares:
         # ranks that share different forwards would call different collectives of sharded weights
         shared.modules.clear()

@@ -17,7 +17,7 @@ from lightning_bln.callbacks.averaging import exclude_populations, saving_averag
 from lightning_bln.callbacks.checks import check_arguments, check_model, check_validation_data, parse_candidates
 from lightning_bln.callbacks.display import SweepBar, check_log, label_bar, log_scores, report, sparing
 from lightning_bln.callbacks.evaluation import Evaluation, shared_forward
-from lightning_bln.callbacks.freezing import Freezing
+from lightning_bln.callbacks.freezing import Freezing, sleepers
 from lightning_bln.callbacks.guard import Guard
 from lightning_bln.callbacks.mailbox import Arrived, Mailbox
 from lightning_bln.callbacks.messages import Messages
@@ -25,7 +25,7 @@ from lightning_bln.callbacks.monitor import agree, unscored_of
 from lightning_bln.callbacks.namespaces import of_both, revive
 from lightning_bln.callbacks.readings import check_readable
 from lightning_bln.callbacks.recompute import check_recompute
-from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers, set_mode, setting_modes
+from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers, setting_modes
 from lightning_bln.population import Population
 from lightning_bln.recomputation import populations, reset_population
 from lightning_bln.sweep.result import Direction, SweepResult, one_direction
@@ -246,10 +246,14 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             return
         if self._evaluation is None:
             sync_buffers(trainer.strategy.model)
-            if len(self.candidates) == 1:  # there is nothing to choose, and nothing to run beside it
-                set_mode(pl_module, self.candidates[0])
             # made here and each time anew: the hooks for the start of the epoch have run, layers may come and go
-            self._shared = shared_forward(trainer, pl_module, self.shares_forwards, self._shared)
+            fixed = sleepers(trainer, pl_module).values() if self._is_validating else ()
+            self._shared = shared_forward(trainer, pl_module, self.shares_forwards, self._shared, list(fixed))
+            if not self._shared.layers:
+                self._is_sweeping = False
+                return
+            if len(self.candidates) == 1:  # there is nothing to choose, and nothing to run beside it
+                assign_modes(self._shared.layers, self.candidates * len(self._shared.layers))
             self._evaluation = Evaluation(
                 trainer, pl_module, self.candidates, self._shared, self._bar.advance, verify=self.verify
             )

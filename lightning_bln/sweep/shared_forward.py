@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -96,13 +96,16 @@ class SharedForward:
     Args:
         model: The model whose layers have modes.
         chunk: The most modes of one forward; fewer where memory does not suffice.
+        fixed: Layers that keep the mode they have.
 
     Attributes:
         reason: Why modes were evaluated one after the other the last time; None where they never were.
     """
 
-    def __init__(self, model: nn.Module, chunk: int = 16) -> None:
-        self.layers = mode_layers(model)
+    def __init__(self, model: nn.Module, chunk: int = 16, fixed: Collection[nn.Module] = ()) -> None:
+        every = mode_layers(model)
+        self.fixed = [layer for layer in every if any(layer is one for one in fixed)]
+        self.layers = [layer for layer in every if not any(layer is one for one in fixed)]
         self.device = next((one.device for layer in self.layers for one in layer.buffers()), torch.device("cpu"))
         self.modules = holders(model)
         self.most, self.largest = chunk, 0
@@ -179,15 +182,18 @@ class SharedForward:
     @contextmanager
     def stacked(self, modes: Sequence[StatisticsMode]) -> Iterator[None]:
         """Within the context layers evaluate all of ``modes``; the largest activation is measured."""
-        before = [(layer.__dict__["fan"], layer.mode) for layer in self.layers]
+        every = [*self.layers, *self.fixed]
+        before = [(layer.__dict__["fan"], layer.mode) for layer in every]
         fan, largest, PerMode.largest = Stacked(modes), PerMode.largest, 0
         try:
             for layer in self.layers:
                 layer.__dict__["fan"], layer.__dict__["_mode"] = fan, UNDECIDED
+            for layer in self.fixed:
+                layer.__dict__["fan"] = Stacked([layer.mode] * len(modes))
             with eagerly():
                 yield
         finally:
-            for layer, (own, mode) in zip(self.layers, before, strict=True):
+            for layer, (own, mode) in zip(every, before, strict=True):
                 layer.__dict__["fan"], layer.__dict__["_mode"] = own, mode
             self.largest, PerMode.largest = max(self.largest, PerMode.largest), largest
 
