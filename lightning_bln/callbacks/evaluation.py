@@ -311,7 +311,7 @@ class Evaluation:
 
     def epoch_scores(self, run: Run) -> dict[StatisticsMode, dict[str, float]]:
         """The values each mode of ``run`` has logged, or with the module's hook would log; the run does not change."""
-        ending = Run(run.modes, run.results, UserState.copy(run.state), run.copied_log())
+        ending = Run(run.modes, run.results, UserState.copy(run.state, deep=True), run.copied_log(), run.structure)
         state = RandomState(self.module.device)
         try:
             with undone(self.trainer, self.module), self.around.watching(), self.acting(ending) as results:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bln.callbacks.backup import LARGE, Backup, has_memory, version
+from lightning_bln.per_mode import PerMode
 
 MANY = 10_000
 """Entries of a container from which on it is large, if they are plain."""
@@ -23,6 +24,8 @@ CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 
 def is_large(value: Any) -> bool:
     """Whether ``value`` is a tensor, an array or a container of plain entries that takes long to copy."""
+    if isinstance(value, PerMode):
+        return False
     if isinstance(value, Tensor):
         return not isinstance(value, nn.Parameter) and value.nbytes >= LARGE and has_memory(value)
     if isinstance(value, np.ndarray):

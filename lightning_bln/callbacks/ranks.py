@@ -43,6 +43,16 @@ COLLECTIVES = frozenset(
 """Functions of torch.distributed in which every rank has to take part."""
 
 
+METHODS = frozenset(
+    [
+        *("allgather", "allgather_coalesced", "_allgather_base", "allgather_into_tensor_coalesced", "allreduce"),
+        *("allreduce_coalesced", "alltoall", "alltoall_base", "barrier", "broadcast", "gather", "monitored_barrier"),
+        *("recv", "recv_anysource", "reduce", "reduce_scatter", "_reduce_scatter_base", "scatter", "send"),
+    ]
+)
+"""Methods of a process group in which every rank has to take part."""
+
+
 class Ranks:
     """Conduct of the steps of one validation on several ranks.
 
@@ -64,9 +74,11 @@ class Ranks:
         """Within the context, no collective is called."""
         with ExitStack() as stack:
             if self.trainer.world_size > 1:
-                for name in COLLECTIVES:
-                    owners = [place for place in (dist, dist.distributed_c10d) if hasattr(place, name)]
-                    stack.enter_context(setting(owners, **{name: refuse}))
+                places: dict[Any, frozenset[str]] = {dist: COLLECTIVES, dist.distributed_c10d: COLLECTIVES}
+                places[dist.ProcessGroup] = METHODS  # which those call that were imported by name
+                for owner, names in places.items():
+                    for name in names:
+                        stack.enter_context(setting([owner] if hasattr(owner, name) else [], **{name: refuse}))
             yield
 
 

@@ -19,6 +19,7 @@ from lightning_bln.callbacks.display import SweepBar, check_log, label_bar, log_
 from lightning_bln.callbacks.evaluation import Evaluation, shared_forward
 from lightning_bln.callbacks.freezing import Freezing, sleepers
 from lightning_bln.callbacks.guard import Guard
+from lightning_bln.callbacks.kept_batches import KeptBatches
 from lightning_bln.callbacks.mailbox import Arrived, Mailbox
 from lightning_bln.callbacks.messages import Messages
 from lightning_bln.callbacks.monitor import agree, unscored_of
@@ -238,7 +239,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._freezing.is_due:
-            # not earlier: only now has all that validates other weights, such as an average, swapped them in
+            # not earlier: only now has all that validates an average swapped it in
             self._freezing.is_due = False
             self._freezing.freeze(self, trainer, pl_module)
             self._is_sweeping &= any(one.is_frozen for one in populations(pl_module))
@@ -246,11 +247,10 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             return
         if self._evaluation is None:
             sync_buffers(trainer.strategy.model)
-            # made here and each time anew: the hooks for the start of the epoch have run, layers may come and go
+            # made each time anew: hooks have run by now, and layers may come and go
             fixed = sleepers(trainer, pl_module).values() if self._is_validating else ()
             self._shared = shared_forward(trainer, pl_module, self.shares_forwards, self._shared, list(fixed))
             if not self._shared.layers:
-                self._is_sweeping = False
                 return
             if len(self.candidates) == 1:  # there is nothing to choose, and nothing to run beside it
                 assign_modes(self._shared.layers, self.candidates * len(self._shared.layers))
@@ -336,7 +336,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._close_shared()
-        self._shared = None
+        self._shared, self._freezing.kept = None, KeptBatches()
         self._during_fit.close()
         with sparing("hand its result to the process that started this one"):
             self.mailbox.send(trainer, self.state_dict())

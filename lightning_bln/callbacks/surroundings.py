@@ -170,7 +170,7 @@ class Surroundings:
         return setting([self], is_watching=True)
 
     def counts(self) -> list[int]:
-        """How often each weight has been written into."""
+        """The number of writes into each weight."""
         return [writes(one) for one in self.weights.values()]
 
     def end_batch(self) -> None:

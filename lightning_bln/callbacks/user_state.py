@@ -31,6 +31,7 @@ SEQUENCES = (list, tuple, set, frozenset)
 DICTIONARIES = (dict, OrderedDict, defaultdict, Counter)
 MUTABLE = (Tensor, np.ndarray, list, set, dict, deque)
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, *MUTABLE, tuple, frozenset)
+METRICS = (Metric, MetricCollection)
 UNCHANGING = frozenset({int, float, bool, str, type(None), FunctionType, MethodType, BuiltinFunctionType})
 
 
@@ -55,7 +56,8 @@ class UserState:
 
         self.owners: list[tuple[dict[str, Any], frozenset[str]]] = [(module.__dict__, root_internals)]
         for child in children:
-            if any(isinstance(value, PLAIN) and name not in MODULE_INTERNALS for name, value in child.__dict__.items()):
+            kinds = (*PLAIN, *GENERATORS)
+            if any(isinstance(value, kinds) and name not in MODULE_INTERNALS for name, value in child.__dict__.items()):
                 self.owners.append((child.__dict__, MODULE_INTERNALS | {"forward"}))
         for metric in metrics:
             self.owners.append((metric.__dict__, METRIC_INTERNALS if isinstance(metric, Metric) else MODULE_INTERNALS))
@@ -128,7 +130,9 @@ class UserState:
         ]
 
     @staticmethod
-    def copy(snapshot: list[dict[str, Any]], part: int | None = None, shared: Iterable[Any] = ()) -> Snapshot:
+    def copy(
+        snapshot: list[dict[str, Any]], part: int | None = None, shared: Iterable[Any] = (), deep: bool = False
+    ) -> Snapshot:
         """A copy of a snapshot in new containers and tensors; references to one object still are to one.
 
         Args:
@@ -136,10 +140,11 @@ class UserState:
             part: Index of the mode whose part replaces each :class:`PerMode`. By default they are not copied, and
                 :func:`~lightning_bln.per_mode.undoable` takes back what is written into them.
             shared: Objects that are not copied.
+            deep: Whether each :class:`PerMode` is copied, too.
         """
         memo = Memo({id(one): (one, one) for one in shared})
         memo.sharing = getattr(snapshot, "sharing", None)
-        memo.aliased = shared_memory(snapshot)
+        memo.aliased, memo.deep = shared_memory(snapshot), deep
         values_of_owners = [
             {name: value if type(value) in UNCHANGING else rebuild(value, memo, part) for name, value in values.items()}
             for values in snapshot
@@ -171,6 +176,7 @@ class Memo(dict[int, tuple[Any, Any]]):
 
     sharing: Sharing | None = None
     aliased: frozenset[int] = frozenset()
+    deep = False
 
 
 def rebuild(value: Any, memo: dict[int, tuple[Any, Any]], part: int | None) -> Any:
@@ -195,7 +201,7 @@ def rebuild(value: Any, memo: dict[int, tuple[Any, Any]], part: int | None) -> A
         copied = tuple.__new__(kind, (rebuild(one, memo, part) for one in value))
     elif kind is deque:
         copied = deque((rebuild(one, memo, part) for one in value), value.maxlen)
-    elif kind in DICTIONARIES:
+    elif kind in DICTIONARIES or (isinstance(value, dict) and kind.__module__ not in ("builtins", "collections")):
         copied = copy(value)
         for key, one in value.items():
             copied[key] = rebuild(one, memo, part)
@@ -206,7 +212,9 @@ def rebuild(value: Any, memo: dict[int, tuple[Any, Any]], part: int | None) -> A
 def own_in(value: Tensor, memo: dict[int, Any], part: int | None) -> Tensor:
     """:func:`own`, in memory that is shared with copies of those tensors with which ``value`` shares its own."""
     aliased = getattr(memo, "aliased", ())
-    if not aliased or (isinstance(value, PerMode) and part is None):
+    if isinstance(value, PerMode) and part is None:
+        return PerMode.of_stack(value.stacked().detach().clone()) if getattr(memo, "deep", False) else value
+    if not aliased:
         return own(value, part)
     plain = value.parts[part] if isinstance(value, PerMode) and part is not None else value
     address = storage_address(plain)
@@ -249,7 +257,7 @@ def collect(value: Any, found: list[Tensor], seen: set[int]) -> None:
 
 
 def is_metric(value: Any) -> bool:
-    return isinstance(value, (Metric, MetricCollection))
+    return isinstance(value, METRICS)
 
 
 def is_helper(value: Any) -> bool:
@@ -259,7 +267,7 @@ def is_helper(value: Any) -> bool:
     if type(value).__module__.partition(".")[0] in {"torch", "lightning", "pytorch_lightning", "lightning_fabric"}:
         return False
     values = value.__dict__.values()
-    return bool(values) and all(isinstance(one, (*PLAIN, *GENERATORS)) for one in values)
+    return bool(values) and all(isinstance(one, (*PLAIN, *GENERATORS, *METRICS)) for one in values)
 
 
 def plain_values(module: nn.Module) -> Iterator[Any]:
@@ -272,6 +280,8 @@ def values_of(fields: dict[str, Any]) -> Iterator[Any]:
     for name, value in fields.items():
         if type(value) not in UNCHANGING and name not in MODULE_INTERNALS and name not in UNSEARCHED:
             yield from flattened(value, depth=3)
+            if is_helper(value):
+                yield from value.__dict__.values()
 
 
 def flattened(value: Any, depth: int) -> Iterator[Any]:

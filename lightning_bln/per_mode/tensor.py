@@ -218,7 +218,8 @@ def prepare(target: Any, func: Any, size: int) -> None:
             raise NotTogether(f"{name_of(func)} writes what differs between modes into a tensor that all have")
         promote(target, size)
     memory = (target.like,) if target.separate is None else target.parts
-    WRITTEN.update(map(storage_address, memory))
+    for written in WRITTEN:
+        written.update(map(storage_address, memory))
     for journal in JOURNALS[-1:]:
         journal.note(memory)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 from weakref import ref
@@ -74,15 +74,16 @@ class Journal:
             tensor = reference()
             del reference  # a tensor that is referred to weakly cannot be exchanged
             if tensor is not None:
-                torch.utils.swap_tensors(tensor, plain)
+                with suppress(RuntimeError):  # someone refers to it weakly by now: the others are put back all the same
+                    torch.utils.swap_tensors(tensor, plain)
 
     def left(self) -> list[Tensor]:
         """Tensors that were exchanged and are still in use."""
         return [tensor for reference, _ in self.exchanged if (tensor := reference()) is not None]
 
 
-WRITTEN: set[int] = set()
-"""Where the memory lies that was written into, since whoever looks at it cleared it."""
+WRITTEN: list[set[int]] = []
+"""Sets, of those who look at them, of where the memory lies that was written into."""
 
 JOURNALS: list[Journal] = []
 """The journals in force; the last one is written into."""

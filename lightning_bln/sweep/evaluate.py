@@ -96,6 +96,7 @@ def sweep_modes(
                     with shared.alone(run.mode, [other.mode for other in runs[place + 1 :]]):
                         step(run)
     finally:
+        shared.close()
         for module, was in training.items():
             module.training = was
     if not runs[0].samples:

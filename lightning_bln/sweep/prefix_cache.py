@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import count
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -99,11 +100,22 @@ def has_hooks_inside(module: nn.Module) -> bool:
     return any(has_forward_hooks(part) for part in module.modules())
 
 
+class Replacement(partial[Any]):
+    """A module's forward for a while; a copy of the module gets its own."""
+
+    module: nn.Module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return MethodType(type(self.module).forward, memo.get(id(self.module), self.module))
+
+
 @contextmanager
 def replacing_forward(module: nn.Module, forward: Callable) -> Iterator[Callable]:
     """Within the context, calls of ``module`` go to ``forward``, with the module's own forward as first argument."""
     own, plain = module.__dict__.get("forward"), module.forward
-    module.__dict__["forward"] = partial(forward, plain)
+    replacement = Replacement(forward, plain)
+    replacement.module = module
+    module.__dict__["forward"] = replacement
     try:
         yield plain
     finally:

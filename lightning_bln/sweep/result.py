@@ -77,6 +77,11 @@ class SweepResult:
     unscored: Iterable[str] = ()
     mode: InitVar[Direction | None] = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a pickle, that of earlier versions too, whose ``mode`` is the direction."""
+        mode = state.pop("mode", None)
+        self.__dict__.update({"unscored": (), "reason": None, "direction": mode, **state})
+
     def __post_init__(self, mode: Direction | None) -> None:
         self.direction = one_direction(self.direction, mode)
         self.unscored = tuple(self.unscored)
@@ -168,7 +173,7 @@ class SweepResult:
             "chosen": None if self.chosen is None else str(self.chosen),
             "note": self.note,
             "reason": self.reason,
-            "unscored": list(self.unscored),
+            **({"unscored": list(self.unscored)} if self.unscored else {}),
             "scores": {
                 str(one): {name: plain(value) for name, value in values.items()} for one, values in self.scores.items()
             },

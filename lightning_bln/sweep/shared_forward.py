@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bln import _torch
-from lightning_bln._torch import OutOfMemoryError, eagerly, storage_address, tree_flatten
+from lightning_bln._torch import OutOfMemoryError, eagerly, storage_address, tree_flatten, tree_map
 from lightning_bln.modes import Stacked, StatisticsMode, mode_layers
 from lightning_bln.per_mode import NotTogether, PerMode, holds, part_of, reason_of
 from lightning_bln.per_mode.writes import WRITTEN
@@ -58,10 +58,11 @@ class Recording(NamedTuple):
     output: Any
     modes: tuple[StatisticsMode, ...]
     memory: set[int]
+    written: set[int]
 
     def serves(self, mode: StatisticsMode, inputs: Any) -> bool:
         """Whether the module would return the same in ``mode`` for ``inputs``."""
-        return mode in self.modes and not self.memory & WRITTEN and trees_match(self.inputs, inputs, is_same_input)
+        return mode in self.modes and not self.memory & self.written and trees_match(self.inputs, inputs, is_same_input)
 
 
 class Patience:
@@ -119,6 +120,7 @@ class SharedForward:
         self.prefix: Prefix | None = None
         self.may_record = True
         self.following = ExitStack()
+        self.written: set[int] = set()
 
     @property
     def chunk(self) -> int:
@@ -134,13 +136,17 @@ class SharedForward:
         """Begin a batch, which is to be evaluated in so many modes."""
         self.close()
         self.in_chunks = self.chunk < modes
-        self.recordings.clear()
-        WRITTEN.clear()
+        self.written.clear()
+        if not any(one is self.written for one in WRITTEN):
+            WRITTEN.append(self.written)
         self.prefix, self.may_record = None, not self.recording_patience.is_over()
 
     def close(self) -> None:
-        """End the step that follows, if there is one."""
+        """End the batch, and the step that follows."""
         self.following.close()
+        self.recordings.clear()
+        self.prefix = None
+        WRITTEN[:] = [one for one in WRITTEN if one is not self.written]
 
     @contextmanager
     def together(self, modes: Sequence[StatisticsMode]) -> Iterator[None]:
@@ -213,7 +219,9 @@ class SharedForward:
         is_clean = torch.equal(random, torch.get_rng_state()) and before == snapshot(module)
         memory = memory_of(output, (args, kwargs))
         if is_clean and memory is not None:
-            self.recordings.setdefault(call, []).append(Recording(inputs, output, modes, memory))
+            self.recordings.setdefault(call, []).append(
+                Recording(inputs, with_own_plain(output), modes, memory, self.written)
+            )
         return output
 
     def replayed(self, wanted: Any, module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -229,7 +237,7 @@ class SharedForward:
         if found is None and len(wanted) > 1 and self.may_record and not is_recorded:
             found = self.record(call, wanted, plain, args, kwargs)
         if found is not None:
-            return part_of(found.output, found.modes.index(mode))
+            return part_of(with_own_plain(found.output), found.modes.index(mode))
         self.is_inside = True
         try:
             return plain(*args, **kwargs)
@@ -314,6 +322,18 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def with_own_plain(output: Any) -> Any:
+    """An output with copies of the tensors that all modes have, which a step may write into."""
+    return tree_map(own_plain, output)
+
+
+def own_plain(leaf: Any) -> Any:
+    value = leaf.data if isinstance(leaf, PackedSequence) else leaf
+    if not isinstance(value, Tensor) or isinstance(value, PerMode):
+        return leaf
+    return leaf._replace(data=value.clone()) if isinstance(leaf, PackedSequence) else value.clone()
 
 
 def memory(value: Tensor) -> Sequence[Tensor]:
