@@ -74,11 +74,12 @@ class Ranks:
         """Within the context, no collective is called."""
         with ExitStack() as stack:
             if self.trainer.world_size > 1:
-                places: dict[Any, frozenset[str]] = {dist: COLLECTIVES, dist.distributed_c10d: COLLECTIVES}
-                places[dist.ProcessGroup] = METHODS  # which those call that were imported by name
-                for owner, names in places.items():
-                    for name in names:
-                        stack.enter_context(setting([owner] if hasattr(owner, name) else [], **{name: refuse}))
+                for name in COLLECTIVES:
+                    owners = [place for place in (dist, dist.distributed_c10d) if hasattr(place, name)]
+                    stack.enter_context(setting(owners, **{name: refuse}))
+                for name in METHODS & vars(dist.ProcessGroup).keys():  # called by those that were imported by name
+                    stack.callback(setattr, dist.ProcessGroup, name, vars(dist.ProcessGroup)[name])
+                    setattr(dist.ProcessGroup, name, refuse)
             yield
 
 

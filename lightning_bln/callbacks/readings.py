@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_bln._torch import altered, tree_flatten, tree_map
 from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.backup import Backup
-from lightning_bln.callbacks.generators import GENERATORS, set_state, state_of
+from lightning_bln.sweep.generators import GENERATORS, set_state, state_of
 
 CONTAINERS = (list, dict, set, deque)
 ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None)})

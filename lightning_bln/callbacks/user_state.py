@@ -18,11 +18,11 @@ from torchmetrics import Metric, MetricCollection
 from lightning_bln._torch import MODULE_INTERNALS, own_buffers, storage_address
 from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.contents import written
-from lightning_bln.callbacks.generators import GENERATORS, set_state, state_of
 from lightning_bln.callbacks.large_state import MANY, Sharing, Snapshot
 from lightning_bln.modes import HasMode
 from lightning_bln.per_mode import PerMode
 from lightning_bln.population import Population
+from lightning_bln.sweep.generators import GENERATORS, set_state, state_of
 
 METRIC_INTERNALS = MODULE_INTERNALS | _lightning.METRIC_INTERNALS
 TRAINER_OWNED = _lightning.HPARAMS | {"forward", "log", "log_dict"}

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from lightning_bln._torch import MODULE_INTERNALS, own_buffers, writes
 from lightning_bln.modes import HasMode
 from lightning_bln.population import Population
+from lightning_bln.sweep.generators import GENERATORS, set_state
+from lightning_bln.sweep.generators import state_of as state_of_generator
 
 LEFT_OUT = (HasMode, Population, torch.jit.ScriptModule)
 """Modules whose state is no user's."""
@@ -33,6 +35,10 @@ DEFAULTS = "_defaults"
 UNCHANGING = frozenset({int, float, complex, bool, str, bytes, type(None)})
 WHOLE = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType, torch.dtype, torch.device)
 LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_fabric"}
+
+
+HELD = -1
+"""The key of generators, with their states, in a memo of copies; no identity is negative."""
 
 
 class Same:
@@ -56,8 +62,10 @@ def snapshot(module: nn.Module) -> list[Any]:
         if isinstance(part, LEFT_OUT):
             continue
         fields = part.__dict__
-        names = fields[DEFAULTS].keys() | {"_update_count"} if DEFAULTS in fields else fields.keys() - MODULE_INTERNALS
-        for name in names:
+        if DEFAULTS in fields:
+            found.append(state_of_metric(part))
+            continue
+        for name in fields.keys() - MODULE_INTERNALS:
             value = fields.get(name)
             if type(value) in UNCHANGING:
                 found.append((name, value))
@@ -76,8 +84,10 @@ def state_of(value: Any, depth: int = 4) -> Any:
     if isinstance(value, np.ndarray):
         is_seen = value.nbytes <= MOST and not value.dtype.hasobject
         return Same(value), zlib.crc32(np.ascontiguousarray(value).tobytes()) if is_seen else object()
-    if isinstance(value, torch.Generator):
-        return Same(value), value.get_state().numpy().tobytes()
+    if isinstance(value, GENERATORS):
+        return Same(value), repr(state_of_generator(value))
+    if isinstance(value, nn.Module) and DEFAULTS in value.__dict__:  # a metric that is no part of a module
+        return Same(value), state_of_metric(value)
     if isinstance(value, (*WHOLE, nn.Module)):
         return Same(value)
     if not depth:
@@ -90,6 +100,12 @@ def state_of(value: Any, depth: int = 4) -> Any:
     if not hasattr(value, "__dict__") or type(value).__module__.partition(".")[0] in LIBRARIES:
         return Same(value)
     return Same(value), [(name, state_of(one, depth - 1)) for name, one in value.__dict__.items()]
+
+
+def state_of_metric(metric: nn.Module) -> list[Any]:
+    """The states of a metric, and its count of updates."""
+    fields = metric.__dict__
+    return [fields.get("_update_count"), *(state_of(fields.get(name)) for name in fields[DEFAULTS])]
 
 
 def state_of_tensor(value: Tensor) -> Any:
@@ -125,6 +141,8 @@ def isolated(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for generator, state in memo.get(HELD, ()):
+            set_state(generator, state)
         for fields, values in held:
             for name in [name for name in fields if name not in values and name not in MODULE_INTERNALS]:
                 del fields[name]
@@ -138,6 +156,8 @@ def copied(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
     if id(value) in memo or type(value) in UNCHANGING or not depth:
         return memo.get(id(value), value)
     made = value
+    if isinstance(value, GENERATORS):
+        memo.setdefault(HELD, []).append((value, state_of_generator(value)))
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         made = value.clone()
     elif isinstance(value, np.ndarray):

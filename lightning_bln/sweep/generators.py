@@ -17,7 +17,8 @@ def state_of(generator: Any) -> Any:
         return generator.bit_generator.state
     if isinstance(generator, random.Random):
         return generator.getstate()
-    return generator.get_state()
+    state = generator.get_state()
+    return state.numpy().tobytes() if isinstance(generator, torch.Generator) else state
 
 
 def set_state(generator: Any, state: Any) -> None:
@@ -26,5 +27,7 @@ def set_state(generator: Any, state: Any) -> None:
         generator.bit_generator.state = state
     elif isinstance(generator, random.Random):
         generator.setstate(state)
+    elif isinstance(generator, torch.Generator):
+        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
     else:
         generator.set_state(state)
