@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_bln._torch import writes, written_arguments
+from lightning_bln._torch import storage_address, writes, written_arguments
 
 LARGE = 2**22
 """Bytes from which on a tensor is copied only once something is about to write into it."""
@@ -162,7 +162,7 @@ def has_memory(tensor: Tensor) -> bool:
 
 def memory(tensor: Tensor) -> int:
     """The address of the memory that a tensor shares with its views."""
-    return tensor.untyped_storage().data_ptr()
+    return storage_address(tensor)
 
 
 def copied(tensor: Tensor) -> Tensor:

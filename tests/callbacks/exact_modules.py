@@ -141,6 +141,7 @@ def plain_validations(model: Any, data: Callable[[], Any], trainer: Any) -> dict
     found = {}
     for mode in ALL_MODES:
         own = copy.deepcopy(model)
+        own._metric_attributes = None  # Lightning finds metrics by their addresses
         set_mode(own, mode)
         trainer.validate(own, data(), verbose=False)
         found[mode] = {name: float(value) for name, value in trainer.callback_metrics.items()}

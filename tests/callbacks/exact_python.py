@@ -96,10 +96,6 @@ def formatted(net: Any, x: Tensor, y: Tensor, i: int) -> Tensor:
     return out + len(f"{out:.3f}") + len(str(out > 0))
 
 
-def printed(net: Any, x: Tensor, y: Tensor, i: int) -> Tensor:
-    return torch.tensor(float(len(repr(net(x).round())))) + net(x).mean()
-
-
 def as_json(net: Any, x: Tensor, y: Tensor, i: int) -> Tensor:
     return torch.tensor(json.loads(json.dumps(net(x).tolist()))).square().mean()
 
@@ -365,7 +361,7 @@ class Sometimes(Exact):
 
 FUNCTIONS = (
     branch, branch_sometimes, until_converged, early_exit, caught, caught_bare, caught_in_finally,
-    caught_then_raised_again, sorted_by_python, maximum_by_python, hashed, formatted, printed, as_json,
+    caught_then_raised_again, sorted_by_python, maximum_by_python, hashed, formatted, as_json,
     table_of_words, index_of_a_list, in_range, beam, halting, unequal_shapes, numpy_functions, numpy_of_tensors,
     numpy_back, numpy_first, scipy_metrics, sklearn_metrics, dlpack, numpy_dlpack, deep_copied,
     copied_model, copied_layers, buffers_of_bytes, pickled, storage, strided, made_of_numbers, subclass,

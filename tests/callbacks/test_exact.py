@@ -71,7 +71,7 @@ def test_networks_of_every_kind(name: str) -> None:
 
 
 TRAINERS = {
-    "bfloat16": {"precision": "bf16-true", "tolerance": 0.05},
+    "bfloat16": {"precision": "bf16-true", "tolerance": 0.1},  # sums of 60 numbers of eight bits
     "autocast": {"precision": "bf16-mixed", "tolerance": 0.02},
     "float64": {"precision": "64-true"},
     "without inference mode": {"inference_mode": False},
