@@ -147,7 +147,7 @@ def test_one_tensor(name: str, function: Any) -> None:
     for shape, dtype in KINDS:
         parts = [numbers(shape, dtype, seed) for seed in range(MODES)]
         for (args, kwargs), form in product(ARGUMENTS, FORMS):
-            if name.endswith("expand") and not shape and args and args[0] == -1:
+            if name.endswith("expand") and not shape and args and isinstance(args[0], int) and args[0] < 0:
                 continue  # torch makes tensors of negative size of it
             try:
                 assert_as_parts(lambda one, args=args, kwargs=kwargs: function(one, *args, **kwargs), parts, form=form)
