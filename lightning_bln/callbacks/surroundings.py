@@ -76,6 +76,8 @@ class Surroundings:
         self.weights = {name: one for name, one in module.named_parameters() if has_memory(one)}
         self.is_watching, self.writes, self.adds_gradients = True, False, False
         self.held: dict[str, Tensor] = {}
+        self.left: dict[str, Tensor] = {}
+        self.differing: set[str] = set()
 
     @contextmanager
     def of(self, run: Any) -> Iterator[None]:
@@ -158,12 +160,23 @@ class Surroundings:
                     "a step writes in a buffer"
                 )
             return
-        backup = Backup(self.weights, large=0)
+        backup, is_done = Backup(self.weights, large=0), False
         try:
             with backup:
                 yield
+            is_done = True
         finally:
+            if is_done:
+                self.note(backup.changed())
             self.writes |= bool(backup.restore()) or counts != self.counts()
+
+    def note(self, changed: list[Tensor]) -> None:
+        """Keep what a step has made of weights, and whether all steps on the batch make the same of them."""
+        for name, weight in self.weights.items():
+            if any(weight is one for one in changed):
+                now = weight.detach().clone()
+                if not is_near(self.left.setdefault(name, now), now):
+                    self.differing.add(name)
 
     def watching(self) -> AbstractContextManager[None]:
         """Context in which weights may be written into, and are put back."""
@@ -180,13 +193,20 @@ class Surroundings:
             self.held = {name: one.detach().clone() for name, one in self.weights.items()}
 
     def begin_batch(self) -> None:
-        """Raise where Lightning's own step has left other weights than it found, which are those of its mode alone."""
+        """Raise where Lightning's own step has left other weights than those of other modes have."""
+        left, differing, self.left, self.differing = self.left, self.differing, {}, set()
         for name, kept in self.held.items():
-            if not torch.allclose(self.weights[name].detach(), kept, rtol=1e-5, atol=1e-8, equal_nan=True):
+            # an embedding with max_norm, say, writes the same in every mode
+            if name in differing or not is_near(self.weights[name].detach(), left.get(name, kept)):
                 raise RuntimeError(
                     f"validation_step changes the parameter {name} from batch to batch, which all statistics modes "
                     "have in common; keep what it gathers in a buffer or an attribute, or pass one mode in candidates"
                 )
+
+
+def is_near(one: Tensor, other: Tensor) -> bool:
+    """Whether weights are the same up to rounding, as they are where a step changes them and changes them back."""
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-8, equal_nan=True)
 
 
 def copies_of(gradients: list[Tensor | None]) -> list[Tensor | None]:

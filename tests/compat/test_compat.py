@@ -147,7 +147,7 @@ def test_a_configuration_builds_model_and_data(release: Path, name: int, monkeyp
         assert any(isinstance(one, lightning_bln.BLNStatsCallback) for one in callbacks), callback["class_path"]
 
 
-@pytest.mark.parametrize("name", ["gate_norm", "kernels.reference", "cells.single", "per_mode"])
+@pytest.mark.parametrize("name", ["gate_norm", "kernels.reference", "cells.single", "trees"])
 def test_moved_modules_are_attributes_of_their_packages(name: str) -> None:
     value: Any = lightning_bln
     for part in name.split("."):
