@@ -103,6 +103,9 @@ class Keeps(pl.Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         stats.Evaluation = self.evaluation  # type: ignore[misc]
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.sanity_checking:
             self.results.append(self.callback.result)
