@@ -12,6 +12,8 @@ import torchmetrics
 from exact_modules import Exact, Functional, assert_exact
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.exact
+
 
 def perturbed_weights(net: Any, x: Tensor, y: Tensor, batch_idx: int) -> Tensor:
     with torch.no_grad():

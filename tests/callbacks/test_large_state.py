@@ -17,6 +17,8 @@ from lightning_bln.callbacks.backup import Backup
 from lightning_bln.callbacks.large_state import Contents, is_large
 from lightning_bln.callbacks.user_state import UserState
 
+pytestmark = pytest.mark.exact
+
 SIZE = 2**21
 ENTRIES = 20_000
 
