@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from exact_modules import Exact, Functional
@@ -307,6 +308,10 @@ class Counting(torch.autograd.Function):
 @torch.jit.script
 def scripted(x: Tensor) -> Tensor:
     return x / x.abs().max() if bool(x.mean() > 0) else x.cumsum(0)
+
+
+if not hasattr(torch.library, "custom_op"):
+    pytest.skip("needs torch.library.custom_op, from torch 2.4 on", allow_module_level=True)
 
 
 @torch.library.custom_op("exact::scaled", mutates_args=())

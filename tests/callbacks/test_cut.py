@@ -78,6 +78,8 @@ def fit(model: Model, *callbacks: Any, checkpoint: str | None = None, **options:
 def test_a_cut_validation_chooses_nothing_and_a_resumed_run_is_the_straight_one(
     tmp_path: Path, place: str, error: BaseException
 ) -> None:
+    if zoo.IS_OLDEST and isinstance(error, KeyboardInterrupt):
+        pytest.skip("lightning 2.3 ends fit without raising")
     straight, chose = start()
     fit(straight, chose)
     assert len(chose.history) == 3
@@ -103,6 +105,7 @@ def test_a_cut_validation_chooses_nothing_and_a_resumed_run_is_the_straight_one(
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
+@pytest.mark.skipif(zoo.IS_OLDEST, reason="lightning 2.3 saves none on exceptions")
 def test_a_checkpoint_saved_on_exception_resumes_to_the_straight_run(tmp_path: Path) -> None:
     straight, chose = start()
     fit(straight, chose)

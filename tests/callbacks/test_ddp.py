@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from torch.distributed import fsdp
 
 from lightning_bln import BatchLayerNorm
@@ -130,6 +131,8 @@ def test_population_and_scores_are_those_of_the_first_ranks_buffers(tmp_path: Pa
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
 def test_what_workers_chose_reaches_the_process_that_started_them(tmp_path: Path, strategy: str) -> None:
+    if strategy == "ddp_spawn" and zoo.IS_OLDEST:
+        pytest.skip("a worker of torch 2.3 is torn down while it still exchanges")
     found = run("spawn_run.py", strategy, tmp_path)
     assert found["chosen"] == found["mode"] == found["history"][-1][2] == found["logged"]
     assert len(found["history"]) == 2

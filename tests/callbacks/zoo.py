@@ -245,3 +245,7 @@ def assert_same_table(expected: dict[str, dict[str, float]], callback: BLNStatsC
 def assert_modes_differ(expected: dict[str, dict[str, float]], name: str = "val_loss") -> None:
     """A table in which all modes agree would prove nothing."""
     assert len({round(values[name], 6) for values in expected.values()}) >= 8
+
+
+IS_OLDEST = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 4)
+"""Whether these are the oldest versions declared, beside which lightning is 2.3."""
