@@ -219,8 +219,11 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether hooks run before or after the module's forward; public names only add them."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether hooks run around the module's forward, its own or those of all modules; public names only add them."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or has_any_global_hook())
+
+
+has_any_global_hook = nn.modules.module._has_any_global_hook
 
 
 disable_current_modes = _python_dispatch._disable_current_modes

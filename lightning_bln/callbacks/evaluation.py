@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -227,15 +227,25 @@ class Evaluation:
         """Compute the metrics of the dataloader that has ended, in every run."""
         if self.trainer.world_size > 1:
             self.parted()  # ranks may have merged other modes, and metrics are reduced over ranks
-        try:
-            for run in self.runs:
-                self.close_dataloader(run)
-        except Exception as error:
-            if all(len(run.modes) == 1 for run in self.runs):
-                raise
-            self.shared.reason = reason_of(error)
-            for run in self.parted():
-                self.close_dataloader(run)
+        self.of_each(self.close_dataloader)
+
+    def of_each(self, act: Callable[[Run], Any]) -> list[Any]:
+        """Results of ``act`` on every run; modes whose joint run does not allow it part, and each acts by itself."""
+        results, runs = [], list[Run]()
+        for run in self.runs:
+            try:
+                with nullcontext() if len(run.modes) == 1 else run.undoable():
+                    results.append(act(run))
+                runs.append(run)
+            except Exception as error:  # the user's own come again from each mode by itself
+                if len(run.modes) == 1:
+                    raise
+                self.shared.reason = reason_of(error)
+                parts = [run.part(self.loop, mode) for mode in run.modes if mode != self.incumbent]
+                results += [act(one) for one in parts]
+                runs += parts
+        self.runs = runs
+        return results
 
     def run_step(self, run: Run, batch: Any, batch_idx: int, dataloader_idx: int | None) -> None:
         """One validation step of a run, between the module's own hooks."""
@@ -268,16 +278,7 @@ class Evaluation:
 
     def all_scores(self) -> dict[StatisticsMode, dict[str, float]]:
         """The metrics of every mode."""
-        scores: dict[StatisticsMode, dict[str, float]] = {}
-        for run in list(self.runs):
-            try:
-                scores.update(self.epoch_scores(run))
-            except Exception as error:
-                if len(run.modes) == 1:
-                    raise
-                self.shared.reason = reason_of(error)
-                for mode in run.modes:
-                    scores.update(self.epoch_scores(run.part(self.loop, mode)))
+        scores = {mode: values for found in self.of_each(self.epoch_scores) for mode, values in found.items()}
         if self.incumbent is not None:
             scores.update(self.epoch_scores(self.incumbent_run()))
         return {mode: scores[mode] for mode in self.modes}

@@ -49,7 +49,7 @@ def merged(values: Sequence[Any], memo: dict[tuple[int, ...], tuple[Any, Any]]) 
         else:
             made.clear()
             made.extend(rows)
-    elif all(is_equal(value, first) for value in values):
+    elif all(is_identical(value, first) for value in values):
         made = copy(first) if isinstance(first, (set, np.ndarray)) else first
     else:
         raise NotTogether(f"what a step keeps differs between modes: a {kind.__name__}")
@@ -79,11 +79,3 @@ def merged_dicts(values: Sequence[Any], memo: Any) -> Any:
     for key in keys:
         made[key] = merged([value[key] for value in values], memo)
     return made
-
-
-def is_equal(a: Any, b: Any) -> bool:
-    """Whether two objects that are no tensors are equal; sets and arrays are, if they have equal entries."""
-    try:
-        return np.array_equal(a, b) if isinstance(a, np.ndarray) else bool(a == b) or (a != a and b != b)
-    except (RuntimeError, ValueError, TypeError):
-        return False

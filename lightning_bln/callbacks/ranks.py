@@ -12,37 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_bln._scoped import setting
 from lightning_bln.per_mode import NotTogether
 
-COLLECTIVES = frozenset(
-    [
-        "all_gather",
-        "all_gather_coalesced",
-        "all_gather_into_tensor",
-        "all_gather_object",
-        "all_reduce",
-        "all_reduce_coalesced",
-        "all_to_all",
-        "all_to_all_single",
-        "barrier",
-        "batch_isend_irecv",
-        "broadcast",
-        "broadcast_object_list",
-        "gather",
-        "gather_object",
-        "irecv",
-        "isend",
-        "monitored_barrier",
-        "recv",
-        "reduce",
-        "reduce_scatter",
-        "reduce_scatter_tensor",
-        "scatter",
-        "scatter_object_list",
-        "send",
-    ]
-)
-"""Functions of torch.distributed in which every rank has to take part."""
-
-
 METHODS = frozenset(
     [
         *("allgather", "allgather_coalesced", "_allgather_base", "allgather_into_tensor_coalesced", "allreduce"),
@@ -50,7 +19,7 @@ METHODS = frozenset(
         *("recv", "recv_anysource", "reduce", "reduce_scatter", "_reduce_scatter_base", "scatter", "send"),
     ]
 )
-"""Methods of a process group in which every rank has to take part."""
+"""Methods of a process group in which every rank has to take part, which all functions for that call."""
 
 
 class Ranks:
@@ -74,10 +43,7 @@ class Ranks:
         """Within the context, no collective is called."""
         with ExitStack() as stack:
             if self.trainer.world_size > 1:
-                for name in COLLECTIVES:
-                    owners = [place for place in (dist, dist.distributed_c10d) if hasattr(place, name)]
-                    stack.enter_context(setting(owners, **{name: refuse}))
-                for name in METHODS & vars(dist.ProcessGroup).keys():  # called by those that were imported by name
+                for name in METHODS & vars(dist.ProcessGroup).keys():
                     stack.callback(setattr, dist.ProcessGroup, name, vars(dist.ProcessGroup)[name])
                     setattr(dist.ProcessGroup, name, refuse)
             yield

@@ -68,7 +68,7 @@ class Run:
 
     @classmethod
     def merged(cls, loop: Any, runs: Sequence[Run]) -> Run:
-        """One run of the modes of several, which have one each; they are to be used no more.
+        """One run of the modes of several, which have one each, and stay as they are.
 
         Raises:
             NotTogether: Something that is no tensor differs between modes.
@@ -80,10 +80,7 @@ class Run:
             raise NotTogether("a step keeps a tensor and a view of it")
         if any(run.gradients is not None for run in runs):
             raise NotTogether("steps add to gradients")
-        structures = [run.structure for run in runs]
-        if any(one is not structures[0] and (one is None or structures[0] is None) for one in structures):
-            raise NotTogether("the module has other parts or hooks in one mode than in another")
-        if first.structure is not None and not all(one.equals(first.structure) for one in structures if one):
+        if not all(is_same_structure(run.structure, first.structure) for run in runs):
             raise NotTogether("the module has other parts or hooks in one mode than in another")
         if any(list(run.results) != list(first.results) for run in runs):
             raise NotTogether("other values are logged in one mode than in another")
@@ -143,6 +140,10 @@ def first_difference(one: Run, other: Run) -> str:
             if not trees_match(some.get(name), others.get(name), is_close_or_identical):
                 return f"{name} is {some.get(name)} and {others.get(name)}"
     return "in order"
+
+
+def is_same_structure(one: Structure | None, other: Structure | None) -> bool:
+    return one is other or (one is not None and other is not None and one.equals(other))
 
 
 def merged_row(rows: list[Any], memo: dict[Any, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from lightning_bln.modes import HasMode
 from lightning_bln.per_mode import PerMode
 from lightning_bln.population import Population
 from lightning_bln.sweep.generators import GENERATORS, set_state, state_of
+from lightning_bln.sweep.snapshot import LIBRARIES
 
 METRIC_INTERNALS = MODULE_INTERNALS | _lightning.METRIC_INTERNALS
 TRAINER_OWNED = _lightning.HPARAMS | {"forward", "log", "log_dict"}
@@ -264,7 +265,7 @@ def is_helper(value: Any) -> bool:
     """Whether ``value`` is an object of a user's class with plain values only, such as a running average."""
     if isinstance(value, (nn.Module, type, *PLAIN)) or callable(value) or not hasattr(value, "__dict__"):
         return False
-    if type(value).__module__.partition(".")[0] in {"torch", "lightning", "pytorch_lightning", "lightning_fabric"}:
+    if type(value).__module__.partition(".")[0] in LIBRARIES:
         return False
     values = value.__dict__.values()
     return bool(values) and all(isinstance(one, (*PLAIN, *GENERATORS, *METRICS)) for one in values)

@@ -260,11 +260,11 @@ def gradient(func: Any, args: Args, kwargs: Kwargs) -> Any:
         retains = (
             kept if place == size - 1 and kept is not None else place < size - 1 or bool(given.get("create_graph"))
         )
-        taken = {name: one_of(value, place) for name, value in given.items()}
+        taken = {name: part(value, place) for name, value in given.items()}
         sources = [
-            one.like if isinstance(one, PerMode) and one.stack is not None else one_of(one, place) for one in inputs
+            one.like if isinstance(one, PerMode) and one.stack is not None else part(one, place) for one in inputs
         ]
-        grads = func([one_of(one, place) for one in outputs], sources, retain_graph=retains, **taken)
+        grads = func([part(one, place) for one in outputs], sources, retain_graph=retains, **taken)
         found.append(
             [
                 grad[place] if grad is not None and isinstance(one, PerMode) and one.stack is not None else grad
@@ -272,10 +272,6 @@ def gradient(func: Any, args: Args, kwargs: Kwargs) -> Any:
             ]
         )
     return tuple(None if column[0] is None else PerMode(column) for column in zip(*found, strict=True))
-
-
-def one_of(value: Any, place: int) -> Any:
-    return part(value, place)
 
 
 RULES[torch.autograd.grad] = gradient

@@ -158,7 +158,7 @@ def part_by_part(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         prepare(target, func, size)
     plain = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor) and not isinstance(one, PerMode)]
     plain = [one for one in plain if not one.is_inference()]
-    before, random = [writes(one) for one in plain], RandomState(first, kwargs.get("generator"))
+    before, random = [writes(one) for one in plain], Generators(first, kwargs.get("generator"))
     results, draws = [], False
     for place in range(size):
         if draws:
@@ -179,8 +179,8 @@ def same(a: Any, b: Any) -> bool:
     return a is b
 
 
-class RandomState:
-    """States of the generators that torch's functions draw from by default, and of one that is given to them."""
+class Generators:
+    """Generators that torch's functions draw from by default, and one that is given to them, with their states."""
 
     def __init__(self, value: Any, generator: torch.Generator | None = None) -> None:
         self.device = value.device if isinstance(value, PerMode) and value.is_cuda else None

@@ -99,7 +99,7 @@ def is_identical(a: Any, b: Any) -> bool:
             return False
         return torch.equal(a, b) or bool((a.eq(b) | (a.ne(a) & b.ne(b))).all())
     if isinstance(a, np.ndarray):
-        return np.array_equal(a, b)
+        return np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
     if isinstance(a, Mapping):
         return a.keys() == b.keys() and all(trees_match(value, b[key], is_identical) for key, value in a.items())
     if hasattr(a, "__len__") and hasattr(a, "__iter__") and not isinstance(a, (str, bytes, set, frozenset)):
