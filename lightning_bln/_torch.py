@@ -176,11 +176,19 @@ def is_mutable_operator(func: Any) -> bool:
     return schema is not None and bool(schema.is_mutable)
 
 
+def storage_uses(tensor: Tensor) -> int:
+    """The number of holders of a tensor's memory; torch's versions differ in whether they count the caller."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+USES_OF_ONE = storage_uses(torch.empty(1))
+
+
 def is_sole(tensor: Tensor) -> bool:
     """Whether no other tensor has the memory of this one."""
     if tensor.layout != torch.strided or tensor._is_view():
         return False
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= 2  # the tensor, and this call
+    return storage_uses(tensor) <= USES_OF_ONE
 
 
 def storage_address(tensor: Tensor) -> int:
@@ -220,10 +228,12 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
 
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether hooks run around the module's forward, its own or those of all modules; public names only add them."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or has_any_global_hook())
+    return bool(module._forward_hooks or module._forward_pre_hooks or has_hooks_of_all())
 
 
-has_any_global_hook = nn.modules.module._has_any_global_hook
+def has_hooks_of_all() -> bool:
+    """Whether hooks run around the forward of every module."""
+    return bool(nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
 
 
 disable_current_modes = _python_dispatch._disable_current_modes

@@ -14,6 +14,12 @@ from torch import Tensor
 from lightning_bln.per_mode import NotTogether, PerMode
 from lightning_bln.sweep.pytree import is_identical
 
+VALUES = (
+    *(int, float, complex, str, bytes, type(None), range, slice, set, frozenset, np.ndarray, np.generic),
+    *(torch.dtype, torch.device),
+)
+"""Types whose equal objects may stand for one another; of others, each mode may change its own."""
+
 
 def merged(values: Sequence[Any], memo: dict[tuple[int, ...], tuple[Any, Any]]) -> Any:
     """The values of all modes as one.
@@ -49,7 +55,7 @@ def merged(values: Sequence[Any], memo: dict[tuple[int, ...], tuple[Any, Any]]) 
         else:
             made.clear()
             made.extend(rows)
-    elif all(is_identical(value, first) for value in values):
+    elif isinstance(first, VALUES) and all(is_identical(value, first) for value in values):
         made = copy(first) if isinstance(first, (set, np.ndarray)) else first
     else:
         raise NotTogether(f"what a step keeps differs between modes: a {kind.__name__}")

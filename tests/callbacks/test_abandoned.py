@@ -287,13 +287,8 @@ KINDS: dict[str, Callable[[], Any]] = {
 }
 
 
-IS_OLDEST = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 4)
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_the_table_is_that_of_plain_validations(name: str) -> None:
-    if IS_OLDEST and name in ("MetricInDict", "LargeBuffer"):
-        pytest.skip("a known fault beside torch 2.3, whose cause has not been found")
     assert_exact(KINDS[name], inference_mode=name not in ("gradient_left", "gradients_added"))
 
 

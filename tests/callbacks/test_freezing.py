@@ -260,27 +260,15 @@ def test_a_model_whose_layers_all_sleep_keeps_every_population() -> None:
     assert all(map(torch.equal, before, [getattr(one, name) for one in populations(model) for name in FROZEN]))
 
 
-class ByHand(zoo.Simple):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
-        optimizer.step()
-
-
 @pytest.mark.parametrize("average", [None, "ema", "swa"])
-@pytest.mark.parametrize("make", [zoo.Simple, ByHand, Parts])
+@pytest.mark.parametrize("make", [zoo.Simple, zoo.ByHand, Parts])
 def test_the_epochs_population_is_never_recomputed(make: Any, average: str | None, counted: list[int]) -> None:
     callback = zoo.chooser(population="epoch")
     for _ in range(2):
         others: dict[Any, list[Any]] = {
             None: [],
             "ema": [EMAWeightAveraging(decay=0.8)],
-            "swa": [] if make is ByHand else [StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=1)],
+            "swa": [] if make is zoo.ByHand else [StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=1)],
         }
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

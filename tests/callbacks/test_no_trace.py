@@ -181,8 +181,6 @@ def assert_no_trace(make: Callable[[], Any], data: Callable[[], Any], **options:
 @pytest.mark.filterwarnings("ignore:training_step writes into")
 @pytest.mark.parametrize("kind", MODULES)
 def test_modules_train_as_without_the_callback(kind: str) -> None:
-    if zoo.IS_OLDEST and kind == "large buffer":
-        pytest.skip("a known fault beside torch 2.3: an error where a step writes a slice of 4 MB")
     assert_no_trace(MODULES[kind], zoo.train_data)
 
 

@@ -136,24 +136,12 @@ def test_population_follows_stochastic_weight_averaging() -> None:
     assert_frozen_equals(model, found)
 
 
-class ByHand(zoo.Simple):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
-        optimizer.step()
-
-
 def test_manual_optimisation_needs_a_step_of_its_own() -> None:
     with pytest.raises(MisconfigurationException, match="population_step\\(batch, batch_idx\\)"):
-        zoo.fitted(ByHand(), zoo.chooser())
-    zoo.fitted(ByHand(), zoo.chooser(population="epoch"))
+        zoo.fitted(zoo.ByHand(), zoo.chooser())
+    zoo.fitted(zoo.ByHand(), zoo.chooser(population="epoch"))
 
-    class WithStep(ByHand):
+    class WithStep(zoo.ByHand):
         def population_step(self, batch: Any, batch_idx: int) -> None:
             self(batch[0])
 
