@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Backup:
         self.names = {id(tensor): name for name, tensor in tensors.items()}
         self.tensors = {id(tensor): tensor for tensor in tensors.values() if has_memory(tensor)}
         self.homes = {key: tensor.data for key, tensor in self.tensors.items()}
-        watched = {key: tensor for key, tensor in self.tensors.items() if tensor.nbytes >= large}
+        watched = {key: tensor for key, tensor in self.tensors.items() if tensor.nbytes >= large and shows_slices()}
         self.copies = {key: copied(tensor) for key, tensor in self.tensors.items() if key not in watched}
         self.versions = {key: version(tensor) for key, tensor in watched.items()}
         self.watched: dict[int, list[int]] = {}
@@ -97,6 +98,15 @@ class Backup:
             home.copy_(self.copies[id(tensor)])
         if self.is_moved(id(tensor)):
             tensor.data = home
+
+
+@cache
+def shows_slices() -> bool:
+    """Whether torch shows what is assigned to a slice, as 2.3 does not: there every tensor is copied beforehand."""
+    seen: list[Tensor] = []
+    with Watch(seen.append):
+        torch.zeros(1)[:] = torch.zeros(1)
+    return bool(seen)
 
 
 class Watch(TorchFunctionMode):
