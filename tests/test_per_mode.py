@@ -263,3 +263,14 @@ def test_an_error_that_code_catches_is_counted() -> None:
     with suppress(Exception):
         float(PerMode([torch.tensor(1.0), torch.tensor(2.0)]))
     assert NotTogether.made == made + 1
+
+
+def test_dropout_in_training_draws_the_same_for_every_mode() -> None:
+    for drop in (torch.alpha_dropout, torch.dropout, F.dropout, F.alpha_dropout):
+        torch.manual_seed(1)
+        found = drop(PerMode.of_stack(torch.stack(logits())), 0.5, True)
+        expected = []
+        for part in logits():
+            torch.manual_seed(1)
+            expected.append(drop(part, 0.5, True))
+        assert_parts(found, expected)

@@ -3,14 +3,13 @@
 from lightning_bln.per_mode import layers, rules, shapes
 from lightning_bln.per_mode.errors import AddsGradients, NotTogether, reason_of
 from lightning_bln.per_mode.tensor import PerMode
-from lightning_bln.per_mode.trees import first_part, holds, join_trees, part_of
+from lightning_bln.per_mode.trees import holds, join_trees, part_of
 from lightning_bln.per_mode.writes import undoable
 
 __all__ = [
     "AddsGradients",
     "NotTogether",
     "PerMode",
-    "first_part",
     "holds",
     "join_trees",
     "layers",

@@ -81,7 +81,7 @@ ARITHMETIC = (
 FUNCTIONS = (
     "exp expm1 log log1p log2 log10 sqrt rsqrt reciprocal square sin cos tan tanh atan sigmoid erf floor ceil round "
     "trunc clamp clip clamp_min clamp_max nan_to_num relu relu6 gelu elu selu celu silu mish leaky_relu softplus "
-    "hardtanh hardsigmoid hardswish logsigmoid softsign tanhshrink hardshrink softshrink threshold alpha_dropout "
+    "hardtanh hardsigmoid hardswish logsigmoid softsign tanhshrink hardshrink softshrink threshold "
     "masked_fill where zeros_like ones_like full_like"
 )
 WRITING = (

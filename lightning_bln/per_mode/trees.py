@@ -13,7 +13,7 @@ from lightning_bln._torch import tree_flatten, tree_unflatten
 from lightning_bln.per_mode.errors import NotTogether
 from lightning_bln.per_mode.tensor import PerMode, holds, part
 
-__all__ = ["first_part", "holds", "join_leaves", "join_trees", "part_of"]
+__all__ = ["holds", "join_leaves", "join_trees", "part_of"]
 
 
 def join_trees(trees: Sequence[Any]) -> Any:
@@ -55,8 +55,3 @@ def part_of_leaf(leaf: Any, place: int) -> Any:
     if isinstance(leaf, PackedSequence):
         return leaf._replace(data=part_of_leaf(leaf.data, place))
     return part(leaf, place).contiguous() if isinstance(leaf, PerMode) else leaf
-
-
-def first_part(leaf: Any) -> Any:
-    """The leaf of the first mode."""
-    return part_of_leaf(leaf, 0)
