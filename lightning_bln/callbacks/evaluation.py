@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -282,19 +281,6 @@ class Evaluation:
         if self.incumbent is not None:
             scores.update(self.epoch_scores(self.incumbent_run()))
         return {mode: scores[mode] for mode in self.modes}
-
-    def score(self, mode: StatisticsMode, batches: Iterable[tuple[Any, int | None]], monitor: str) -> float:
-        """The score of ``mode`` in a pass over ``batches``, each with its dataloader's index; changes nothing."""
-        run, state = self.start.copy(self.loop, (mode,)), RandomState(self.module.device)
-        for batch_idx, (batch, dataloader_idx) in enumerate(batches):
-            if batch_idx and dataloader_idx != run.results.dataloader_idx:
-                self.close_dataloader(run)
-            self.run_step(run, Copies(batch).next(), batch_idx, dataloader_idx)
-            self.on_step(1)
-        self.close_dataloader(run)
-        scores = self.epoch_scores(run)[mode]
-        state.restore()
-        return self.agreed([scores.get(monitor, math.nan)])[0]
 
     def agreed(self, values: list[float]) -> list[float]:
         """``values`` averaged over ranks, so that all choose the same mode."""

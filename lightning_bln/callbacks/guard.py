@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bln.callbacks.evaluation import Evaluation
+from lightning_bln.callbacks.extra_pass import scores
 from lightning_bln.modes import StatisticsMode
 from lightning_bln.sweep.plot import number
 from lightning_bln.sweep.result import Regrouped, SweepResult
@@ -85,14 +86,13 @@ class Guard:
         indices = indices[: int(shared)]
         loaded = [(kept.batch, kept.dataloader_idx) for kept in self.kept if kept.dataloader_idx in indices]
         regrouped = [(batch, index) for batch, index in regrouped if index in indices]
-        pairs = {}
-        for mode in filter(None, (chosen, fallback)):
-            # where all batches were kept, the validation just done has scored them as loaded
-            before = result.scores[mode][result.monitor]
-            if not is_complete:
-                before = evaluation.score(mode, loaded, result.monitor)
-            pairs[mode] = Regrouped(before, evaluation.score(mode, regrouped, result.monitor))
-        result.regrouped = pairs
+        modes = [mode for mode in (chosen, fallback) if mode is not None]
+        # where all batches were kept, the validation just done has scored them as loaded
+        before = [result.scores[mode][result.monitor] for mode in modes]
+        if not is_complete:
+            before = scores(evaluation, modes, loaded, result.monitor)
+        after = scores(evaluation, modes, regrouped, result.monitor)
+        result.regrouped = dict(zip(modes, map(Regrouped, before, after), strict=True))
         self._conclude(result, chosen, fallback)
 
     def _conclude(self, result: SweepResult, chosen: StatisticsMode, fallback: StatisticsMode | None) -> None:

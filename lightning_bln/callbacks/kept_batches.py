@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from copy import deepcopy
+from copy import copy
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from lightning_bln._torch import tree_flatten
+from lightning_bln._torch import tree_flatten, tree_map
 from lightning_bln.joining import serves_items
 from lightning_bln.sweep.snapshot import state_of
 
@@ -46,7 +46,7 @@ class KeptBatches:
         if held:
             collate += self.collate
         for batch in self.batches[:held]:
-            yield deepcopy(batch)
+            yield copied(batch)
         if held and self.has_all:
             return
         collate.clear()  # source() numbers them anew, and alike
@@ -57,10 +57,25 @@ class KeptBatches:
             room -= size_of(batch)
             is_keeping = is_keeping and room >= 0
             if is_keeping:
-                self.batches.append(deepcopy(batch))
+                self.batches.append(copied(batch))
                 self.collate = self.collate or list(collate)
             yield batch
         self.has_all = is_keeping
+
+
+def copied(batch: Any) -> Any:
+    """A batch in containers, tensors and arrays of its own, sooner than by a deep copy where it has many."""
+
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.clone()
+        if isinstance(leaf, list):  # samples not collated yet
+            made = copy(leaf)
+            made[:] = map(copied, leaf)
+            return made
+        return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+    return tree_map(of_leaf, batch)
 
 
 def state_of_loader(loader: Any) -> Any:

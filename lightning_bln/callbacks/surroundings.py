@@ -22,7 +22,7 @@ class Structure:
         parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
         self.fields = [part.__dict__ for part in parts]
         self.training = [part.training for part in parts]
-        self.entries = [dict(fields[name]) for fields in self.fields for name in STRUCTURE]
+        self.entries = [dict(fields[name]) if fields[name] else {} for fields in self.fields for name in STRUCTURE]
         self.parameters = list(module.parameters())
         self.needs = [one.requires_grad for one in self.parameters]
 
@@ -36,6 +36,15 @@ class Structure:
             and self.training == other.training
             and self.needs == other.needs
             and all(map(is_same_dict, self.entries, other.entries))
+        )
+
+    def is_present(self) -> bool:
+        """Whether the module has this structure now, without a walk through its parts."""
+        dictionaries = (fields[name] for fields in self.fields for name in STRUCTURE)
+        return (
+            self.training == [fields["training"] for fields in self.fields]
+            and self.needs == [one.requires_grad for one in self.parameters]
+            and all(map(is_same_dict, dictionaries, self.entries))
         )
 
     def put(self) -> None:
@@ -58,6 +67,8 @@ def are_same(some: list[Any], others: list[Any]) -> bool:
 
 
 def is_same_dict(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
+    if not a or not b:
+        return not a and not b
     return len(a) == len(b) and list(a) == list(b) and are_same(list(a.values()), list(b.values()))
 
 
@@ -78,6 +89,7 @@ class Surroundings:
         self.held: dict[str, Tensor] = {}
         self.left: dict[str, Tensor] = {}
         self.differing: set[str] = set()
+        self.structure = Structure(module)
 
     @contextmanager
     def of(self, run: Any) -> Iterator[None]:
@@ -87,7 +99,9 @@ class Surroundings:
             NotTogether: Several modes run, and the step exchanges parts of the module.
             RuntimeError: A step writes into weights, and none on the first batch did.
         """
-        before = Structure(self.module)
+        if not self.structure.is_present():
+            self.structure = Structure(self.module)
+        before = self.structure
         if run.structure is not None:
             run.structure.put()
         try:
@@ -97,11 +111,10 @@ class Surroundings:
             self.adds_gradients = True
             raise
         finally:
-            after = Structure(self.module)
-            run.structure = None if after.equals(before) else after
+            run.structure = None if before.is_present() else Structure(self.module)
             if run.structure is not None:
                 before.put()
-        if len(run.modes) > 1 and run.structure is not None and not after.has_parts_of(before):
+        if len(run.modes) > 1 and run.structure is not None and not run.structure.has_parts_of(before):
             raise NotTogether("a step exchanges parts of the module")
 
     @contextmanager

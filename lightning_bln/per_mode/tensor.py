@@ -120,8 +120,16 @@ class PerMode(Tensor):
     def is_cuda(self) -> bool:  # type: ignore[override]
         return self.like.is_cuda
 
+    @property
+    def _version(self) -> int:  # type: ignore[override]
+        # views count writes together with the stack
+        return self.stack._version if self.stack is not None else sum(one._version for one in self.parts)
+
     def is_floating_point(self) -> bool:
         return self.like.is_floating_point()
+
+    def is_inference(self) -> bool:
+        return self.like.is_inference()
 
     def stacked(self, ndim: int = 0) -> Tensor:
         """The parts along a first axis, followed by axes of length 1 so that each broadcasts against ``ndim`` axes."""
