@@ -19,9 +19,9 @@ class Structure:
     """The parts, parameters and hooks of a module, which of its parts train, and which parameters need gradients."""
 
     def __init__(self, module: nn.Module) -> None:
-        parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
-        self.fields = [part.__dict__ for part in parts]
-        self.training = [part.training for part in parts]
+        self.parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
+        self.fields = [part.__dict__ for part in self.parts]
+        self.training = [part.training for part in self.parts]
         self.entries = [dict(fields[name]) if fields[name] else {} for fields in self.fields for name in STRUCTURE]
         self.parameters = list(module.parameters())
         self.needs = [one.requires_grad for one in self.parameters]
@@ -42,7 +42,7 @@ class Structure:
         """Whether the module has this structure now, without a walk through its parts."""
         dictionaries = (fields[name] for fields in self.fields for name in STRUCTURE)
         return (
-            self.training == [fields["training"] for fields in self.fields]
+            self.training == [part.training for part in self.parts]
             and self.needs == [one.requires_grad for one in self.parameters]
             and all(map(is_same_dict, dictionaries, self.entries))
         )
