@@ -55,12 +55,15 @@ class Noise(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Outputs ``(T, ..., B, size)``, zero after a sequence's end; last states; observed statistics of each norm."""
+    """Outputs ``(T, ..., B, size)``, zero after a sequence's end; last states; and of each norm, if it observes.
+
+    Norms have observed statistics of each step, or a kernel's moments, see :mod:`~lightning_bln.recurrence.statistics`.
+    """
 
     outputs: Tensor
     state: tuple[Tensor, ...]
-    norm_hh: tuple[Statistics, ...]
-    norm_cell: Statistics | None
+    norm_hh: tuple[Statistics | Tensor | None, ...]
+    norm_cell: Statistics | Tensor | None
 
 
 def project_input(

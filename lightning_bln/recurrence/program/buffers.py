@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_bln.kernels.gate import checked, dense_features
+from lightning_bln.kernels.gate import readable
 from lightning_bln.kernels.library import ProgramArgs, call, pointer
 from lightning_bln.recurrence.program.codegen import Buffer, Code, Place
+from lightning_bln.recurrence.program.norms import NormArrays
 from lightning_bln.recurrence.program.recording import RecordedCell, Tensors
 
 ROWS_OF_A_THREAD = 8
@@ -37,12 +38,13 @@ def input_buffers(recorded: RecordedCell, tensors: Tensors) -> Buffers:
     for (name, axes), value in zip(recorded.signature.constants, tensors.constants, strict=True):
         if axes == 1:
             buffers["constant", name] = value
-    if tensors.bias_hh is not None:
+    if tensors.bias_hh is not None and not recorded.signature.around.normalized:
         parts = tensors.bias_hh.split(recorded.rows(tensors.state[0].shape[-1]))
         buffers |= {("bias", index): part for index, part in enumerate(parts)}
     if tensors.mask is not None:
         buffers["mask", None] = tensors.mask
-    return buffers
+    names = recorded.signature.around.zoned if tensors.kept else ()
+    return buffers | {("kept", name): value for name, value in zip(names, tensors.kept, strict=True)}
 
 
 def result_buffers(recorded: RecordedCell, tensors: Tensors, shape: Shape, keep: bool) -> Buffers:
@@ -57,9 +59,11 @@ def result_buffers(recorded: RecordedCell, tensors: Tensors, shape: Shape, keep:
     time = (steps,) if keep else ()
     for index in range(program.tapes):
         buffers["tape", index] = new(*time, samples, units)
-    for index, product in enumerate(program.products):
-        leading = time if index in program.kept_products else ()
-        buffers["product", index] = new(*leading, samples, product.width * units)
+    widths = {("product", index): product.width for index, product in enumerate(program.products)}
+    widths |= {("norm", index): width for index, (_, width) in enumerate(program.norms)}
+    for buffer, width in widths.items():
+        leading = time if buffer in program.kept else ()
+        buffers[buffer] = new(*leading, samples, width * units)
     return buffers
 
 
@@ -75,17 +79,18 @@ def gradient_buffers(
     for name, gradient in zip(recorded.cell.states, last, strict=True):
         value = start.new_empty(samples, units)
         buffers["carry", name] = value.zero_() if gradient is None else value.copy_(gradient)
-    for buffer, width, is_complete in recorded.program.gradients:
+    for buffer, width, is_complete, has_steps in recorded.program.gradients:
         make = start.new_empty if is_complete and running is None else start.new_zeros
-        buffers[buffer] = make(steps, samples, width * units)
+        buffers[buffer] = make(*((steps,) if has_steps else ()), samples, width * units)
     return buffers
 
 
 def admitted(recorded: RecordedCell, tensors: Tensors) -> Tensors:
     """The tensors of a call as the library reads them."""
     (samples, units), steps, dtype = tensors.state[0].shape, tensors.x[0].shape[0], tensors.state[0].dtype
-    rows = sum(recorded.rows(units))
-    segments, axes = recorded.signature.segments, (axes for _, axes in recorded.signature.constants)
+    rows, signature = sum(recorded.rows(units)), recorded.signature
+    segments, axes = signature.segments, (axes for _, axes in signature.constants)
+    of_norms = [recorded.width(key) * units for key in signature.norms(recorded.cell)]
 
     def read(name: str, value: Tensor | None, *shape: int) -> Any:
         return None if value is None else readable(name, value, shape, dtype)
@@ -99,13 +104,11 @@ def admitted(recorded: RecordedCell, tensors: Tensors) -> Tensors:
         read("weight_hh", tensors.weight_hh, rows, units),
         read("bias_hh", tensors.bias_hh, rows),
         tuple(read("constant", value, *[units] * n) for n, value in zip(axes, tensors.constants, strict=True)),
+        tuple(read("norm_weight", value, n) for n, value in zip(of_norms, tensors.norm_weights, strict=True)),
+        read("norm_bias", tensors.norm_bias, units),
         read("mask", tensors.mask, samples, units),
+        tuple(read("zoneout", value, steps, samples, units) for value in tensors.kept),
     )
-
-
-def readable(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor as programs read it: of this shape and dtype, its features contiguous."""
-    return dense_features(checked(name, value, shape, dtype))
 
 
 def matrices(recorded: RecordedCell, tensors: Tensors) -> dict[Any, Tensor]:
@@ -126,7 +129,9 @@ def rows_of_all_steps(place: Place, width: int, buffers: Buffers, shape: Shape) 
     return value[..., place.offset * units : (place.offset + width) * units].reshape(steps * samples, -1)
 
 
-def execute(code: Code, buffers: Buffers, weights: dict[Any, Tensor], shape: Shape, *, reverse: bool) -> None:
+def execute(
+    code: Code, buffers: Buffers, weights: dict[Any, Tensor], norms: NormArrays, shape: Shape, *, reverse: bool
+) -> None:
     """Run instructions over all steps in one call."""
     steps, samples, units, running = shape
     batch_sizes = None if running is None else torch.tensor(running, device="cpu")
@@ -151,6 +156,7 @@ def execute(code: Code, buffers: Buffers, weights: dict[Any, Tensor], shape: Sha
     args.steps, args.batch, args.units, args.reversed = steps, samples, units, int(reverse)
     args.threads = max(1, min(torch.get_num_threads(), samples // ROWS_OF_A_THREAD))
     args.instructions, args.matrices = len(code.instructions), len(code.matrices)
+    args.norms, args.norm_gates, args.norm = norms.number, ctypes.addressof(norms.gates), ctypes.addressof(norms.args)
     args.batch_sizes = pointer(batch_sizes)
     args.code = ctypes.addressof(code.instructions)
     args.places, args.matrix = places.buffer_info()[0], strides.buffer_info()[0]

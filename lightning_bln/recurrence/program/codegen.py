@@ -12,6 +12,7 @@ from lightning_bln.recurrence.program.graph import SUMS, Step, Value, merge_sums
 OPERATIONS = (
     "product", *SUMS, "sigmoid_gradient", "tanh_gradient", "relu_gradient", "softplus_gradient", "hardsigmoid_gradient",
     "affine", "blend", "multiply", "addcmul", "lerp", "difference", "divide",
+    "exp", "maximum", "maximum_gradient", "equals", "where", "clamp_max", "clamp_max_gradient", "norm", "norm_gradient",
 )  # fmt: skip
 """Operations in the order of ``Operation`` in ``csrc/program.h``."""
 
@@ -30,13 +31,22 @@ class Place(NamedTuple):
 
 
 ZERO = Place(("zero", 0))
-LEAVES = ("state", "constant", "mask", "carry", "output")
+LEAVES = ("state", "constant", "mask", "kept", "carry", "output")
+WIDE = ("product", "norm")
+"""Operations that compute several gates side by side."""
 
 
 class Transposed(NamedTuple):
     """Key of a product of the gradient: the step's matrix, transposed, and the place of the gradient it multiplies."""
 
     matrix: Any
+    gradient: Place
+
+
+class NormGradient(NamedTuple):
+    """Key of the gradient of a norm's input: the norm's number, and the place of the gradient of its output."""
+
+    norm: int
     gradient: Place
 
 
@@ -72,6 +82,8 @@ class GradientBuffer(NamedTuple):
     """Gates in its last axis."""
     is_complete: bool
     """Whether the instructions write every gate; otherwise it must start at zero."""
+    has_steps: bool = True
+    """Whether what is written at a step is read when all have run."""
 
 
 class Program(NamedTuple):
@@ -80,10 +92,12 @@ class Program(NamedTuple):
     forward: Code
     backward: Code
     products: tuple[Product, ...]
+    norms: tuple[tuple[Any, int], ...]
+    """Each norm's product, or the cell state's, and how many gates it takes."""
     tapes: int
-    """Intermediate values kept of every step for the gradient, besides states and products."""
-    kept_products: frozenset[int]
-    """Products kept of every step for the gradient."""
+    """Intermediate values kept of every step for the gradient, besides states, products and norms."""
+    kept: frozenset[Buffer]
+    """Products and norms kept of every step for the gradient."""
     reads: frozenset[Buffer]
     """Buffers that the gradient is computed from."""
     gradients: tuple[GradientBuffer, ...]
@@ -107,21 +121,25 @@ def generate_program(step: Step, layout: Mapping[str, Place], widths: Mapping[An
     known = frozenset(values)
     merge_sums(adjoint.roots(), known)
     products = [value for value in values if value.op == "product"]
+    norms = [value for value in values if value.op == "norm"]
     where = places_of_leaves(values, layout)
-    where |= {value: Place(("product", index)) for index, value in enumerate(products)}
-    where |= {value: where[value.inputs[0]]._replace(offset=value.key) for value in values if value.op == "part"}
+    where |= {value: Place((value.op, index)) for wide in (products, norms) for index, value in enumerate(wide)}
+    where |= {value: part_of(value, where) for value in values if value.op == "part"}
     ends = [assign(value, Place(("state", name), 0, 1), where) for name, value in step.after.items()]
-    users = [*ordered(adjoint.roots(), known), *products]
+    users = [*ordered(adjoint.roots(), known), *products, *(norm for norm in norms if norm in adjoint.norms)]
     kept = dict.fromkeys(operand for user in users for operand in user.inputs if operand in known and operand.inputs)
     tapes = [value for value in kept if value not in where]
     where |= {value: Place(("tape", index)) for index, value in enumerate(tapes)}
-    backward, learned, gradients = lower_adjoint(adjoint, list(step.before), products, layout, where, known, widths)
+    backward, learned, gradients = lower_adjoint(
+        adjoint, list(step.before), (products, norms), layout, where, known, widths
+    )
     return Program(
         forward=lower(ordered(ends), dict(where)),
         backward=backward,
         products=learned,
+        norms=tuple(value.key for value in norms),
         tapes=len(tapes),
-        kept_products=frozenset(where[value].buffer[1] for value in kept if value.op == "part"),
+        kept=frozenset(where[value].buffer for value in kept if value.op in ("part", *WIDE)),
         reads=frozenset(place.buffer for place in (*backward.places, *(one.input for one in learned))),
         gradients=gradients,
         states=frozenset(adjoint.state),
@@ -153,15 +171,20 @@ def assign(value: Value, place: Place, where: dict[Value, Place]) -> Value:
 def lower_adjoint(
     adjoint: Adjoint,
     states: Sequence[str],
-    products: Sequence[Value],
+    wide: tuple[Sequence[Value], Sequence[Value]],
     layout: Mapping[str, Place],
     where: Mapping[Value, Place],
     known: frozenset[Value],
     widths: Mapping[Any, int],
 ) -> tuple[Code, tuple[Product, ...], tuple[GradientBuffer, ...]]:
-    """Code, products and buffers of the gradient of a step whose ``known`` values have their places in ``where``."""
-    values = ordered(adjoint.roots(), known)
+    """Code, products and buffers of the gradient of a step whose ``known`` values have their places in ``where``.
+
+    Products and norms of the step are ``wide``.
+    """
+    values, (products, norms) = ordered(adjoint.roots(), known), wide
     where = {**where, **places_of_leaves(values, layout)}
+    where |= {adjoint.norms[norm]: Place(("norm_gradient", k)) for k, norm in enumerate(norms) if norm in adjoint.norms}
+    where |= {value: part_of(value, where) for value in values if value.op == "part"}
     gates = {name: Place(("gate_gradient", place.buffer[1]), place.offset) for name, place in layout.items()}
     results = [assign(value, gates[name], where) for name, value in adjoint.gates.items()]
     results += [assign(value, Place(("constant_gradient", name)), where) for name, value in adjoint.constants.items()]
@@ -170,6 +193,10 @@ def lower_adjoint(
         names = [name for name, place in gates.items() if place.buffer == buffer]
         buffers.append(GradientBuffer(buffer, len(names), all(name in adjoint.gates for name in names)))
     buffers += [GradientBuffer(("constant_gradient", name), 1, True) for name in adjoint.constants]
+    for index, norm in enumerate(norms):
+        if norm in adjoint.norms:
+            added, made = place_norm_gradient(adjoint, index, norm, where)
+            results, buffers = [*results, *added], [*buffers, *made]
     found = []
     for index, product in enumerate(products):
         width, parts = widths.get(product.key, 1), adjoint.products.get(product, {})
@@ -185,6 +212,31 @@ def lower_adjoint(
                 value.key, value.inputs = Transposed(product.key, place), tuple(parts.values())
     order = with_carries(adjoint, states, results, where, known)
     return lower(order, where), tuple(found), tuple(buffers)
+
+
+def place_norm_gradient(
+    adjoint: Adjoint, index: int, norm: Value, where: dict[Value, Place]
+) -> tuple[list[Value], list[GradientBuffer]]:
+    """Put the gradients of a norm's output side by side, and that of its input into a buffer of its own.
+
+    Returns:
+        Values that are computed for it, and the buffers.
+    """
+    value, parts, width = adjoint.norms[norm], adjoint.products[norm], norm.key[1]
+    place, buffers = contiguous([where.get(parts[k]) if k in parts else None for k in range(width)]), []
+    if place is None:
+        place = Place(("norm_output_gradient", index))
+        parts = {k: assign(part, place._replace(offset=k), where) for k, part in parts.items()}
+        buffers.append(GradientBuffer(place.buffer, width, len(parts) == width, has_steps=False))
+    (operand,) = norm.inputs
+    value.key, value.inputs = NormGradient(index, place), (*parts.values(), operand)
+    buffers.append(GradientBuffer(("norm_gradient", index), width, True, has_steps=operand.op == "product"))
+    return list(parts.values()), buffers
+
+
+def part_of(value: Value, where: Mapping[Value, Place]) -> Place:
+    """The place of one gate of what is computed side by side."""
+    return where[value.inputs[0]]._replace(offset=value.key)
 
 
 def with_carries(
@@ -213,7 +265,7 @@ def with_carries(
 def contiguous(places: Sequence[Place | None]) -> Place | None:
     """The first of ``places`` if they follow one another in a buffer of gates' gradients, else ``None``."""
     first = places[0]
-    if first is None or first.buffer[0] != "gate_gradient":
+    if first is None or first.buffer[0] not in ("gate_gradient", "norm_gradient"):
         return None
     return first if places == [first._replace(offset=first.offset + k) for k in range(len(places))] else None
 
@@ -233,19 +285,23 @@ def lower(order: Iterable[Value], where: dict[Value, Place]) -> Code:
             is_transposed = isinstance(value.key, Transposed)
             matrix = ("transposed", value.key.matrix) if is_transposed else ("plain", value.key)
             inputs = [value.key.gradient if is_transposed else inputs[0]]
-        else:  # elementwise, so that the result may overwrite an operand
+        elif value.op == "norm_gradient":
+            inputs = [value.key.gradient, inputs[-1]]
+        elif value.op != "norm":  # elementwise, so that the result may overwrite an operand
             free += released
         if value not in where:
             if not free:
                 free.append(Place(("register", registers)))
                 registers += 1
             where[value] = free.pop()
-        if matrix is not None:
+        if matrix is not None or value.op in ("norm", "norm_gradient"):
             free += released
         inputs += [ZERO if value.op in SUMS else inputs[0]] * (3 - len(inputs))
         a, b, c = (places.setdefault(place, len(places)) for place in inputs)
         to = places.setdefault(where[value], len(places))
         if matrix is not None:
             c = matrices.setdefault(matrix, len(matrices))
+        elif value.op in ("norm", "norm_gradient"):
+            c = value.key.norm if value.op == "norm_gradient" else where[value].buffer[1]
         instructions.append(Instruction(OPERATIONS.index(value.op), to, a, b, c, *value.numbers))
     return Code((Instruction * len(instructions))(*instructions), tuple(places), tuple(matrices), registers)

@@ -19,8 +19,9 @@ class Value:
     """Node of the graph: an operation on other nodes, or a leaf, with one number for every unit.
 
     Leaves are a ``gate`` of the input, a ``state`` before the step, a ``constant`` (a vector of the cell's own), the
-    ``bias`` of one gate of a product, and the ``mask`` that is applied before products. A ``product`` computes all the
-    gates that it serves side by side; each ``part`` of it is one gate.
+    ``bias`` of one gate of a product, the ``mask`` that is applied before products, and for zoneout what is ``kept`` of
+    a state. A ``product`` computes all the gates that it serves side by side, and a ``norm`` takes them so; each
+    ``part`` of either is one gate.
 
     Torch functions and operators on nodes record an operation. ``numbers`` are its scalars ``s`` and ``u``; ``key``
     tells leaves, products and parts of a kind apart.
@@ -42,10 +43,10 @@ class Value:
     def __getattr__(self, name: str) -> Callable[..., Value]:
         return partial(operation(name), self)
 
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, Value):
-            return self is other
-        raise NotRecordable("a comparison")
+    def __eq__(self, other: object) -> Any:
+        if isinstance(other, int | float):
+            return Value("equals", (self,), (float(other), 0.0))
+        return self is other
 
     __hash__ = object.__hash__
 
@@ -127,6 +128,32 @@ def softplus(x: Value, beta: float = 1.0, threshold: float = 20.0) -> Value:
     return Value("softplus", (x,))
 
 
+def log_sigmoid(x: Value) -> Value:
+    """``-log(1 + exp(-x))``."""
+    return -softplus(-x)
+
+
+def maximum(x: Any, y: Any) -> Value:
+    """The larger one."""
+    if is_value(x) and is_value(y):
+        return Value("maximum", (x, y))
+    raise NotRecordable("a maximum with a number")
+
+
+def where(condition: Any, x: Any, y: Any) -> Value:
+    """``x`` where a comparison holds, else ``y``."""
+    if is_value(condition) and is_value(x) and is_value(y):
+        return Value("where", (condition, x, y))
+    raise NotRecordable("a choice of numbers")
+
+
+def clamp(x: Value, min: float | None = None, max: float | None = None) -> Value:
+    """``x``, at most ``max``."""
+    if min is not None or max is None or is_value(max):
+        raise NotRecordable("clamp with another bound than max")
+    return Value("clamp_max", (x,), (float(max), 0.0))
+
+
 def linear(x: Value, weight: Any, bias: Any = None) -> Value:
     """A product with one of the cell's own matrices."""
     if not isinstance(weight, Value) or weight.op != "matrix" or bias is not None:
@@ -139,9 +166,10 @@ OPERATIONS: dict[str, Callable[..., Value]] = {
     "tanh": lambda x: Value("tanh", (x,)),
     "relu": lambda x, inplace=False: Value("relu", (x,)),
     "hardsigmoid": lambda x, inplace=False: Value("hardsigmoid", (x,)),
+    "exp": lambda x: Value("exp", (x,)),
     "to": lambda x, dtype: x,
     "div": Value.__truediv__,
-    **{f.__name__: f for f in (add, sub, mul, addcmul, lerp, softplus, linear)},
+    **{f.__name__: f for f in (add, sub, mul, addcmul, lerp, softplus, log_sigmoid, maximum, where, clamp, linear)},
 }
 
 
@@ -174,8 +202,8 @@ class NamedGates:
 class Products:
     """Recorded stand-in for :class:`~lightning_bln.recurrence.projection.Projection`."""
 
-    def __init__(self, cell: Cell, biased: bool, masked: bool) -> None:
-        self._cell, self._biased, self._mask = cell, biased, Value("mask") if masked else None
+    def __init__(self, cell: Cell, options: Around) -> None:
+        self._cell, self._options, self._mask = cell, options, Value("mask") if options.masked else None
         self._where = {name: index for index, names in enumerate(cell.products) for name in names}
 
     def __call__(self, h: Value) -> NamedGates:
@@ -192,13 +220,40 @@ class Products:
         return of_gate
 
     def _of(self, index: int, h: Value) -> NamedGates:
-        product = Value("product", (h if self._mask is None else h * self._mask,), key=index)
-        parts = {}
-        for k, name in enumerate(self._cell.products[index]):
-            parts[name] = Value("part", (product,), key=k)
-            if self._biased:
-                parts[name] = parts[name] + Value("bias", key=(index, k))
+        names = self._cell.products[index]
+        found = Value("product", (h if self._mask is None else h * self._mask,), key=index)
+        if self._options.normalized:
+            found = Value("norm", (found,), key=(index, len(names)))
+        parts = {name: Value("part", (found,), key=k) for k, name in enumerate(names)}
+        if self._options.biased and not self._options.normalized:  # a norm adds the bias itself
+            parts = {name: part + Value("bias", key=(index, k)) for k, (name, part) in enumerate(parts.items())}
         return NamedGates(parts)
+
+
+class Around(NamedTuple):
+    """Norms, bias, dropout and zoneout around a cell's equations."""
+
+    biased: bool
+    """Whether hidden products have a bias."""
+    masked: bool
+    """Whether a dropout mask is applied before hidden products."""
+    normalized: bool
+    """Whether hidden products are normalised."""
+    norm_cell: bool
+    """Whether the cell state is normalised where it enters the output."""
+    zoned: tuple[str, ...]
+    """States that zoneout acts on."""
+    zoneout: float | None
+    """Share of its value that a unit keeps; ``None`` where a mask tells which units keep theirs."""
+
+
+def norm_of_state(c: Value) -> Value:
+    """A cell state normalised."""
+    return Value("part", (Value("norm", (c,), key=(NORM_CELL, 1)),), key=0)
+
+
+NORM_CELL = "cell"
+"""The key of the cell state's norm; those of hidden products have the product's index."""
 
 
 class Step(NamedTuple):
@@ -208,15 +263,14 @@ class Step(NamedTuple):
     after: dict[str, Value]
 
 
-def record_step(cell: Cell, gates: Iterable[str], axes: Mapping[str, int], *, biased: bool, masked: bool) -> Step:
+def record_step(cell: Cell, gates: Iterable[str], axes: Mapping[str, int], around: Around) -> Step:
     """Run ``cell.step`` on nodes in place of tensors.
 
     Args:
         cell: The cell, without its parameters.
         gates: Names of the gates after ``cell.prepare``.
         axes: Number of axes of each of the cell's parameters: 1 for a vector, 2 for a matrix.
-        biased: Whether hidden products have a bias.
-        masked: Whether a dropout mask is applied before hidden products.
+        around: Norms, bias, dropout and zoneout.
 
     Raises:
         NotRecordable: The step does something that has no instruction.
@@ -225,13 +279,26 @@ def record_step(cell: Cell, gates: Iterable[str], axes: Mapping[str, int], *, bi
     cell.__dict__.update(
         {name: Value("matrix" if number == 2 else "constant", key=name) for name, number in axes.items()}
     )
-    cell.norm_cell = identity
+    norm_cell: Any = norm_of_state if around.norm_cell else identity
+    cell.norm_cell = norm_cell
     before = {name: Value("state", key=name) for name in cell.states}
     x: Any = NamedGates({name: Value("gate", key=name) for name in gates})
-    after = cell.step(x, cell.State(**before), Products(cell, biased, masked))._asdict()
+    after = cell.step(x, cell.State(**before), Products(cell, around))._asdict()
     if not all(isinstance(value, Value) for value in after.values()):
         raise NotRecordable("a state that is no tensor")
+    norms = [value.key for value in ordered(after.values()) if value.op == "norm"]
+    if len(set(norms)) < len(norms):
+        raise NotRecordable("a norm that a step takes more than once")
+    for name in around.zoned:
+        after[name] = zone(name, before[name], after[name], around.zoneout)
     return Step(before, after)
+
+
+def zone(name: str, old: Value, new: Value, share: float | None) -> Value:
+    """Zoneout of a state, see :func:`~lightning_bln.recurrence.reference.zone`."""
+    if share is None:
+        return Value("lerp", (new, old, Value("kept", key=name)))
+    return Value("blend", (old, new), (share, 1.0 - share))
 
 
 def ordered(roots: Iterable[Value], known: Container[Value] = ()) -> list[Value]:

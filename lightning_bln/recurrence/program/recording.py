@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_bln.cells.cell import Cell
 from lightning_bln.recurrence.program.codegen import Place, Program, generate_program
-from lightning_bln.recurrence.program.graph import record_step
+from lightning_bln.recurrence.program.graph import NORM_CELL, Around, record_step
 
 
 class Tensors(NamedTuple):
@@ -23,11 +23,18 @@ class Tensors(NamedTuple):
     bias_hh: Tensor | None
     constants: tuple[Tensor, ...]
     """The cell's own vectors and matrices."""
+    norm_weights: tuple[Tensor | None, ...]
+    """Of the hidden products' norms, then of the cell state's."""
+    norm_bias: Tensor | None
+    """Of the cell state's norm; those of the others are ``bias_hh``."""
     mask: Tensor | None
+    kept: tuple[Tensor, ...]
+    """Of each zoned state, 1 where a unit keeps its value at a step, ``(T, B, H)``."""
 
     def flat(self) -> list[Tensor | None]:
         """All of them in one list."""
-        return [*self.x, *self.state, self.weight_hh, self.bias_hh, *self.constants, self.mask]
+        learned = self.weight_hh, self.bias_hh, *self.constants, *self.norm_weights, self.norm_bias
+        return [*self.x, *self.state, *learned, self.mask, *self.kept]
 
 
 class Signature(NamedTuple):
@@ -37,8 +44,12 @@ class Signature(NamedTuple):
     """Gates of each input tensor."""
     constants: tuple[tuple[str, int], ...]
     """The cell's parameters, and the number of axes of each."""
-    biased: bool
-    masked: bool
+    around: Around
+
+    def norms(self, cell: Cell) -> list[Any]:
+        """Keys of the norms that a call has: each hidden product, then the cell state."""
+        products = range(len(cell.products)) if self.around.normalized else ()
+        return [*products, *([NORM_CELL] if self.around.norm_cell else [])]
 
 
 class RecordedCell(NamedTuple):
@@ -53,8 +64,16 @@ class RecordedCell(NamedTuple):
         """The inverse of :meth:`Tensors.flat`."""
         x = len(self.signature.segments)
         state = x + len(self.cell.states)
-        weight, bias, *constants, mask = flat[state:]
-        return Tensors(tuple(flat[:x]), tuple(flat[x:state]), weight, bias, tuple(constants), mask)
+        weight, bias, *rest = flat[state:]
+        constants, norms = len(self.signature.constants), len(self.signature.norms(self.cell))
+        own, weights, (norm_bias, mask, *kept) = (
+            tuple(rest[:constants]), tuple(rest[constants : constants + norms]), rest[constants + norms :],
+        )  # fmt: skip
+        return Tensors(tuple(flat[:x]), tuple(flat[x:state]), weight, bias, own, weights, norm_bias, mask, tuple(kept))
+
+    def width(self, norm: Any) -> int:
+        """Gates that a norm takes."""
+        return 1 if norm == NORM_CELL else len(self.cell.products[norm])
 
     def rows(self, units: int) -> list[int]:
         """Rows of the hidden weights that belong to each product."""
@@ -83,7 +102,7 @@ def record(kind: type[Cell], options: Options, signature: Signature) -> Recorded
         for offset, name in enumerate(names)
     }
     try:
-        step = record_step(cell, layout, dict(signature.constants), biased=signature.biased, masked=signature.masked)
+        step = record_step(cell, layout, dict(signature.constants), signature.around)
     except Exception as error:  # a user's step may raise anything on nodes; torch operations run it, or raise it again
         message = str(error).partition("\n")[0]
         _REASONS[kind, options] = f"{type(error).__name__}: {message}"

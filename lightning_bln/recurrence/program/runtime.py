@@ -14,7 +14,7 @@ from lightning_bln._torch import is_observed, is_plain
 from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates
 from lightning_bln.kernels.dispatch import gradients_on_torch
-from lightning_bln.kernels.gate import reason_against
+from lightning_bln.kernels.gate import readable, reason_against
 from lightning_bln.kernels.matmul import multiply
 from lightning_bln.recurrence.program.buffers import (
     Buffers,
@@ -24,10 +24,11 @@ from lightning_bln.recurrence.program.buffers import (
     gradient_buffers,
     input_buffers,
     matrices,
-    readable,
     result_buffers,
     rows_of_all_steps,
 )
+from lightning_bln.recurrence.program.graph import NORM_CELL, Around
+from lightning_bln.recurrence.program.norms import Affine, NormCall, Norms
 from lightning_bln.recurrence.program.recording import RecordedCell, Signature, Tensors, options_of, record
 from lightning_bln.recurrence.reference import HiddenWeights, Noise, Result, Sequences, identity, unroll
 from lightning_bln.recurrence.sequences import lengths_of
@@ -39,7 +40,7 @@ def recorded_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights
         return None
     x = cell.prepare(Gates(sequences.x.flatten(-2), cell.gates), cell.State(*sequences.state))
     segments = x.segments()
-    dtype, units = sequences.x.dtype, sequences.x.shape[-1]
+    dtype, (steps, _, _, units) = sequences.x.dtype, sequences.x.shape
     constants = {name: getattr(cell, name) for name in cell.parameters}
     options = options_of(cell)
     if options is None or any(value.shape not in ((1,), (units,), (units, units)) for value in constants.values()):
@@ -47,39 +48,63 @@ def recorded_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights
     signature = Signature(
         tuple(segments),
         tuple((name, value.ndim) for name, value in constants.items()),
-        weights.bias_hh is not None,
-        noise.hidden_mask is not None,
+        around_of(cell, weights, noise),
     )
     recorded = record(cast(Hashable, type(cell)), options, signature)
     if recorded is None:
         return None
+    norms = [*weights.norm_hh, *([] if weights.norm_cell is None else [weights.norm_cell])]
     tensors = Tensors(
         tuple(value.to(dtype) for value in segments.values()),
         sequences.state,
         None if weights.weight_hh is None else cell.act(weights.weight_hh),
         weights.bias_hh,
         tuple((v.expand(units) if v.ndim == 1 else v).to(dtype) for v in constants.values()),
+        tuple(norm.equation.weight for norm in norms),
+        None if weights.norm_cell is None else weights.norm_cell.equation.bias,
         noise.hidden_mask,
+        () if noise.kept is None else tuple(noise.kept[name].to(dtype) for name in signature.around.zoned),
     )
-    outputs, *state = RecordedRecurrence.apply(recorded, sequences.sizes, *tensors.flat())
-    return Result(outputs, tuple(state), (), None)
+    calls = tuple(NormCall.of(norm, steps, dtype) for norm in norms)
+    outputs, *rest = RecordedRecurrence.apply(recorded, sequences.sizes, calls, *tensors.flat())
+    state, moments = rest[: len(cell.states)], iter(rest[len(cell.states) :])
+    keys = signature.norms(cell)
+    seen = {key: next(moments) for key, _ in recorded.program.norms}
+    found = {key: seen.get(key) if norm.observes else None for key, norm in zip(keys, norms, strict=True)}
+    of_cell = found.pop(NORM_CELL, None)
+    return Result(outputs, tuple(state), tuple(found.values()), of_cell)
+
+
+def around_of(cell: Cell, weights: HiddenWeights, noise: Noise) -> Around:
+    """Norms, bias, dropout and zoneout around the cell's equations in a call."""
+    zoned: tuple[str, ...] = ()
+    if noise.zoneout:
+        zoned = cell.states if cell.zoned is None else cell.zoned
+    return Around(
+        biased=weights.bias_hh is not None,
+        masked=noise.hidden_mask is not None,
+        normalized=bool(weights.norm_hh),
+        norm_cell=weights.norm_cell is not None,
+        zoned=zoned,
+        zoneout=noise.zoneout if zoned and noise.kept is None else None,
+    )
 
 
 def is_supported(cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> bool:
-    """Whether recorded programs run a recurrence of this kind: on the CPU, without norms, projection and zoneout."""
+    """Whether recorded programs run a recurrence of this kind: on the CPU, without projection."""
     x, state = sequences.x, sequences.state
-    parameters = [value for value in (weights.weight_hh, weights.bias_hh) if value is not None]
+    norms = [norm for norm in (*weights.norm_hh, weights.norm_cell) if norm is not None]
+    affine = [value for norm in norms for value in norm.equation[:2] if value is not None]
+    parameters = [value for value in (weights.weight_hh, weights.bias_hh, *affine) if value is not None]
     constants = [getattr(cell, name) for name in cell.parameters]
+    given = [norm.source.given.batch_mean for norm in norms]
     return (
         x.ndim == 4
         and not torch.compiler.is_compiling()
-        and not weights.norm_hh
-        and weights.norm_cell is None
         and weights.weight_hr is None
-        and not noise.zoneout
         and all(value.dtype == x.dtype for value in (*state, *parameters))
         and all(value.shape == (x.shape[1], x.shape[3]) for value in state)
-        and reason_against(x.dtype, (x, *state, *parameters, *constants, noise.hidden_mask)) is None
+        and reason_against(x.dtype, (x, *state, *parameters, *constants, *given, noise.hidden_mask)) is None
     )
 
 
@@ -88,48 +113,59 @@ class RecordedRecurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, recorded: RecordedCell, running: list[int] | None, *flat: Tensor | None
+        ctx: Any, recorded: RecordedCell, running: list[int] | None, calls: tuple[NormCall, ...], *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Outputs and last states, from the running sequences of each step and :class:`Tensors`."""
+        """Outputs, last states and the norms' moments, from the running sequences of each step and :class:`Tensors`."""
         tensors, program = admitted(recorded, recorded.tensors(flat)), recorded.program
         keep = any(ctx.needs_input_grad)
         samples, units = tensors.state[0].shape
         shape = Shape(tensors.x[0].shape[0], samples, units, running)
         buffers = input_buffers(recorded, tensors) | result_buffers(recorded, tensors, shape, keep)
-        execute(program.forward, buffers, matrices(recorded, tensors), shape, reverse=False)
+        norms = Norms.of(recorded, tensors, calls)
+        moments = norms.moments(tensors.state[0], keep, running is not None)
+        execute(
+            program.forward, buffers, matrices(recorded, tensors), norms.arrays(moments, units), shape, reverse=False
+        )
         states = [buffers["state", name] for name in recorded.cell.states]
         if keep:
             kept = {name: value for name, value in buffers.items() if name in program.reads}
-            ctx.recorded, ctx.shape = recorded, shape
+            ctx.recorded, ctx.shape, ctx.calls = recorded, shape, calls
             ctx.kept = {name: value.shape for name, value in kept.items()}
-            ctx.save_for_backward(*flat, *kept.values())
+            ctx.save_for_backward(*flat, *moments, *kept.values())
             ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*moments)
         if running is None:
-            return states[0][1:], *(value[-1].clone() for value in states)
+            return states[0][1:], *(value[-1].clone() for value in states), *moments
         lengths = lengths_of(torch.tensor(running, device="cpu"))
-        return states[0][1:], *(value[lengths, torch.arange(samples, device="cpu")] for value in states)
+        return states[0][1:], *(value[lengths, torch.arange(samples, device="cpu")] for value in states), *moments
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of all tensors."""
-        saved, recorded, shape = ctx.saved_tensors, ctx.recorded, ctx.shape
-        flat = saved[: len(saved) - len(ctx.kept)]
+        saved, recorded, shape, calls = ctx.saved_tensors, ctx.recorded, ctx.shape, ctx.calls
+        number = len(recorded.program.norms)
+        flat, rest = saved[: len(saved) - len(ctx.kept) - number], saved[len(saved) - len(ctx.kept) - number :]
+        gradients = gradients[: 1 + len(recorded.cell.states)]
         if all(gradient is None for gradient in gradients):
-            return (None,) * (2 + len(flat))
+            return (None,) * (3 + len(flat))
         if torch.is_grad_enabled() or is_observed() or not all(map(is_plain, gradients)):
-            return None, None, *gradients_on_torch(partial(on_torch, recorded, shape.running), flat, gradients)
+            run = partial(on_torch, recorded, shape.running, calls)
+            return None, None, None, *gradients_on_torch(run, flat, gradients)
         tensors = admitted(recorded, recorded.tensors(flat))
-        dtype, kept = tensors.state[0].dtype, zip(ctx.kept.items(), saved[len(flat) :], strict=True)
+        dtype, kept = tensors.state[0].dtype, zip(ctx.kept.items(), rest[number:], strict=True)
         buffers = {name: readable(str(name), value, size, dtype) for (name, size), value in kept}
         buffers |= gradient_buffers(recorded, tensors.state[0], shape, gradients)
-        execute(recorded.program.backward, buffers, matrices(recorded, tensors), shape, reverse=True)
-        return None, None, *collected_gradients(recorded, tensors, buffers, shape)
+        norms = Norms.of(recorded, tensors, calls)
+        found = norms.gradients()
+        arrays = norms.arrays(norms.admitted(rest[:number], tensors.state[0]), shape.units, found)
+        execute(recorded.program.backward, buffers, matrices(recorded, tensors), arrays, shape, reverse=True)
+        return None, None, None, *collected_gradients(recorded, tensors, buffers, shape, norms, found)
 
 
 def collected_gradients(
-    recorded: RecordedCell, tensors: Tensors, buffers: Buffers, shape: Shape
+    recorded: RecordedCell, tensors: Tensors, buffers: Buffers, shape: Shape, norms: Norms, found: Affine
 ) -> list[Tensor | None]:
-    """Gradients of all tensors from the buffers that the backward instructions have written."""
+    """Gradients of all tensors from the buffers that the backward instructions have written, and those of norms."""
     (program, signature), states = (recorded.program, recorded.signature), recorded.cell.states
     constants = {
         name: buffers["constant_gradient", name].sum((0, 1)) if name in program.constants else None
@@ -138,13 +174,19 @@ def collected_gradients(
     products = product_gradients(recorded, buffers, shape)
     constants |= {name: weight for name, (weight, _) in products.items() if isinstance(name, str)}
     weight, bias = hidden_gradients(recorded, tensors, products, shape)
+    of_norms = norms.by_key(found)
+    if recorded.signature.around.normalized and recorded.signature.around.biased:
+        bias = hidden_bias_of_norms(recorded, tensors, of_norms)
     return [
         *(buffers["gate_gradient", index] for index in range(len(signature.segments))),
         *(buffers["carry", name] if name in program.states else None for name in states),
         weight,
         bias,
         *constants.values(),
+        *(of_norms.get(key, (None, None))[0] for key in recorded.signature.norms(recorded.cell)),
+        of_norms.get(NORM_CELL, (None, None))[1],
         None,
+        *(None for _ in tensors.kept),
     ]
 
 
@@ -171,10 +213,20 @@ def hidden_gradients(
         if index not in products:
             products[index] = new(rows, shape.units), new(rows)
     weights, biases = zip(*(products[index] for index in range(len(recorded.cell.products))), strict=True)
-    return torch.cat(weights), torch.cat(biases) if recorded.signature.biased else None
+    return torch.cat(weights), torch.cat(biases) if recorded.signature.around.biased else None
 
 
-def on_torch(recorded: RecordedCell, running: list[int] | None, *flat: Tensor | None) -> tuple[Tensor, ...]:
+def hidden_bias_of_norms(recorded: RecordedCell, tensors: Tensors, found: dict[Any, Any]) -> Tensor:
+    """The hidden bias's gradient where norms add it, zero in products that the step does not take."""
+    assert tensors.bias_hh is not None
+    parts = tensors.bias_hh.split(recorded.rows(tensors.state[0].shape[-1]))
+    pairs = enumerate(parts)
+    return torch.cat([found[index][1] if index in found else torch.zeros_like(part) for index, part in pairs])
+
+
+def on_torch(
+    recorded: RecordedCell, running: list[int] | None, calls: tuple[NormCall, ...], *flat: Tensor | None
+) -> tuple[Tensor, ...]:
     """Outputs and last states step by step on torch operations."""
     tensors, signature = recorded.tensors(flat), recorded.signature
     cell = copy(recorded.cell)
@@ -183,11 +235,18 @@ def on_torch(recorded: RecordedCell, running: list[int] | None, *flat: Tensor | 
     parts: dict[str, Tensor] = {}
     for gates, value in zip(signature.segments, tensors.x, strict=True):
         parts |= dict(zip(gates, value.chunk(len(gates), -1), strict=True))
+    around, biases = signature.around, {NORM_CELL: tensors.norm_bias}
+    made = {
+        key: call.sequence(weight, biases.get(key))
+        for key, call, weight in zip(signature.norms(cell), calls, tensors.norm_weights, strict=True)
+    }
+    norm_cell = made.pop(NORM_CELL, None)
+    kept = dict(zip(around.zoned, (value > 0 for value in tensors.kept), strict=False)) if tensors.kept else None
     result = unroll(
         cell,
         Gates(None, cell.gates, parts),
         Sequences(tensors.x[0], tensors.state, running),
-        HiddenWeights(tensors.weight_hh, tensors.bias_hh, None, (), None),
-        Noise(tensors.mask, 0.0, None),
+        HiddenWeights(tensors.weight_hh, tensors.bias_hh, None, tuple(made.values()), norm_cell),
+        Noise(tensors.mask, float(bool(around.zoned)) if around.zoneout is None else around.zoneout, kept),
     )
     return result.outputs, *result.state
