@@ -17,11 +17,14 @@ from lightning_bln.cells.lstm import LSTM
 from lightning_bln.cells.rnn import RNN
 from lightning_bln.kernels.gate import HOW_TO_BUILD, reason_against, serves
 from lightning_bln.recurrence.deferred import deferred_recurrence
+from lightning_bln.recurrence.gate_norm import SequenceNorm
 from lightning_bln.recurrence.inductor import inductor_recurrence
 from lightning_bln.recurrence.parameters import Weights
 from lightning_bln.recurrence.program.runtime import recorded_recurrence
 from lightning_bln.recurrence.reference import HiddenWeights, Noise, Result, Sequences, recurrence
 from lightning_bln.recurrence.scan import scan_recurrence
+from lightning_bln.recurrence.sequence_norm import normalize_steps
+from lightning_bln.recurrence.sequences import Running
 
 BACKENDS = ("auto", "reference", "compile", "cpu")
 
@@ -64,8 +67,43 @@ def warn_missing() -> None:
     warnings.warn(f"recurrent layers run on torch operations, several times slower: {HOW_TO_BUILD}", stacklevel=5)
 
 
-def run(backend: str, cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result:
-    """:func:`~lightning_bln.recurrence.reference.recurrence` by the backend of this name."""
+def run(
+    backend: str,
+    cell: Cell,
+    sequences: Sequences,
+    weights: HiddenWeights,
+    noise: Noise,
+    norm_ih: SequenceNorm | None,
+    bias_ih: Tensor | None,
+) -> Result:
+    """:func:`~lightning_bln.recurrence.reference.recurrence` by the backend of this name.
+
+    Args:
+        backend: As in :class:`~lightning_bln.Recurrent`.
+        cell: The equations of one step.
+        sequences: Products of the input, with their bias where there is no ``norm_ih``.
+        weights: Hidden weights and norms.
+        noise: Dropout and zoneout.
+        norm_ih: The norm of the products, whose dtype may still be a narrow one.
+        bias_ih: Their bias.
+    """
+    dtype, running = sequences.state[0].dtype, Running.of(sequences.x[..., 0], sequences.sizes)
+    is_linear = isinstance(cell, LinearCell) and not noise.zoneout
+    if norm_ih is None:
+        sequences = sequences._replace(x=sequences.x.to(dtype))
+        return run_normalized(backend, cell, sequences, weights, noise)
+    if backend in ("auto", "cpu") and not is_linear and not is_observed():
+        whole = sequences._replace(x=sequences.x.to(dtype))
+        found = recorded_recurrence(cell, whole, weights, noise, norm_ih, bias_ih)
+        if found is not None:
+            return found
+    x, seen = normalize_steps(norm_ih, sequences.x, running, bias_ih, backend=backend)
+    sequences = sequences._replace(x=x.to(dtype))
+    return run_normalized(backend, cell, sequences, weights, noise)._replace(norm_ih=seen)
+
+
+def run_normalized(backend: str, cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result:
+    """:func:`run` on an input that is normalised."""
     if backend == "reference" or is_observed():
         return recurrence(cell, sequences, weights, noise)
     if isinstance(cell, LinearCell) and not noise.zoneout:

@@ -12,7 +12,7 @@ from lightning_bln.recurrence.fused import run_fused
 from lightning_bln.recurrence.parameters import Weights
 from lightning_bln.recurrence.reference import HiddenWeights, Noise, Sequences
 from lightning_bln.recurrence.regularization import Regularization
-from lightning_bln.recurrence.sequence_norm import normalize_steps, take_in
+from lightning_bln.recurrence.sequence_norm import take_in
 from lightning_bln.recurrence.sequences import Running
 
 
@@ -50,11 +50,8 @@ def run_direction(
     product = linear if backend == "auto" else F.linear
     bias = weights.bias_ih if norm_ih is None else None
     gates = product(x, weights.weight_ih, bias).unflatten(-1, (number, -1))
-    if weights.norm_ih is not None and norm_ih is not None:
-        gates, seen = normalize_steps(norm_ih, gates, running, weights.bias_ih, backend=backend)
-        take_in(weights.norm_ih, norm_ih, seen, running)
     dtype = weights.weight_ih.dtype  # under autocast products are narrow, the state and what is done to it is not
-    gates, state = gates.to(dtype), tuple(value.to(dtype) for value in state)
+    state = tuple(value.to(dtype) for value in state)
     hidden = HiddenWeights(
         weights.weight_hh,
         weights.bias_hh,
@@ -67,7 +64,9 @@ def run_direction(
         regularization.zoneout,
         regularization.kept(weights.cell, state, running.steps),
     )
-    result = run(backend, weights.cell, Sequences(gates, state, sizes), hidden, noise)
+    result = run(backend, weights.cell, Sequences(gates, state, sizes), hidden, noise, norm_ih, weights.bias_ih)
+    if weights.norm_ih is not None and norm_ih is not None:
+        take_in(weights.norm_ih, norm_ih, result.norm_ih, running)
     for module, norm, seen in zip(weights.norm_hh, hidden.norm_hh, result.norm_hh, strict=False):
         take_in(module, norm, seen, running)
     if weights.norm_cell is not None and hidden.norm_cell is not None:

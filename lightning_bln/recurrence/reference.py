@@ -64,6 +64,8 @@ class Result(NamedTuple):
     state: tuple[Tensor, ...]
     norm_hh: tuple[Statistics | Tensor | None, ...]
     norm_cell: Statistics | Tensor | None
+    norm_ih: Statistics | Tensor | None = None
+    """Where the recurrence normalises its input."""
 
 
 def project_input(

@@ -51,13 +51,14 @@ def differentiate(step: Step) -> Adjoint:
                 accumulate(value.inputs[0], Value("product", products[value].values(), key=value))
         elif value.op == "norm":
             if value in products:
-                (operand,), width = value.inputs, value.key[1]
-                norms[value] = of_input = Value("norm_gradient", (*products[value].values(), operand), key=value)
-                parts = [Value("part", (of_input,), key=k) for k in range(width)]
-                if operand.op == "product":
-                    products[operand] = dict(enumerate(parts))
+                of_input = Value("norm_gradient", (*products[value].values(), *value.inputs), key=value)
+                parts = [Value("part", (of_input,), key=k) for k in range(value.key[1])]
+                norms[value] = of_input
+                if value.inputs[0].op == "product":
+                    products[value.inputs[0]] = dict(enumerate(parts))
                 else:
-                    accumulate(operand, parts[0])
+                    for operand, part in zip(value.inputs, parts, strict=True):
+                        accumulate(operand, part)
         elif gradient is None:
             continue
         elif value.op == "part":

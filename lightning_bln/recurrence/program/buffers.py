@@ -105,7 +105,7 @@ def admitted(recorded: RecordedCell, tensors: Tensors) -> Tensors:
         read("bias_hh", tensors.bias_hh, rows),
         tuple(read("constant", value, *[units] * n) for n, value in zip(axes, tensors.constants, strict=True)),
         tuple(read("norm_weight", value, n) for n, value in zip(of_norms, tensors.norm_weights, strict=True)),
-        read("norm_bias", tensors.norm_bias, units),
+        tuple(read("norm_bias", value, n) for n, value in zip(of_norms, tensors.norm_biases, strict=True)),
         read("mask", tensors.mask, samples, units),
         tuple(read("zoneout", value, steps, samples, units) for value in tensors.kept),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lightning_bln.kernels.library import Instruction
@@ -44,10 +44,11 @@ class Transposed(NamedTuple):
 
 
 class NormGradient(NamedTuple):
-    """Key of the gradient of a norm's input: the norm's number, and the place of the gradient of its output."""
+    """Key of the gradient of a norm's input: the norm's number, places of its output's gradient and of its input."""
 
     norm: int
     gradient: Place
+    input: Place
 
 
 class Code(NamedTuple):
@@ -183,10 +184,16 @@ def lower_adjoint(
     """
     values, (products, norms) = ordered(adjoint.roots(), known), wide
     where = {**where, **places_of_leaves(values, layout)}
-    where |= {adjoint.norms[norm]: Place(("norm_gradient", k)) for k, norm in enumerate(norms) if norm in adjoint.norms}
-    where |= {value: part_of(value, where) for value in values if value.op == "part"}
     gates = {name: Place(("gate_gradient", place.buffer[1]), place.offset) for name, place in layout.items()}
-    results = [assign(value, gates[name], where) for name, value in adjoint.gates.items()]
+    for index, norm in enumerate(norms):
+        if norm in adjoint.norms:
+            first = norm.inputs[0]
+            where[adjoint.norms[norm]] = gates[first.key] if first.op == "gate" else Place(("norm_gradient", index))
+    where |= {value: part_of(value, where) for value in values if value.op == "part"}
+    results = [
+        value if where.get(value) == gates[name] else assign(value, gates[name], where)
+        for name, value in adjoint.gates.items()
+    ]
     results += [assign(value, Place(("constant_gradient", name)), where) for name, value in adjoint.constants.items()]
     buffers: list[GradientBuffer] = []
     for buffer in dict.fromkeys(place.buffer for place in gates.values()):
@@ -195,12 +202,11 @@ def lower_adjoint(
     buffers += [GradientBuffer(("constant_gradient", name), 1, True) for name in adjoint.constants]
     for index, norm in enumerate(norms):
         if norm in adjoint.norms:
-            added, made = place_norm_gradient(adjoint, index, norm, where)
-            results, buffers = [*results, *added], [*buffers, *made]
-    found = []
+            results += place_norm_gradient(adjoint, index, norm, where, buffers)
+    found, of_all_steps = [], [one.buffer for one in buffers if one.has_steps]
     for index, product in enumerate(products):
         width, parts = widths.get(product.key, 1), adjoint.products.get(product, {})
-        place = contiguous([where.get(parts[k]) if k in parts else None for k in range(width)])
+        place = contiguous([where.get(parts[k]) if k in parts else None for k in range(width)], of_all_steps)
         if place is None:
             place = Place(("product_gradient", index))
             parts = {k: assign(part, place._replace(offset=k), where) for k, part in parts.items()}
@@ -215,23 +221,24 @@ def lower_adjoint(
 
 
 def place_norm_gradient(
-    adjoint: Adjoint, index: int, norm: Value, where: dict[Value, Place]
-) -> tuple[list[Value], list[GradientBuffer]]:
-    """Put the gradients of a norm's output side by side, and that of its input into a buffer of its own.
+    adjoint: Adjoint, index: int, norm: Value, where: dict[Value, Place], buffers: list[GradientBuffer]
+) -> list[Value]:
+    """Put the gradients of a norm's output side by side, and that of its input into a place of its own.
 
     Returns:
-        Values that are computed for it, and the buffers.
+        What is computed for it.
     """
-    value, parts, width = adjoint.norms[norm], adjoint.products[norm], norm.key[1]
-    place, buffers = contiguous([where.get(parts[k]) if k in parts else None for k in range(width)]), []
+    value, parts, width, first = adjoint.norms[norm], adjoint.products[norm], norm.key[1], norm.inputs[0]
+    places = [where.get(parts[k]) if k in parts else None for k in range(width)]
+    place = contiguous(places, [one.buffer for one in buffers])
     if place is None:
         place = Place(("norm_output_gradient", index))
         parts = {k: assign(part, place._replace(offset=k), where) for k, part in parts.items()}
         buffers.append(GradientBuffer(place.buffer, width, len(parts) == width, has_steps=False))
-    (operand,) = norm.inputs
-    value.key, value.inputs = NormGradient(index, place), (*parts.values(), operand)
-    buffers.append(GradientBuffer(("norm_gradient", index), width, True, has_steps=operand.op == "product"))
-    return list(parts.values()), buffers
+    value.key, value.inputs = NormGradient(index, place, where[first]), (*parts.values(), *norm.inputs)
+    if first.op != "gate":
+        buffers.append(GradientBuffer(where[value].buffer, width, True, has_steps=first.op == "product"))
+    return list(parts.values())
 
 
 def part_of(value: Value, where: Mapping[Value, Place]) -> Place:
@@ -262,10 +269,10 @@ def with_carries(
     return order
 
 
-def contiguous(places: Sequence[Place | None]) -> Place | None:
-    """The first of ``places`` if they follow one another in a buffer of gates' gradients, else ``None``."""
+def contiguous(places: Sequence[Place | None], among: Container[Buffer]) -> Place | None:
+    """The first of ``places`` if they follow one another in one of these buffers, else ``None``."""
     first = places[0]
-    if first is None or first.buffer[0] not in ("gate_gradient", "norm_gradient"):
+    if first is None or first.buffer not in among:
         return None
     return first if places == [first._replace(offset=first.offset + k) for k in range(len(places))] else None
 
@@ -286,8 +293,10 @@ def lower(order: Iterable[Value], where: dict[Value, Place]) -> Code:
             matrix = ("transposed", value.key.matrix) if is_transposed else ("plain", value.key)
             inputs = [value.key.gradient if is_transposed else inputs[0]]
         elif value.op == "norm_gradient":
-            inputs = [value.key.gradient, inputs[-1]]
-        elif value.op != "norm":  # elementwise, so that the result may overwrite an operand
+            inputs = [value.key.gradient, value.key.input]
+        elif value.op == "norm":
+            inputs = inputs[:1]
+        else:  # elementwise, so that the result may overwrite an operand
             free += released
         if value not in where:
             if not free:

@@ -237,6 +237,8 @@ class Around(NamedTuple):
     """Whether hidden products have a bias."""
     masked: bool
     """Whether a dropout mask is applied before hidden products."""
+    norm_input: bool
+    """Whether the input is a product that is still to be normalised."""
     normalized: bool
     """Whether hidden products are normalised."""
     norm_cell: bool
@@ -252,8 +254,8 @@ def norm_of_state(c: Value) -> Value:
     return Value("part", (Value("norm", (c,), key=(NORM_CELL, 1)),), key=0)
 
 
-NORM_CELL = "cell"
-"""The key of the cell state's norm; those of hidden products have the product's index."""
+NORM_INPUT, NORM_CELL = "input", "cell"
+"""Keys of the norms of the input's product and of the cell state; those of hidden products have the product's index."""
 
 
 class Step(NamedTuple):
@@ -282,7 +284,11 @@ def record_step(cell: Cell, gates: Iterable[str], axes: Mapping[str, int], aroun
     norm_cell: Any = norm_of_state if around.norm_cell else identity
     cell.norm_cell = norm_cell
     before = {name: Value("state", key=name) for name in cell.states}
-    x: Any = NamedGates({name: Value("gate", key=name) for name in gates})
+    parts = {name: Value("gate", key=name) for name in gates}
+    if around.norm_input:
+        whole = Value("norm", parts.values(), key=(NORM_INPUT, len(parts)))
+        parts = {name: Value("part", (whole,), key=k) for k, name in enumerate(parts)}
+    x: Any = NamedGates(parts)
     after = cell.step(x, cell.State(**before), Products(cell, around))._asdict()
     if not all(isinstance(value, Value) for value in after.values()):
         raise NotRecordable("a state that is no tensor")

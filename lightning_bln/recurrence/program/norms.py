@@ -13,7 +13,6 @@ from lightning_bln.equation import Equation, Source, mixing_rows, weight_of
 from lightning_bln.kernels.gate import admit, readable
 from lightning_bln.kernels.library import NormArgs, bits_of, pointer, set_norm
 from lightning_bln.recurrence.gate_norm import SequenceNorm
-from lightning_bln.recurrence.program.graph import NORM_CELL
 from lightning_bln.recurrence.program.recording import RecordedCell, Tensors
 
 
@@ -76,7 +75,7 @@ class Norms(NamedTuple):
         """Those of a call, some of which the step may not take."""
         names = recorded.signature.norms(recorded.cell)
         taken = [(names.index(key), key) for key, _ in recorded.program.norms]
-        biases: dict[Any, Tensor | None] = {NORM_CELL: tensors.norm_bias}
+        biases = dict(zip(names, tensors.norm_biases, strict=True))
         if tensors.bias_hh is not None and recorded.signature.around.normalized:
             biases |= dict(enumerate(tensors.bias_hh.split(recorded.rows(tensors.state[0].shape[-1]))))
         affine = Affine([tensors.norm_weights[k] for k, _ in taken], [biases.get(key) for _, key in taken])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lightning_bln.cells.cell import Cell
 from lightning_bln.recurrence.program.codegen import Place, Program, generate_program
-from lightning_bln.recurrence.program.graph import NORM_CELL, Around, record_step
+from lightning_bln.recurrence.program.graph import NORM_CELL, NORM_INPUT, Around, record_step
 
 
 class Tensors(NamedTuple):
@@ -24,16 +25,16 @@ class Tensors(NamedTuple):
     constants: tuple[Tensor, ...]
     """The cell's own vectors and matrices."""
     norm_weights: tuple[Tensor | None, ...]
-    """Of the hidden products' norms, then of the cell state's."""
-    norm_bias: Tensor | None
-    """Of the cell state's norm; those of the others are ``bias_hh``."""
+    """In the order of :meth:`Signature.norms`."""
+    norm_biases: tuple[Tensor | None, ...]
+    """Likewise, but for those of hidden products, which are ``bias_hh``."""
     mask: Tensor | None
     kept: tuple[Tensor, ...]
     """Of each zoned state, 1 where a unit keeps its value at a step, ``(T, B, H)``."""
 
     def flat(self) -> list[Tensor | None]:
         """All of them in one list."""
-        learned = self.weight_hh, self.bias_hh, *self.constants, *self.norm_weights, self.norm_bias
+        learned = self.weight_hh, self.bias_hh, *self.constants, *self.norm_weights, *self.norm_biases
         return [*self.x, *self.state, *learned, self.mask, *self.kept]
 
 
@@ -47,9 +48,10 @@ class Signature(NamedTuple):
     around: Around
 
     def norms(self, cell: Cell) -> list[Any]:
-        """Keys of the norms that a call has: each hidden product, then the cell state."""
+        """Keys of the norms that a call has: the input's, each hidden product's, then the cell state's."""
         products = range(len(cell.products)) if self.around.normalized else ()
-        return [*products, *([NORM_CELL] if self.around.norm_cell else [])]
+        before = [NORM_INPUT] if self.around.norm_input else []
+        return [*before, *products, *([NORM_CELL] if self.around.norm_cell else [])]
 
 
 class RecordedCell(NamedTuple):
@@ -65,14 +67,17 @@ class RecordedCell(NamedTuple):
         x = len(self.signature.segments)
         state = x + len(self.cell.states)
         weight, bias, *rest = flat[state:]
-        constants, norms = len(self.signature.constants), len(self.signature.norms(self.cell))
-        own, weights, (norm_bias, mask, *kept) = (
-            tuple(rest[:constants]), tuple(rest[constants : constants + norms]), rest[constants + norms :],
-        )  # fmt: skip
-        return Tensors(tuple(flat[:x]), tuple(flat[x:state]), weight, bias, own, weights, norm_bias, mask, tuple(kept))
+        norms, ends = len(self.signature.norms(self.cell)), [0, len(self.signature.constants)]
+        ends += [ends[-1] + norms, ends[-1] + 2 * norms]
+        constants, weights, biases = (tuple(rest[a:b]) for a, b in itertools.pairwise(ends))
+        mask, *kept = rest[ends[-1] :]
+        first = tuple(flat[:x]), tuple(flat[x:state])
+        return Tensors(*first, weight, bias, constants, weights, biases, mask, tuple(kept))
 
     def width(self, norm: Any) -> int:
         """Gates that a norm takes."""
+        if norm == NORM_INPUT:
+            return len(self.cell.gates)
         return 1 if norm == NORM_CELL else len(self.cell.products[norm])
 
     def rows(self, units: int) -> list[int]:

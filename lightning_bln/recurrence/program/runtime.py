@@ -16,6 +16,7 @@ from lightning_bln.cells.gates import Gates
 from lightning_bln.kernels.dispatch import gradients_on_torch
 from lightning_bln.kernels.gate import readable, reason_against
 from lightning_bln.kernels.matmul import multiply
+from lightning_bln.recurrence.gate_norm import SequenceNorm
 from lightning_bln.recurrence.program.buffers import (
     Buffers,
     Shape,
@@ -27,16 +28,30 @@ from lightning_bln.recurrence.program.buffers import (
     result_buffers,
     rows_of_all_steps,
 )
-from lightning_bln.recurrence.program.graph import NORM_CELL, Around
+from lightning_bln.recurrence.program.graph import NORM_CELL, NORM_INPUT, Around
 from lightning_bln.recurrence.program.norms import Affine, NormCall, Norms
 from lightning_bln.recurrence.program.recording import RecordedCell, Signature, Tensors, options_of, record
 from lightning_bln.recurrence.reference import HiddenWeights, Noise, Result, Sequences, identity, unroll
-from lightning_bln.recurrence.sequences import lengths_of
+from lightning_bln.recurrence.sequence_norm import normalize_steps
+from lightning_bln.recurrence.sequences import Running, lengths_of
 
 
-def recorded_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result | None:
-    """:func:`~lightning_bln.recurrence.reference.recurrence` by a recorded program; ``None`` if there is none."""
-    if not is_supported(cell, sequences, weights, noise):
+def recorded_recurrence(
+    cell: Cell,
+    sequences: Sequences,
+    weights: HiddenWeights,
+    noise: Noise,
+    norm_ih: SequenceNorm | None = None,
+    bias_ih: Tensor | None = None,
+) -> Result | None:
+    """:func:`~lightning_bln.recurrence.reference.recurrence` by a recorded program; ``None`` if there is none.
+
+    With ``norm_ih`` the input is still to be normalised, and ``bias_ih`` to be added.
+    """
+    norms = [norm for norm in (norm_ih, *weights.norm_hh, weights.norm_cell) if norm is not None]
+    if not is_supported(cell, sequences, weights, noise, norms, bias_ih):
+        return None
+    if norm_ih is not None and type(cell).prepare is not Cell.prepare:
         return None
     x = cell.prepare(Gates(sequences.x.flatten(-2), cell.gates), cell.State(*sequences.state))
     segments = x.segments()
@@ -48,12 +63,11 @@ def recorded_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights
     signature = Signature(
         tuple(segments),
         tuple((name, value.ndim) for name, value in constants.items()),
-        around_of(cell, weights, noise),
+        around_of(cell, weights, noise, norm_ih is not None),
     )
     recorded = record(cast(Hashable, type(cell)), options, signature)
     if recorded is None:
         return None
-    norms = [*weights.norm_hh, *([] if weights.norm_cell is None else [weights.norm_cell])]
     tensors = Tensors(
         tuple(value.to(dtype) for value in segments.values()),
         sequences.state,
@@ -61,7 +75,7 @@ def recorded_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights
         weights.bias_hh,
         tuple((v.expand(units) if v.ndim == 1 else v).to(dtype) for v in constants.values()),
         tuple(norm.equation.weight for norm in norms),
-        None if weights.norm_cell is None else weights.norm_cell.equation.bias,
+        tuple(bias_ih if norm is norm_ih else norm.equation.bias for norm in norms),
         noise.hidden_mask,
         () if noise.kept is None else tuple(noise.kept[name].to(dtype) for name in signature.around.zoned),
     )
@@ -71,11 +85,11 @@ def recorded_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights
     keys = signature.norms(cell)
     seen = {key: next(moments) for key, _ in recorded.program.norms}
     found = {key: seen.get(key) if norm.observes else None for key, norm in zip(keys, norms, strict=True)}
-    of_cell = found.pop(NORM_CELL, None)
-    return Result(outputs, tuple(state), tuple(found.values()), of_cell)
+    of_cell, of_input = (found.pop(key, None) for key in (NORM_CELL, NORM_INPUT))
+    return Result(outputs, tuple(state), tuple(found.values()), of_cell, of_input)
 
 
-def around_of(cell: Cell, weights: HiddenWeights, noise: Noise) -> Around:
+def around_of(cell: Cell, weights: HiddenWeights, noise: Noise, norm_input: bool) -> Around:
     """Norms, bias, dropout and zoneout around the cell's equations in a call."""
     zoned: tuple[str, ...] = ()
     if noise.zoneout:
@@ -83,6 +97,7 @@ def around_of(cell: Cell, weights: HiddenWeights, noise: Noise) -> Around:
     return Around(
         biased=weights.bias_hh is not None,
         masked=noise.hidden_mask is not None,
+        norm_input=norm_input,
         normalized=bool(weights.norm_hh),
         norm_cell=weights.norm_cell is not None,
         zoned=zoned,
@@ -90,12 +105,18 @@ def around_of(cell: Cell, weights: HiddenWeights, noise: Noise) -> Around:
     )
 
 
-def is_supported(cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> bool:
+def is_supported(
+    cell: Cell,
+    sequences: Sequences,
+    weights: HiddenWeights,
+    noise: Noise,
+    norms: list[SequenceNorm],
+    bias_ih: Tensor | None,
+) -> bool:
     """Whether recorded programs run a recurrence of this kind: on the CPU, without projection."""
     x, state = sequences.x, sequences.state
-    norms = [norm for norm in (*weights.norm_hh, weights.norm_cell) if norm is not None]
-    affine = [value for norm in norms for value in norm.equation[:2] if value is not None]
-    parameters = [value for value in (weights.weight_hh, weights.bias_hh, *affine) if value is not None]
+    affine = [value for norm in norms for value in norm.equation[:2]]
+    parameters = [value for value in (weights.weight_hh, weights.bias_hh, bias_ih, *affine) if value is not None]
     constants = [getattr(cell, name) for name in cell.parameters]
     given = [norm.source.given.batch_mean for norm in norms]
     return (
@@ -174,7 +195,7 @@ def collected_gradients(
     products = product_gradients(recorded, buffers, shape)
     constants |= {name: weight for name, (weight, _) in products.items() if isinstance(name, str)}
     weight, bias = hidden_gradients(recorded, tensors, products, shape)
-    of_norms = norms.by_key(found)
+    of_norms, keys = norms.by_key(found), recorded.signature.norms(recorded.cell)
     if recorded.signature.around.normalized and recorded.signature.around.biased:
         bias = hidden_bias_of_norms(recorded, tensors, of_norms)
     return [
@@ -183,8 +204,8 @@ def collected_gradients(
         weight,
         bias,
         *constants.values(),
-        *(of_norms.get(key, (None, None))[0] for key in recorded.signature.norms(recorded.cell)),
-        of_norms.get(NORM_CELL, (None, None))[1],
+        *(of_norms.get(key, (None, None))[0] for key in keys),
+        *(of_norms[key][1] if key in of_norms and not isinstance(key, int) else None for key in keys),
         None,
         *(None for _ in tensors.kept),
     ]
@@ -235,12 +256,14 @@ def on_torch(
     parts: dict[str, Tensor] = {}
     for gates, value in zip(signature.segments, tensors.x, strict=True):
         parts |= dict(zip(gates, value.chunk(len(gates), -1), strict=True))
-    around, biases = signature.around, {NORM_CELL: tensors.norm_bias}
-    made = {
-        key: call.sequence(weight, biases.get(key))
-        for key, call, weight in zip(signature.norms(cell), calls, tensors.norm_weights, strict=True)
-    }
-    norm_cell = made.pop(NORM_CELL, None)
+    around, keys = signature.around, signature.norms(cell)
+    columns = zip(keys, calls, tensors.norm_weights, tensors.norm_biases, strict=True)
+    made = {key: call.sequence(weight, bias) for key, call, weight, bias in columns}
+    norm_cell, norm_ih = made.pop(NORM_CELL, None), made.pop(NORM_INPUT, None)
+    if norm_ih is not None:
+        (x,), steps = tensors.x, Running.of(tensors.x[0], running)
+        value, _ = normalize_steps(norm_ih, x.unflatten(-1, (len(cell.gates), -1)), steps, backend="reference")
+        parts = dict(zip(cell.gates, value.unbind(-2), strict=True))
     kept = dict(zip(around.zoned, (value > 0 for value in tensors.kept), strict=False)) if tensors.kept else None
     result = unroll(
         cell,
