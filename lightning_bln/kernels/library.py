@@ -81,7 +81,7 @@ class ProgramArgs(ctypes.Structure):
     """``ProgramArgs`` of ``csrc/program.h``."""
 
     _fields_ = (
-        *fields(_INTEGER, "steps batch units threads reversed instructions matrices norms"),
+        *fields(_INTEGER, "steps batch units outputs threads reversed instructions matrices norms"),
         *fields(_POINTER, "batch_sizes code places matrix norm_gates norm"),
     )
 
@@ -89,7 +89,7 @@ class ProgramArgs(ctypes.Structure):
 class Instruction(ctypes.Structure):
     """``Instruction`` of ``csrc/program.h``."""
 
-    _fields_ = (*fields(_INTEGER, "operation to a b c"), *fields(_NUMBER, "s u"))
+    _fields_ = (*fields(_INTEGER, "operation narrow to a b c"), *fields(_NUMBER, "s u"))
 
 
 class ProductArgs(ctypes.Structure):

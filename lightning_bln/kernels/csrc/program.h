@@ -15,9 +15,10 @@ enum Operation : int64_t {  // clang-format off
 };  // clang-format on
 
 // Operands are indices into `places`; of a product, c is the index of its matrix, of a norm and its gradient that of the
-// norm. A norm's gradient has that of its output as a, and its input as b.
+// norm. A norm's gradient has that of its output as a, and its input as b. Narrow values have the features of the
+// output, which may be projected; all others those of a gate.
 struct Instruction {
-  int64_t operation, to, a, b, c;
+  int64_t operation, narrow, to, a, b, c;
   double s, u;
 };
 
@@ -32,7 +33,7 @@ struct Matrix {
 };
 
 struct ProgramArgs {
-  int64_t steps, batch, units, threads, reversed, instructions, matrices, norms;
+  int64_t steps, batch, units, outputs, threads, reversed, instructions, matrices, norms;
   const int64_t* batch_sizes;  // [steps], or null if all sequences run to the end
   const Instruction* code;
   const Place* places;
@@ -207,7 +208,7 @@ class Program {
   // to = f(a, b, c), unit by unit.
   template <class F>
   void map(const Instruction& code, int64_t t, Range rows, F f) const {
-    const int64_t n = a.units;
+    const int64_t n = code.narrow ? a.outputs : a.units;
     const Place *to = a.places + code.to, *pa = a.places + code.a, *pb = a.places + code.b, *pc = a.places + code.c;
     for (int64_t row = rows.begin; row < rows.end; row++) {
       T* out = at(code.to, t) + row * to->row;

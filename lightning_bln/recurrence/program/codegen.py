@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lightning_bln.kernels.library import Instruction
 from lightning_bln.recurrence.program.autodiff import Adjoint, differentiate
-from lightning_bln.recurrence.program.graph import SUMS, Step, Value, merge_sums, ordered
+from lightning_bln.recurrence.program.graph import PROJECTION, SUMS, Step, Value, merge_sums, ordered
 
 OPERATIONS = (
     "product", *SUMS, "sigmoid_gradient", "tanh_gradient", "relu_gradient", "softplus_gradient", "hardsigmoid_gradient",
@@ -31,6 +31,8 @@ class Place(NamedTuple):
 
 
 ZERO = Place(("zero", 0))
+NARROW = (("state", "h"), ("carry", "h"), ("kept", "h"), ("output", None), ("mask", None))
+"""Values with as many features as the output has, where that is projected."""
 LEAVES = ("state", "constant", "mask", "kept", "carry", "output")
 WIDE = ("product", "norm")
 """Operations that compute several gates side by side."""
@@ -69,7 +71,7 @@ class Product(NamedTuple):
     matrix: Any
     """Index in ``cell.products``, or the name of the cell's own matrix."""
     width: int
-    """Gates that it computes."""
+    """Gates that it computes; zero for as many features as the output has."""
     input: Place
     gradient: Place
     """First gate of the product's gradient; the others follow."""
@@ -131,11 +133,12 @@ def generate_program(step: Step, layout: Mapping[str, Place], widths: Mapping[An
     kept = dict.fromkeys(operand for user in users for operand in user.inputs if operand in known and operand.inputs)
     tapes = [value for value in kept if value not in where]
     where |= {value: Place(("tape", index)) for index, value in enumerate(tapes)}
+    narrow = Narrow(any(value.key == PROJECTION for value in products))
     backward, learned, gradients = lower_adjoint(
-        adjoint, list(step.before), (products, norms), layout, where, known, widths
+        adjoint, list(step.before), (products, norms), layout, where, known, widths, narrow
     )
     return Program(
-        forward=lower(ordered(ends), dict(where)),
+        forward=lower(ordered(ends), dict(where), narrow),
         backward=backward,
         products=learned,
         norms=tuple(value.key for value in norms),
@@ -177,6 +180,7 @@ def lower_adjoint(
     where: Mapping[Value, Place],
     known: frozenset[Value],
     widths: Mapping[Any, int],
+    narrow: Narrow,
 ) -> tuple[Code, tuple[Product, ...], tuple[GradientBuffer, ...]]:
     """Code, products and buffers of the gradient of a step whose ``known`` values have their places in ``where``.
 
@@ -206,18 +210,18 @@ def lower_adjoint(
     found, of_all_steps = [], [one.buffer for one in buffers if one.has_steps]
     for index, product in enumerate(products):
         width, parts = widths.get(product.key, 1), adjoint.products.get(product, {})
-        place = contiguous([where.get(parts[k]) if k in parts else None for k in range(width)], of_all_steps)
+        place = contiguous([where.get(parts[k]) if k in parts else None for k in range(width or 1)], of_all_steps)
         if place is None:
             place = Place(("product_gradient", index))
             parts = {k: assign(part, place._replace(offset=k), where) for k, part in parts.items()}
             results += parts.values()
-            buffers.append(GradientBuffer(place.buffer, width, len(parts) == width))
+            buffers.append(GradientBuffer(place.buffer, width, len(parts) == (width or 1)))
         found.append(Product(product.key, width, where[product.inputs[0]], place))
         for value in values:
             if value.op == "product" and value.key is product:
                 value.key, value.inputs = Transposed(product.key, place), tuple(parts.values())
     order = with_carries(adjoint, states, results, where, known)
-    return lower(order, where), tuple(found), tuple(buffers)
+    return lower(order, where, narrow), tuple(found), tuple(buffers)
 
 
 def place_norm_gradient(
@@ -277,7 +281,28 @@ def contiguous(places: Sequence[Place | None], among: Container[Buffer]) -> Plac
     return first if places == [first._replace(offset=first.offset + k) for k in range(len(places))] else None
 
 
-def lower(order: Iterable[Value], where: dict[Value, Place]) -> Code:
+class Narrow(dict[Value, bool]):
+    """Whether a value has as many features as a projected output, by value; no value has without a projection."""
+
+    def __init__(self, is_projected: bool) -> None:
+        super().__init__()
+        self.is_projected = is_projected
+
+    def __missing__(self, value: Value) -> bool:
+        if not self.is_projected:
+            found = False
+        elif value.op == "product":  # the gradient of a hidden product's input is one of the output
+            is_transposed = isinstance(value.key, Transposed)
+            found = isinstance(value.key.matrix, int) if is_transposed else value.key == PROJECTION
+        elif value.inputs and value.op not in ("norm", "norm_gradient"):
+            found = any(self[operand] for operand in value.inputs)
+        else:
+            found = (value.op, value.key) in NARROW
+        self[value] = found
+        return found
+
+
+def lower(order: Iterable[Value], where: dict[Value, Place], narrow: Narrow) -> Code:
     """Instructions for values in order; a value without a place gets a register, which is reused after its last use."""
     order = [value for value in order if value.inputs and value.op != "part"]
     last_use = {operand: index for index, value in enumerate(order) for operand in value.inputs}
@@ -312,5 +337,6 @@ def lower(order: Iterable[Value], where: dict[Value, Place]) -> Code:
             c = matrices.setdefault(matrix, len(matrices))
         elif value.op in ("norm", "norm_gradient"):
             c = value.key.norm if value.op == "norm_gradient" else where[value].buffer[1]
-        instructions.append(Instruction(OPERATIONS.index(value.op), to, a, b, c, *value.numbers))
+        operation = OPERATIONS.index(value.op)
+        instructions.append(Instruction(operation, int(narrow[value]), to, a, b, c, *value.numbers))
     return Code((Instruction * len(instructions))(*instructions), tuple(places), tuple(matrices), registers)

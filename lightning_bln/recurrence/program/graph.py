@@ -243,6 +243,8 @@ class Around(NamedTuple):
     """Whether hidden products are normalised."""
     norm_cell: bool
     """Whether the cell state is normalised where it enters the output."""
+    projected: bool
+    """Whether the output is projected."""
     zoned: tuple[str, ...]
     """States that zoneout acts on."""
     zoneout: float | None
@@ -253,6 +255,9 @@ def norm_of_state(c: Value) -> Value:
     """A cell state normalised."""
     return Value("part", (Value("norm", (c,), key=(NORM_CELL, 1)),), key=0)
 
+
+PROJECTION = "weight_hr"
+"""The key of the output's product."""
 
 NORM_INPUT, NORM_CELL = "input", "cell"
 """Keys of the norms of the input's product and of the cell state; those of hidden products have the product's index."""
@@ -295,6 +300,8 @@ def record_step(cell: Cell, gates: Iterable[str], axes: Mapping[str, int], aroun
     norms = [value.key for value in ordered(after.values()) if value.op == "norm"]
     if len(set(norms)) < len(norms):
         raise NotRecordable("a norm that a step takes more than once")
+    if around.projected:
+        after["h"] = Value("part", (Value("product", (after["h"],), key=PROJECTION),), key=0)
     for name in around.zoned:
         after[name] = zone(name, before[name], after[name], around.zoneout)
     return Step(before, after)

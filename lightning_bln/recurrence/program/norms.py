@@ -71,21 +71,20 @@ class Norms(NamedTuple):
     affine: Affine
 
     @classmethod
-    def of(cls, recorded: RecordedCell, tensors: Tensors, calls: Sequence[NormCall]) -> Norms:
+    def of(cls, recorded: RecordedCell, tensors: Tensors, calls: Sequence[NormCall], units: int) -> Norms:
         """Those of a call, some of which the step may not take."""
         names = recorded.signature.norms(recorded.cell)
         taken = [(names.index(key), key) for key, _ in recorded.program.norms]
         biases = dict(zip(names, tensors.norm_biases, strict=True))
         if tensors.bias_hh is not None and recorded.signature.around.normalized:
-            biases |= dict(enumerate(tensors.bias_hh.split(recorded.rows(tensors.state[0].shape[-1]))))
+            biases |= dict(enumerate(tensors.bias_hh.split(recorded.rows(units))))
         affine = Affine([tensors.norm_weights[k] for k, _ in taken], [biases.get(key) for _, key in taken])
         widths = [width for _, width in recorded.program.norms]
         return cls([key for _, key in taken], widths, [calls[k] for k, _ in taken], affine)
 
-    def moments(self, like: Tensor, keep: bool, is_ragged: bool) -> list[Tensor]:
+    def moments(self, like: Tensor, units: int, keep: bool, is_ragged: bool) -> list[Tensor]:
         """Room for the moments of each norm that observes or has a gradient; zero where not all sequences run."""
-        (samples, units), make = like.shape, like.new_zeros if is_ragged else like.new_empty
-        sizes = self.sizes(samples, units)
+        make, sizes = like.new_zeros if is_ragged else like.new_empty, self.sizes(like.shape[0], units)
         return [make(n if keep or call.observes else 0) for n, call in zip(sizes, self.calls, strict=True)]
 
     def sizes(self, samples: int, units: int) -> list[int]:
@@ -93,9 +92,9 @@ class Norms(NamedTuple):
         pairs = zip(self.calls, self.widths, strict=True)
         return [call.mixing.shape[1] * 2 * (width * units + call.groups * samples) for call, width in pairs]
 
-    def admitted(self, moments: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+    def admitted(self, moments: Sequence[Tensor], like: Tensor, units: int) -> list[Tensor]:
         """Saved moments as the library reads them."""
-        sizes = self.sizes(*like.shape)
+        sizes = self.sizes(like.shape[0], units)
         return [readable("moments", one, (n,), like.dtype) for one, n in zip(moments, sizes, strict=True)]
 
     def gradients(self) -> Affine:

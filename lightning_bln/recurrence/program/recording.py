@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_bln.cells.cell import Cell
 from lightning_bln.recurrence.program.codegen import Place, Program, generate_program
-from lightning_bln.recurrence.program.graph import NORM_CELL, NORM_INPUT, Around, record_step
+from lightning_bln.recurrence.program.graph import NORM_CELL, NORM_INPUT, PROJECTION, Around, record_step
 
 
 class Tensors(NamedTuple):
@@ -22,6 +22,8 @@ class Tensors(NamedTuple):
     state: tuple[Tensor, ...]
     weight_hh: Tensor | None
     bias_hh: Tensor | None
+    weight_hr: Tensor | None
+    """Of the output's projection."""
     constants: tuple[Tensor, ...]
     """The cell's own vectors and matrices."""
     norm_weights: tuple[Tensor | None, ...]
@@ -34,7 +36,7 @@ class Tensors(NamedTuple):
 
     def flat(self) -> list[Tensor | None]:
         """All of them in one list."""
-        learned = self.weight_hh, self.bias_hh, *self.constants, *self.norm_weights, *self.norm_biases
+        learned = self.weight_hh, self.bias_hh, self.weight_hr, *self.constants, *self.norm_weights, *self.norm_biases
         return [*self.x, *self.state, *learned, self.mask, *self.kept]
 
 
@@ -66,13 +68,13 @@ class RecordedCell(NamedTuple):
         """The inverse of :meth:`Tensors.flat`."""
         x = len(self.signature.segments)
         state = x + len(self.cell.states)
-        weight, bias, *rest = flat[state:]
+        weight_hh, bias_hh, weight_hr, *rest = flat[state:]
         norms, ends = len(self.signature.norms(self.cell)), [0, len(self.signature.constants)]
         ends += [ends[-1] + norms, ends[-1] + 2 * norms]
         constants, weights, biases = (tuple(rest[a:b]) for a, b in itertools.pairwise(ends))
         mask, *kept = rest[ends[-1] :]
         first = tuple(flat[:x]), tuple(flat[x:state])
-        return Tensors(*first, weight, bias, constants, weights, biases, mask, tuple(kept))
+        return Tensors(*first, weight_hh, bias_hh, weight_hr, constants, weights, biases, mask, tuple(kept))
 
     def width(self, norm: Any) -> int:
         """Gates that a norm takes."""
@@ -112,7 +114,7 @@ def record(kind: type[Cell], options: Options, signature: Signature) -> Recorded
         message = str(error).partition("\n")[0]
         _REASONS[kind, options] = f"{type(error).__name__}: {message}"
         return None
-    widths = {index: len(names) for index, names in enumerate(cell.products)}
+    widths = {index: len(names) for index, names in enumerate(cell.products)} | {PROJECTION: 0}
     return RecordedCell(cell, signature, generate_program(step, layout, widths))
 
 

@@ -28,7 +28,7 @@ from lightning_bln.recurrence.program.buffers import (
     result_buffers,
     rows_of_all_steps,
 )
-from lightning_bln.recurrence.program.graph import NORM_CELL, NORM_INPUT, Around
+from lightning_bln.recurrence.program.graph import NORM_CELL, NORM_INPUT, PROJECTION, Around
 from lightning_bln.recurrence.program.norms import Affine, NormCall, Norms
 from lightning_bln.recurrence.program.recording import RecordedCell, Signature, Tensors, options_of, record
 from lightning_bln.recurrence.reference import HiddenWeights, Noise, Result, Sequences, identity, unroll
@@ -73,6 +73,7 @@ def recorded_recurrence(
         sequences.state,
         None if weights.weight_hh is None else cell.act(weights.weight_hh),
         weights.bias_hh,
+        weights.weight_hr,
         tuple((v.expand(units) if v.ndim == 1 else v).to(dtype) for v in constants.values()),
         tuple(norm.equation.weight for norm in norms),
         tuple(bias_ih if norm is norm_ih else norm.equation.bias for norm in norms),
@@ -100,6 +101,7 @@ def around_of(cell: Cell, weights: HiddenWeights, noise: Noise, norm_input: bool
         norm_input=norm_input,
         normalized=bool(weights.norm_hh),
         norm_cell=weights.norm_cell is not None,
+        projected=weights.weight_hr is not None,
         zoned=zoned,
         zoneout=noise.zoneout if zoned and noise.kept is None else None,
     )
@@ -113,18 +115,18 @@ def is_supported(
     norms: list[SequenceNorm],
     bias_ih: Tensor | None,
 ) -> bool:
-    """Whether recorded programs run a recurrence of this kind: on the CPU, without projection."""
+    """Whether recorded programs run a recurrence of this kind: on the CPU, with states of as many units as gates."""
     x, state = sequences.x, sequences.state
     affine = [value for norm in norms for value in norm.equation[:2]]
-    parameters = [value for value in (weights.weight_hh, weights.bias_hh, bias_ih, *affine) if value is not None]
+    own = weights.weight_hh, weights.bias_hh, weights.weight_hr
+    parameters = [value for value in (*own, bias_ih, *affine) if value is not None]
     constants = [getattr(cell, name) for name in cell.parameters]
     given = [norm.source.given.batch_mean for norm in norms]
     return (
         x.ndim == 4
         and not torch.compiler.is_compiling()
-        and weights.weight_hr is None
         and all(value.dtype == x.dtype for value in (*state, *parameters))
-        and all(value.shape == (x.shape[1], x.shape[3]) for value in state)
+        and all(value.shape == (x.shape[1], x.shape[3]) for value in state[weights.weight_hr is not None :])
         and reason_against(x.dtype, (x, *state, *parameters, *constants, *given, noise.hidden_mask)) is None
     )
 
@@ -139,11 +141,11 @@ class RecordedRecurrence(torch.autograd.Function):
         """Outputs, last states and the norms' moments, from the running sequences of each step and :class:`Tensors`."""
         tensors, program = admitted(recorded, recorded.tensors(flat)), recorded.program
         keep = any(ctx.needs_input_grad)
-        samples, units = tensors.state[0].shape
-        shape = Shape(tensors.x[0].shape[0], samples, units, running)
+        shape = Shape.of(recorded, tensors, running)
+        samples, units = shape.samples, shape.units
         buffers = input_buffers(recorded, tensors) | result_buffers(recorded, tensors, shape, keep)
-        norms = Norms.of(recorded, tensors, calls)
-        moments = norms.moments(tensors.state[0], keep, running is not None)
+        norms = Norms.of(recorded, tensors, calls, units)
+        moments = norms.moments(tensors.state[0], units, keep, running is not None)
         execute(
             program.forward, buffers, matrices(recorded, tensors), norms.arrays(moments, units), shape, reverse=False
         )
@@ -175,10 +177,10 @@ class RecordedRecurrence(torch.autograd.Function):
         tensors = admitted(recorded, recorded.tensors(flat))
         dtype, kept = tensors.state[0].dtype, zip(ctx.kept.items(), rest[number:], strict=True)
         buffers = {name: readable(str(name), value, size, dtype) for (name, size), value in kept}
-        buffers |= gradient_buffers(recorded, tensors.state[0], shape, gradients)
-        norms = Norms.of(recorded, tensors, calls)
+        buffers |= gradient_buffers(recorded, tensors, shape, gradients)
+        norms = Norms.of(recorded, tensors, calls, shape.units)
         found = norms.gradients()
-        arrays = norms.arrays(norms.admitted(rest[:number], tensors.state[0]), shape.units, found)
+        arrays = norms.arrays(norms.admitted(rest[:number], tensors.state[0], shape.units), shape.units, found)
         execute(recorded.program.backward, buffers, matrices(recorded, tensors), arrays, shape, reverse=True)
         return None, None, None, *collected_gradients(recorded, tensors, buffers, shape, norms, found)
 
@@ -193,16 +195,19 @@ def collected_gradients(
         for name, _ in signature.constants
     }
     products = product_gradients(recorded, buffers, shape)
-    constants |= {name: weight for name, (weight, _) in products.items() if isinstance(name, str)}
+    constants |= {
+        name: weight for name, (weight, _) in products.items() if isinstance(name, str) and name != PROJECTION
+    }
     weight, bias = hidden_gradients(recorded, tensors, products, shape)
     of_norms, keys = norms.by_key(found), recorded.signature.norms(recorded.cell)
     if recorded.signature.around.normalized and recorded.signature.around.biased:
-        bias = hidden_bias_of_norms(recorded, tensors, of_norms)
+        bias = hidden_bias_of_norms(recorded, tensors, of_norms, shape)
     return [
         *(buffers["gate_gradient", index] for index in range(len(signature.segments))),
         *(buffers["carry", name] if name in program.states else None for name in states),
         weight,
         bias,
+        products[PROJECTION][0] if PROJECTION in products else None,
         *constants.values(),
         *(of_norms.get(key, (None, None))[0] for key in keys),
         *(of_norms[key][1] if key in of_norms and not isinstance(key, int) else None for key in keys),
@@ -215,8 +220,9 @@ def product_gradients(recorded: RecordedCell, buffers: Buffers, shape: Shape) ->
     """Gradients of each product's matrix and bias, each one matrix product over all steps."""
     found: dict[Any, tuple[Tensor, Tensor]] = {}
     for product in recorded.program.products:
-        gradient = rows_of_all_steps(product.gradient, product.width, buffers, shape)
-        parts = multiply(gradient.t(), rows_of_all_steps(product.input, 1, buffers, shape)), gradient.sum(0)
+        columns = shape.outputs if isinstance(product.matrix, int) else shape.units
+        gradient = rows_of_all_steps(product.gradient, shape.columns(product.width), buffers, shape)
+        parts = multiply(gradient.t(), rows_of_all_steps(product.input, columns, buffers, shape)), gradient.sum(0)
         if product.matrix in found:  # the step multiplies by this matrix more than once
             parts = parts[0] + found[product.matrix][0], parts[1] + found[product.matrix][1]
         found[product.matrix] = parts
@@ -232,15 +238,15 @@ def hidden_gradients(
     new = tensors.weight_hh.new_zeros
     for index, rows in enumerate(recorded.rows(shape.units)):
         if index not in products:
-            products[index] = new(rows, shape.units), new(rows)
+            products[index] = new(rows, shape.outputs), new(rows)
     weights, biases = zip(*(products[index] for index in range(len(recorded.cell.products))), strict=True)
     return torch.cat(weights), torch.cat(biases) if recorded.signature.around.biased else None
 
 
-def hidden_bias_of_norms(recorded: RecordedCell, tensors: Tensors, found: dict[Any, Any]) -> Tensor:
+def hidden_bias_of_norms(recorded: RecordedCell, tensors: Tensors, found: dict[Any, Any], shape: Shape) -> Tensor:
     """The hidden bias's gradient where norms add it, zero in products that the step does not take."""
     assert tensors.bias_hh is not None
-    parts = tensors.bias_hh.split(recorded.rows(tensors.state[0].shape[-1]))
+    parts = tensors.bias_hh.split(recorded.rows(shape.units))
     pairs = enumerate(parts)
     return torch.cat([found[index][1] if index in found else torch.zeros_like(part) for index, part in pairs])
 
@@ -269,7 +275,7 @@ def on_torch(
         cell,
         Gates(None, cell.gates, parts),
         Sequences(tensors.x[0], tensors.state, running),
-        HiddenWeights(tensors.weight_hh, tensors.bias_hh, None, tuple(made.values()), norm_cell),
+        HiddenWeights(tensors.weight_hh, tensors.bias_hh, tensors.weight_hr, tuple(made.values()), norm_cell),
         Noise(tensors.mask, float(bool(around.zoned)) if around.zoneout is None else around.zoneout, kept),
     )
     return result.outputs, *result.state
