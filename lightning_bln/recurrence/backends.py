@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from copy import copy
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -88,12 +89,10 @@ def run(
         bias_ih: Their bias.
     """
     dtype, running = sequences.state[0].dtype, Running.of(sequences.x[..., 0], sequences.sizes)
-    is_linear = isinstance(cell, LinearCell) and not noise.zoneout
+    whole = sequences._replace(x=sequences.x.to(dtype))
     if norm_ih is None:
-        sequences = sequences._replace(x=sequences.x.to(dtype))
-        return run_normalized(backend, cell, sequences, weights, noise)
-    if backend in ("auto", "cpu") and not is_linear and not is_observed():
-        whole = sequences._replace(x=sequences.x.to(dtype))
+        return run_normalized(backend, cell, whole, weights, noise)
+    if backend in ("auto", "cpu") and type(cell).prepare is Cell.prepare:
         found = recorded_recurrence(cell, whole, weights, noise, norm_ih, bias_ih)
         if found is not None:
             return found
@@ -106,9 +105,12 @@ def run_normalized(backend: str, cell: Cell, sequences: Sequences, weights: Hidd
     """:func:`run` on an input that is normalised."""
     if backend == "reference" or is_observed():
         return recurrence(cell, sequences, weights, noise)
-    if isinstance(cell, LinearCell) and not noise.zoneout:
-        return scan_recurrence(copy(cell), sequences, weights)
-    if backend == "compile" and sequences.sizes is None:
+    scans = isinstance(cell, LinearCell) and not noise.zoneout
+    if backend == "compile" and sequences.sizes is None and not scans:
         return inductor_recurrence(cell, sequences, weights, noise)
     found = recorded_recurrence(cell, sequences, weights, noise)
-    return deferred_recurrence(cell, sequences, weights, noise) if found is None else found
+    if found is not None:
+        return found
+    if scans:
+        return scan_recurrence(cast(LinearCell, copy(cell)), sequences, weights)
+    return deferred_recurrence(cell, sequences, weights, noise)

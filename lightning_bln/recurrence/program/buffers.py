@@ -66,7 +66,7 @@ def result_buffers(recorded: RecordedCell, tensors: Tensors, shape: Shape, keep:
     start = tensors.state[0]
     new = start.new_empty if running is None else start.new_zeros
     buffers: Buffers = {}
-    for name, value in zip(recorded.cell.states, tensors.state, strict=True):
+    for name, value in zip(recorded.states, tensors.state, strict=True):
         buffers["state", name] = new(steps + 1, *value.shape)
         buffers["state", name][0] = value
     time = (steps,) if keep else ()
@@ -89,7 +89,7 @@ def gradient_buffers(
     buffers: Buffers = {("output", None): start.new_zeros(outputs)}
     if output is not None:
         buffers["output", None] = readable("grad_output", output, (steps, samples, outputs), start.dtype)
-    for name, first, gradient in zip(recorded.cell.states, tensors.state, last, strict=True):
+    for name, first, gradient in zip(recorded.states, tensors.state, last, strict=True):
         value = torch.empty_like(first, memory_format=torch.contiguous_format)
         buffers["carry", name] = value.zero_() if gradient is None else value.copy_(gradient)
     for buffer, width, is_complete, has_steps in recorded.program.gradients:
@@ -102,7 +102,7 @@ def admitted(recorded: RecordedCell, tensors: Tensors) -> Tensors:
     """The tensors of a call as the library reads them."""
     (steps, samples, units, outputs, _), dtype = Shape.of(recorded, tensors), tensors.state[0].dtype
     rows, signature = sum(recorded.rows(units)), recorded.signature
-    sizes = {name: outputs if index == 0 else units for index, name in enumerate(recorded.cell.states)}
+    sizes = {name: outputs if index == 0 else units for index, name in enumerate(recorded.states)}
     segments, axes = signature.segments, (axes for _, axes in signature.constants)
     of_norms = [recorded.width(key) * units for key in signature.norms(recorded.cell)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
@@ -77,6 +77,36 @@ class Value:
         return mul(self, -1.0)
 
     __radd__, __rmul__ = __add__, __mul__
+
+
+class Line(NamedTuple):
+    """A state of several times as many numbers as there are units, such as a delay line: its parts side by side."""
+
+    parts: tuple[Value, ...]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return operation(func.__name__)(*args, **(kwargs or {}))
+
+    def __getitem__(self, index: Any) -> Any:
+        first = Value.shape[-1]
+        if index == (Ellipsis, slice(first)):
+            return self.parts[0]
+        if index == (Ellipsis, slice(first, None)):
+            return joined(self.parts[1:])
+        raise NotRecordable("an index into the units")
+
+
+def joined(parts: Sequence[Value]) -> Value | Line:
+    """Parts side by side; one is that part."""
+    return parts[0] if len(parts) == 1 else Line(tuple(parts))
+
+
+def cat(values: Sequence[Any], dim: int = 0) -> Value | Line:
+    """States side by side."""
+    if dim != -1:
+        raise NotRecordable("cat along another axis than the last")
+    return joined([part for value in values for part in (value.parts if isinstance(value, Line) else [value])])
 
 
 def is_value(x: Any) -> bool:
@@ -161,7 +191,7 @@ def linear(x: Value, weight: Any, bias: Any = None) -> Value:
     return Value("part", (Value("product", (x,), key=weight.key),), key=0)
 
 
-OPERATIONS: dict[str, Callable[..., Value]] = {
+OPERATIONS: dict[str, Callable[..., Any]] = {
     "sigmoid": lambda x: Value("sigmoid", (x,)),
     "tanh": lambda x: Value("tanh", (x,)),
     "relu": lambda x, inplace=False: Value("relu", (x,)),
@@ -169,11 +199,13 @@ OPERATIONS: dict[str, Callable[..., Value]] = {
     "exp": lambda x: Value("exp", (x,)),
     "to": lambda x, dtype: x,
     "div": Value.__truediv__,
-    **{f.__name__: f for f in (add, sub, mul, addcmul, lerp, softplus, log_sigmoid, maximum, where, clamp, linear)},
+    **{
+        f.__name__: f for f in (add, sub, mul, addcmul, lerp, softplus, log_sigmoid, maximum, where, clamp, linear, cat)
+    },
 }
 
 
-def operation(name: str) -> Callable[..., Value]:
+def operation(name: str) -> Callable[..., Any]:
     """The recording of a torch function or tensor method by its name."""
     if name not in OPERATIONS:
         raise NotRecordable(f"{name} has no instruction")
@@ -288,15 +320,16 @@ def record_step(cell: Cell, gates: Iterable[str], axes: Mapping[str, int], aroun
     )
     norm_cell: Any = norm_of_state if around.norm_cell else identity
     cell.norm_cell = norm_cell
-    before = {name: Value("state", key=name) for name in cell.states}
+    names = {name: parts_of(name, cell.state_size(name, 1)) for name in cell.states}
+    before = {name: Value("state", key=name) for parts in names.values() for name in parts}
+    state = {name: joined([before[part] for part in parts]) for name, parts in names.items()}
     parts = {name: Value("gate", key=name) for name in gates}
     if around.norm_input:
         whole = Value("norm", parts.values(), key=(NORM_INPUT, len(parts)))
         parts = {name: Value("part", (whole,), key=k) for k, name in enumerate(parts)}
     x: Any = NamedGates(parts)
-    after = cell.step(x, cell.State(**before), Products(cell, around))._asdict()
-    if not all(isinstance(value, Value) for value in after.values()):
-        raise NotRecordable("a state that is no tensor")
+    after = cell.step(x, cell.State(**state), Products(cell, around))._asdict()
+    after = flat_states(after, names)
     norms = [value.key for value in ordered(after.values()) if value.op == "norm"]
     if len(set(norms)) < len(norms):
         raise NotRecordable("a norm that a step takes more than once")
@@ -305,6 +338,22 @@ def record_step(cell: Cell, gates: Iterable[str], axes: Mapping[str, int], aroun
     for name in around.zoned:
         after[name] = zone(name, before[name], after[name], around.zoneout)
     return Step(before, after)
+
+
+def parts_of(state: str, number: int) -> list[str]:
+    """Names of the parts of a state, each of as many numbers as there are units."""
+    return [state] if number == 1 else [f"{state} {index}" for index in range(number)]
+
+
+def flat_states(states: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Value]:
+    """The parts of all states by their names."""
+    found: dict[str, Value] = {}
+    for state, value in states.items():
+        parts = value.parts if isinstance(value, Line) else (value,)
+        if len(parts) != len(names[state]) or not all(isinstance(part, Value) for part in parts):
+            raise NotRecordable("a state that is no tensor of its size")
+        found |= zip(names[state], parts, strict=True)
+    return found
 
 
 def zone(name: str, old: Value, new: Value, share: float | None) -> Value:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_bln.cells.cell import Cell
 from lightning_bln.recurrence.program.codegen import Place, Program, generate_program
-from lightning_bln.recurrence.program.graph import NORM_CELL, NORM_INPUT, PROJECTION, Around, record_step
+from lightning_bln.recurrence.program.graph import NORM_CELL, NORM_INPUT, PROJECTION, Around, parts_of, record_step
 
 
 class Tensors(NamedTuple):
@@ -20,6 +21,7 @@ class Tensors(NamedTuple):
     x: tuple[Tensor, ...]
     """Input after ``cell.prepare``, ``(T, B, width * H)`` each, with one or more gates side by side."""
     state: tuple[Tensor, ...]
+    """The parts of all states."""
     weight_hh: Tensor | None
     bias_hh: Tensor | None
     weight_hr: Tensor | None
@@ -64,10 +66,25 @@ class RecordedCell(NamedTuple):
     signature: Signature
     program: Program
 
+    @property
+    def states(self) -> list[str]:
+        """Names of the parts of all states, each of as many numbers as there are units."""
+        return [part for parts in self.parts().values() for part in parts]
+
+    def parts(self) -> dict[str, list[str]]:
+        """The parts of each state."""
+        return {name: parts_of(name, self.cell.state_size(name, 1)) for name in self.cell.states}
+
+    def whole(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Whole states from their parts."""
+        rest = iter(parts)
+        groups = [[next(rest) for _ in names] for names in self.parts().values()]
+        return tuple(group[0] if len(group) == 1 else torch.cat(group, -1) for group in groups)
+
     def tensors(self, flat: Sequence[Any]) -> Tensors:
         """The inverse of :meth:`Tensors.flat`."""
         x = len(self.signature.segments)
-        state = x + len(self.cell.states)
+        state = x + len(self.states)
         weight_hh, bias_hh, weight_hr, *rest = flat[state:]
         norms, ends = len(self.signature.norms(self.cell)), [0, len(self.signature.constants)]
         ends += [ends[-1] + norms, ends[-1] + 2 * norms]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 from copy import copy
 from functools import partial
 from typing import Any, cast
@@ -49,17 +49,14 @@ def recorded_recurrence(
     With ``norm_ih`` the input is still to be normalised, and ``bias_ih`` to be added.
     """
     norms = [norm for norm in (norm_ih, *weights.norm_hh, weights.norm_cell) if norm is not None]
-    if not is_supported(cell, sequences, weights, noise, norms, bias_ih):
-        return None
-    if norm_ih is not None and type(cell).prepare is not Cell.prepare:
+    if reason_against_program(cell, sequences, weights, norms, bias_ih) is not None:
         return None
     x = cell.prepare(Gates(sequences.x.flatten(-2), cell.gates), cell.State(*sequences.state))
     segments = x.segments()
     dtype, (steps, _, _, units) = sequences.x.dtype, sequences.x.shape
     constants = {name: getattr(cell, name) for name in cell.parameters}
     options = options_of(cell)
-    if options is None or any(value.shape not in ((1,), (units,), (units, units)) for value in constants.values()):
-        return None
+    assert options is not None
     signature = Signature(
         tuple(segments),
         tuple((name, value.ndim) for name, value in constants.items()),
@@ -70,7 +67,7 @@ def recorded_recurrence(
         return None
     tensors = Tensors(
         tuple(value.to(dtype) for value in segments.values()),
-        sequences.state,
+        tuple(part for value in sequences.state for part in parts_in(value, units)),
         None if weights.weight_hh is None else cell.act(weights.weight_hh),
         weights.bias_hh,
         weights.weight_hr,
@@ -82,12 +79,13 @@ def recorded_recurrence(
     )
     calls = tuple(NormCall.of(norm, steps, dtype) for norm in norms)
     outputs, *rest = RecordedRecurrence.apply(recorded, sequences.sizes, calls, *tensors.flat())
-    state, moments = rest[: len(cell.states)], iter(rest[len(cell.states) :])
+    number = len(recorded.states)
+    state, moments = recorded.whole(rest[:number]), iter(rest[number:])
     keys = signature.norms(cell)
     seen = {key: next(moments) for key, _ in recorded.program.norms}
     found = {key: seen.get(key) if norm.observes else None for key, norm in zip(keys, norms, strict=True)}
     of_cell, of_input = (found.pop(key, None) for key in (NORM_CELL, NORM_INPUT))
-    return Result(outputs, tuple(state), tuple(found.values()), of_cell, of_input)
+    return Result(outputs, state, tuple(found.values()), of_cell, of_input)
 
 
 def around_of(cell: Cell, weights: HiddenWeights, noise: Noise, norm_input: bool) -> Around:
@@ -107,28 +105,41 @@ def around_of(cell: Cell, weights: HiddenWeights, noise: Noise, norm_input: bool
     )
 
 
-def is_supported(
+def reason_against_program(
     cell: Cell,
     sequences: Sequences,
     weights: HiddenWeights,
-    noise: Noise,
-    norms: list[SequenceNorm],
+    norms: Iterable[SequenceNorm],
     bias_ih: Tensor | None,
-) -> bool:
-    """Whether recorded programs run a recurrence of this kind: on the CPU, with states of as many units as gates."""
+) -> str | None:
+    """Obstacle to a recorded program besides the cell's equations; ``None`` if there is none."""
     x, state = sequences.x, sequences.state
+    if x.ndim != 4:
+        return "fan-out over statistics modes of this cell has no compiled kernel"
+    if torch.compiler.is_compiling():
+        return "torch.compile takes this cell on torch operations"
     affine = [value for norm in norms for value in norm.equation[:2]]
     own = weights.weight_hh, weights.bias_hh, weights.weight_hr
     parameters = [value for value in (*own, bias_ih, *affine) if value is not None]
-    constants = [getattr(cell, name) for name in cell.parameters]
+    constants = {name: getattr(cell, name) for name in cell.parameters}
+    others = [value for value in (*state, *parameters) if value.dtype != x.dtype]
+    if others:
+        return f"a state or parameter has dtype {others[0].dtype}, and the input's products have {x.dtype}"
+    units = x.shape[-1]
+    if any(value.shape[-1] % units for value in state[weights.weight_hr is not None :]):
+        return "a state has a size that is no multiple of hidden_size"
+    odd = [name for name, value in constants.items() if value.shape not in ((1,), (units,), (units, units))]
+    if odd:
+        return f"the cell's parameter {odd[0]} is no number, vector or matrix of hidden_size"
+    if options_of(cell) is None:
+        return "an option of the cell is no number, string or tuple"
     given = [norm.source.given.batch_mean for norm in norms]
-    return (
-        x.ndim == 4
-        and not torch.compiler.is_compiling()
-        and all(value.dtype == x.dtype for value in (*state, *parameters))
-        and all(value.shape == (x.shape[1], x.shape[3]) for value in state[weights.weight_hr is not None :])
-        and reason_against(x.dtype, (x, *state, *parameters, *constants, *given, noise.hidden_mask)) is None
-    )
+    return reason_against(x.dtype, (x, *state, *parameters, *constants.values(), *given))
+
+
+def parts_in(state: Tensor, units: int) -> Sequence[Tensor]:
+    """Parts of a state, of so many units each; a projected output is one."""
+    return state.split(units, -1) if state.shape[-1] > units else (state,)
 
 
 class RecordedRecurrence(torch.autograd.Function):
@@ -149,7 +160,7 @@ class RecordedRecurrence(torch.autograd.Function):
         execute(
             program.forward, buffers, matrices(recorded, tensors), norms.arrays(moments, units), shape, reverse=False
         )
-        states = [buffers["state", name] for name in recorded.cell.states]
+        states = [buffers["state", name] for name in recorded.states]
         if keep:
             kept = {name: value for name, value in buffers.items() if name in program.reads}
             ctx.recorded, ctx.shape, ctx.calls = recorded, shape, calls
@@ -168,7 +179,7 @@ class RecordedRecurrence(torch.autograd.Function):
         saved, recorded, shape, calls = ctx.saved_tensors, ctx.recorded, ctx.shape, ctx.calls
         number = len(recorded.program.norms)
         flat, rest = saved[: len(saved) - len(ctx.kept) - number], saved[len(saved) - len(ctx.kept) - number :]
-        gradients = gradients[: 1 + len(recorded.cell.states)]
+        gradients = gradients[: 1 + len(recorded.states)]
         if all(gradient is None for gradient in gradients):
             return (None,) * (3 + len(flat))
         if torch.is_grad_enabled() or is_observed() or not all(map(is_plain, gradients)):
@@ -189,7 +200,7 @@ def collected_gradients(
     recorded: RecordedCell, tensors: Tensors, buffers: Buffers, shape: Shape, norms: Norms, found: Affine
 ) -> list[Tensor | None]:
     """Gradients of all tensors from the buffers that the backward instructions have written, and those of norms."""
-    (program, signature), states = (recorded.program, recorded.signature), recorded.cell.states
+    (program, signature), states = (recorded.program, recorded.signature), recorded.states
     constants = {
         name: buffers["constant_gradient", name].sum((0, 1)) if name in program.constants else None
         for name, _ in signature.constants
@@ -256,7 +267,7 @@ def on_torch(
 ) -> tuple[Tensor, ...]:
     """Outputs and last states step by step on torch operations."""
     tensors, signature = recorded.tensors(flat), recorded.signature
-    cell = copy(recorded.cell)
+    cell, units = copy(recorded.cell), Shape.of(recorded, tensors).units
     names = [name for name, _ in signature.constants]
     cell.__dict__.update(zip(names, tensors.constants, strict=True), act=identity)
     parts: dict[str, Tensor] = {}
@@ -274,8 +285,8 @@ def on_torch(
     result = unroll(
         cell,
         Gates(None, cell.gates, parts),
-        Sequences(tensors.x[0], tensors.state, running),
+        Sequences(tensors.x[0], recorded.whole(tensors.state), running),
         HiddenWeights(tensors.weight_hh, tensors.bias_hh, tensors.weight_hr, tuple(made.values()), norm_cell),
         Noise(tensors.mask, float(bool(around.zoned)) if around.zoneout is None else around.zoneout, kept),
     )
-    return result.outputs, *result.state
+    return result.outputs, *(part for value in result.state for part in parts_in(value, units))
