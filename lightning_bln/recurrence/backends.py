@@ -92,7 +92,7 @@ def run(
     whole = sequences._replace(x=sequences.x.to(dtype))
     if norm_ih is None:
         return run_normalized(backend, cell, whole, weights, noise)
-    if backend in ("auto", "cpu") and type(cell).prepare is Cell.prepare:
+    if backend in ("auto", "cpu"):
         found = recorded_recurrence(cell, whole, weights, noise, norm_ih, bias_ih)
         if found is not None:
             return found

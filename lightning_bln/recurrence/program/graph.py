@@ -230,6 +230,17 @@ class NamedGates:
         """Each gate on its own."""
         return self._parts
 
+    def replace(self, **gates: Value) -> NamedGates:
+        """Gates with some of them exchanged or added."""
+        return NamedGates({**self._parts, **gates})
+
+
+class NoState:
+    """Stand-in for the first state in :meth:`~lightning_bln.cells.Cell.prepare`, which a single step does not know."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotRecordable("the first state, in what is prepared for all steps")
+
 
 class Products:
     """Recorded stand-in for :class:`~lightning_bln.recurrence.projection.Projection`."""
@@ -270,7 +281,7 @@ class Around(NamedTuple):
     masked: bool
     """Whether a dropout mask is applied before hidden products."""
     norm_input: bool
-    """Whether the input is a product that is still to be normalised."""
+    """Whether the input is a product that is still to be normalised, and then prepared."""
     normalized: bool
     """Whether hidden products are normalised."""
     norm_cell: bool
@@ -328,6 +339,8 @@ def record_step(cell: Cell, gates: Iterable[str], axes: Mapping[str, int], aroun
         whole = Value("norm", parts.values(), key=(NORM_INPUT, len(parts)))
         parts = {name: Value("part", (whole,), key=k) for k, name in enumerate(parts)}
     x: Any = NamedGates(parts)
+    if around.norm_input:
+        x = cell.prepare(x, NoState())
     after = cell.step(x, cell.State(**state), Products(cell, around))._asdict()
     after = flat_states(after, names)
     norms = [value.key for value in ordered(after.values()) if value.op == "norm"]

@@ -51,7 +51,9 @@ def recorded_recurrence(
     norms = [norm for norm in (norm_ih, *weights.norm_hh, weights.norm_cell) if norm is not None]
     if reason_against_program(cell, sequences, weights, norms, bias_ih) is not None:
         return None
-    x = cell.prepare(Gates(sequences.x.flatten(-2), cell.gates), cell.State(*sequences.state))
+    x = Gates(sequences.x.flatten(-2), cell.gates)
+    if norm_ih is None:
+        x = cell.prepare(x, cell.State(*sequences.state))
     segments = x.segments()
     dtype, (steps, _, _, units) = sequences.x.dtype, sequences.x.shape
     constants = {name: getattr(cell, name) for name in cell.parameters}
@@ -277,14 +279,15 @@ def on_torch(
     columns = zip(keys, calls, tensors.norm_weights, tensors.norm_biases, strict=True)
     made = {key: call.sequence(weight, bias) for key, call, weight, bias in columns}
     norm_cell, norm_ih = made.pop(NORM_CELL, None), made.pop(NORM_INPUT, None)
+    x = Gates(None, cell.gates, parts)
     if norm_ih is not None:
-        (x,), steps = tensors.x, Running.of(tensors.x[0], running)
-        value, _ = normalize_steps(norm_ih, x.unflatten(-1, (len(cell.gates), -1)), steps, backend="reference")
-        parts = dict(zip(cell.gates, value.unbind(-2), strict=True))
+        raw = tensors.x[0].unflatten(-1, (len(cell.gates), -1))
+        value, _ = normalize_steps(norm_ih, raw, Running.of(tensors.x[0], running), backend="reference")
+        x = cell.prepare(Gates(value.flatten(-2), cell.gates), cell.State(*recorded.whole(tensors.state)))
     kept = dict(zip(around.zoned, (value > 0 for value in tensors.kept), strict=False)) if tensors.kept else None
     result = unroll(
         cell,
-        Gates(None, cell.gates, parts),
+        x,
         Sequences(tensors.x[0], recorded.whole(tensors.state), running),
         HiddenWeights(tensors.weight_hh, tensors.bias_hh, tensors.weight_hr, tuple(made.values()), norm_cell),
         Noise(tensors.mask, float(bool(around.zoned)) if around.zoneout is None else around.zoneout, kept),
