@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from copy import copy
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,14 @@ from lightning_bln.recurrence.deferred import deferred_recurrence
 from lightning_bln.recurrence.gate_norm import SequenceNorm
 from lightning_bln.recurrence.inductor import inductor_recurrence
 from lightning_bln.recurrence.parameters import Weights
-from lightning_bln.recurrence.program.runtime import recorded_recurrence
+from lightning_bln.recurrence.program.recording import reason_against_recording
+from lightning_bln.recurrence.program.runtime import (
+    around_of,
+    reason_against_program,
+    recorded_cell,
+    recorded_recurrence,
+    segments_of,
+)
 from lightning_bln.recurrence.reference import HiddenWeights, Noise, Result, Sequences, recurrence
 from lightning_bln.recurrence.scan import scan_recurrence
 from lightning_bln.recurrence.sequence_norm import normalize_steps
@@ -37,29 +44,57 @@ def name_of(cell: Cell) -> str | None:
     return {LSTM: "lstm", GRU: "gru"}.get(type(cell))
 
 
+def has_own_kernel(weights: Weights) -> bool:
+    """Whether a kernel was written for the cell; the others run by a recorded program."""
+    return name_of(weights.cell) is not None and weights.weight_hr is None
+
+
 def reason_against_fused(weights: Weights, x: Tensor, state: Sequence[Tensor]) -> str | None:
     """Obstacle to the fused kernels for ``x``, shaped ``(T, ..., B, input_size)``; ``None`` if they serve."""
-    if name_of(weights.cell) is None:
-        return f"cell={type(weights.cell).__name__} has no compiled kernel"
-    if weights.weight_hr is not None:
-        return "proj_size has no compiled kernel"
     if x.ndim != 3 and torch.is_grad_enabled():
         return "fan-out over statistics modes has no compiled kernel with gradients"
     return reason_against(weights.weight_ih.dtype, (x, *state, *weights.tensors()))
 
 
 def runs_fused(backend: str, weights: Weights, x: Tensor, state: Sequence[Tensor] = ()) -> bool:
-    """Whether a layer runs on the fused kernels.
+    """Whether a layer runs on the kernels that were written for its cell.
 
     Raises:
-        ValueError: ``backend="cpu"`` asks for them where they cannot run.
+        ValueError: ``backend="cpu"`` asks for compiled kernels where none can run.
     """
     if backend in ("reference", "compile"):
         return False
     reason = reason_against_fused(weights, x, state)
     if backend == "auto" and reason is not None and "not installed" in reason:
         warn_missing()
-    return serves(backend, reason)
+    return has_own_kernel(weights) and serves(backend, reason)
+
+
+def reason_on_torch(backend: str, weights: Weights) -> str | None:
+    """The reason why a layer runs on torch operations, whatever its input; ``None`` if it has compiled kernels."""
+    if backend in ("reference", "compile"):
+        return f"backend={backend!r}"
+    like, cell = weights.weight_ih, weights.cell
+    reason = reason_against(like.dtype, weights.tensors())
+    if reason is not None or has_own_kernel(weights):
+        return reason
+    units = like.shape[0] // len(cell.gates)
+    sizes = [cell.state_size(name, units) for name in cell.states]
+    if weights.weight_hr is not None:
+        sizes[0] = weights.weight_hr.shape[0]
+    state = tuple(like.new_zeros(1, size) for size in sizes)
+    sequences = Sequences(like.new_zeros(1, 1, len(cell.gates), units), state, None)
+    norms: Any = weights.norm_hh, weights.norm_cell  # whether there are any is all that counts here
+    hidden = HiddenWeights(weights.weight_hh, weights.bias_hh, weights.weight_hr, *norms)
+    reason = reason_against_program(cell, sequences, hidden, (), weights.bias_ih)
+    if reason is not None:
+        return reason
+    around = around_of(cell, hidden, Noise(None, 0.0, None), weights.norm_ih is not None)
+    for is_prepared in (weights.norm_ih is None, True):
+        segments = segments_of(cell, sequences, is_prepared=is_prepared)
+        if recorded_cell(cell, segments, around._replace(norm_input=not is_prepared)) is not None:
+            return None
+    return reason_against_recording(cell)
 
 
 @cache
@@ -111,6 +146,10 @@ def run_normalized(backend: str, cell: Cell, sequences: Sequences, weights: Hidd
     found = recorded_recurrence(cell, sequences, weights, noise)
     if found is not None:
         return found
+    if backend == "cpu":
+        norms = [norm for norm in (*weights.norm_hh, weights.norm_cell) if norm is not None]
+        reason = reason_against_program(cell, sequences, weights, norms, None)
+        serves(backend, reason or f"{type(cell).__name__} is not recorded ({reason_against_recording(cell)})")
     if scans:
         return scan_recurrence(cast(LinearCell, copy(cell)), sequences, weights)
     return deferred_recurrence(cell, sequences, weights, noise)

@@ -13,9 +13,9 @@ from torch import Tensor
 from lightning_bln.kernels.gate import readable
 from lightning_bln.kernels.library import ProgramArgs, call, pointer
 from lightning_bln.recurrence.program.codegen import Buffer, Code, Place
-from lightning_bln.recurrence.program.graph import PROJECTION
 from lightning_bln.recurrence.program.norms import NormArrays
 from lightning_bln.recurrence.program.recording import RecordedCell, Tensors
+from lightning_bln.recurrence.program.step import PROJECTION
 
 ROWS_OF_A_THREAD = 8
 """Sequences below which another thread does not pay."""

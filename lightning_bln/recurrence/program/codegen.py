@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from lightning_bln.kernels.library import Instruction
 from lightning_bln.recurrence.program.autodiff import Adjoint, differentiate
-from lightning_bln.recurrence.program.graph import PROJECTION, SUMS, Step, Value, merge_sums, ordered
+from lightning_bln.recurrence.program.graph import SUMS, Step, Value, merge_sums, ordered
+from lightning_bln.recurrence.program.step import PROJECTION
 
 OPERATIONS = (
     "product", *SUMS, "sigmoid_gradient", "tanh_gradient", "relu_gradient", "softplus_gradient", "hardsigmoid_gradient",

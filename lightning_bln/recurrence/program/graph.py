@@ -1,14 +1,10 @@
-"""A cell's step recorded as a graph of elementwise operations and matrix products."""
+"""Graphs of elementwise operations, matrix products and norms, recorded by running code on their nodes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from copy import copy
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
-
-from lightning_bln.cells.cell import Cell
-from lightning_bln.recurrence.reference import identity
 
 
 class NotRecordable(Exception):
@@ -212,168 +208,11 @@ def operation(name: str) -> Callable[..., Any]:
     return OPERATIONS[name]
 
 
-class NamedGates:
-    """Recorded stand-in for :class:`~lightning_bln.cells.Gates`."""
-
-    def __init__(self, parts: dict[str, Value]) -> None:
-        self._parts = parts
-
-    def __getattr__(self, name: str) -> Value:
-        return self._parts[name]
-
-    def __add__(self, other: NamedGates) -> NamedGates:
-        if tuple(self._parts)[: len(other._parts)] != tuple(other._parts):
-            raise NotRecordable("a sum of gates that are not the first")
-        return NamedGates({name: self._parts[name] + part for name, part in other._parts.items()})
-
-    def split(self) -> dict[str, Value]:
-        """Each gate on its own."""
-        return self._parts
-
-    def replace(self, **gates: Value) -> NamedGates:
-        """Gates with some of them exchanged or added."""
-        return NamedGates({**self._parts, **gates})
-
-
-class NoState:
-    """Stand-in for the first state in :meth:`~lightning_bln.cells.Cell.prepare`, which a single step does not know."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise NotRecordable("the first state, in what is prepared for all steps")
-
-
-class Products:
-    """Recorded stand-in for :class:`~lightning_bln.recurrence.projection.Projection`."""
-
-    def __init__(self, cell: Cell, options: Around) -> None:
-        self._cell, self._options, self._mask = cell, options, Value("mask") if options.masked else None
-        self._where = {name: index for index, names in enumerate(cell.products) for name in names}
-
-    def __call__(self, h: Value) -> NamedGates:
-        """The first product."""
-        return self._of(0, h)
-
-    def __getattr__(self, gate: str) -> Callable[[Value], Any]:
-        index = self._where[gate]
-
-        def of_gate(h: Value) -> Any:
-            gates = self._of(index, h)
-            return gates if len(self._cell.products[index]) > 1 else gates.split()[gate]
-
-        return of_gate
-
-    def _of(self, index: int, h: Value) -> NamedGates:
-        names = self._cell.products[index]
-        found = Value("product", (h if self._mask is None else h * self._mask,), key=index)
-        if self._options.normalized:
-            found = Value("norm", (found,), key=(index, len(names)))
-        parts = {name: Value("part", (found,), key=k) for k, name in enumerate(names)}
-        if self._options.biased and not self._options.normalized:  # a norm adds the bias itself
-            parts = {name: part + Value("bias", key=(index, k)) for k, (name, part) in enumerate(parts.items())}
-        return NamedGates(parts)
-
-
-class Around(NamedTuple):
-    """Norms, bias, dropout and zoneout around a cell's equations."""
-
-    biased: bool
-    """Whether hidden products have a bias."""
-    masked: bool
-    """Whether a dropout mask is applied before hidden products."""
-    norm_input: bool
-    """Whether the input is a product that is still to be normalised, and then prepared."""
-    normalized: bool
-    """Whether hidden products are normalised."""
-    norm_cell: bool
-    """Whether the cell state is normalised where it enters the output."""
-    projected: bool
-    """Whether the output is projected."""
-    zoned: tuple[str, ...]
-    """States that zoneout acts on."""
-    zoneout: float | None
-    """Share of its value that a unit keeps; ``None`` where a mask tells which units keep theirs."""
-
-
-def norm_of_state(c: Value) -> Value:
-    """A cell state normalised."""
-    return Value("part", (Value("norm", (c,), key=(NORM_CELL, 1)),), key=0)
-
-
-PROJECTION = "weight_hr"
-"""The key of the output's product."""
-
-NORM_INPUT, NORM_CELL = "input", "cell"
-"""Keys of the norms of the input's product and of the cell state; those of hidden products have the product's index."""
-
-
 class Step(NamedTuple):
     """A recorded step: nodes of the states before and after it."""
 
     before: dict[str, Value]
     after: dict[str, Value]
-
-
-def record_step(cell: Cell, gates: Iterable[str], axes: Mapping[str, int], around: Around) -> Step:
-    """Run ``cell.step`` on nodes in place of tensors.
-
-    Args:
-        cell: The cell, without its parameters.
-        gates: Names of the gates after ``cell.prepare``.
-        axes: Number of axes of each of the cell's parameters: 1 for a vector, 2 for a matrix.
-        around: Norms, bias, dropout and zoneout.
-
-    Raises:
-        NotRecordable: The step does something that has no instruction.
-    """
-    cell = copy(cell)
-    cell.__dict__.update(
-        {name: Value("matrix" if number == 2 else "constant", key=name) for name, number in axes.items()}
-    )
-    norm_cell: Any = norm_of_state if around.norm_cell else identity
-    cell.norm_cell = norm_cell
-    names = {name: parts_of(name, cell.state_size(name, 1)) for name in cell.states}
-    before = {name: Value("state", key=name) for parts in names.values() for name in parts}
-    state = {name: joined([before[part] for part in parts]) for name, parts in names.items()}
-    parts = {name: Value("gate", key=name) for name in gates}
-    if around.norm_input:
-        whole = Value("norm", parts.values(), key=(NORM_INPUT, len(parts)))
-        parts = {name: Value("part", (whole,), key=k) for k, name in enumerate(parts)}
-    x: Any = NamedGates(parts)
-    if around.norm_input:
-        x = cell.prepare(x, NoState())
-    after = cell.step(x, cell.State(**state), Products(cell, around))._asdict()
-    after = flat_states(after, names)
-    norms = [value.key for value in ordered(after.values()) if value.op == "norm"]
-    if len(set(norms)) < len(norms):
-        raise NotRecordable("a norm that a step takes more than once")
-    if around.projected:
-        after["h"] = Value("part", (Value("product", (after["h"],), key=PROJECTION),), key=0)
-    for name in around.zoned:
-        after[name] = zone(name, before[name], after[name], around.zoneout)
-    return Step(before, after)
-
-
-def parts_of(state: str, number: int) -> list[str]:
-    """Names of the parts of a state, each of as many numbers as there are units."""
-    return [state] if number == 1 else [f"{state} {index}" for index in range(number)]
-
-
-def flat_states(states: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Value]:
-    """The parts of all states by their names."""
-    found: dict[str, Value] = {}
-    for state, value in states.items():
-        parts = value.parts if isinstance(value, Line) else (value,)
-        if len(parts) != len(names[state]) or not all(isinstance(part, Value) for part in parts):
-            raise NotRecordable("a state that is no tensor of its size")
-        found |= zip(names[state], parts, strict=True)
-    return found
-
-
-def zone(name: str, old: Value, new: Value, share: float | None) -> Value:
-    """Zoneout of a state, see :func:`~lightning_bln.recurrence.reference.zone`."""
-    if share is None:
-        return Value("lerp", (new, old, Value("kept", key=name)))
-    return Value("blend", (old, new), (share, 1.0 - share))
 
 
 def ordered(roots: Iterable[Value], known: Container[Value] = ()) -> list[Value]:

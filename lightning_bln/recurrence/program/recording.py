@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_bln.cells.cell import Cell
 from lightning_bln.recurrence.program.codegen import Place, Program, generate_program
-from lightning_bln.recurrence.program.graph import NORM_CELL, NORM_INPUT, PROJECTION, Around, parts_of, record_step
+from lightning_bln.recurrence.program.step import NORM_CELL, NORM_INPUT, PROJECTION, Around, parts_of, record_step
 
 
 class Tensors(NamedTuple):
@@ -131,6 +131,7 @@ def record(kind: type[Cell], options: Options, signature: Signature) -> Recorded
         message = str(error).partition("\n")[0]
         _REASONS[kind, options] = f"{type(error).__name__}: {message}"
         return None
+    _REASONS.pop((kind, options), None)  # another signature may have failed
     widths = {index: len(names) for index, names in enumerate(cell.products)} | {PROJECTION: 0}
     return RecordedCell(cell, signature, generate_program(step, layout, widths))
 

@@ -28,9 +28,9 @@ from lightning_bln.recurrence.program.buffers import (
     result_buffers,
     rows_of_all_steps,
 )
-from lightning_bln.recurrence.program.graph import NORM_CELL, NORM_INPUT, PROJECTION, Around
 from lightning_bln.recurrence.program.norms import Affine, NormCall, Norms
 from lightning_bln.recurrence.program.recording import RecordedCell, Signature, Tensors, options_of, record
+from lightning_bln.recurrence.program.step import NORM_CELL, NORM_INPUT, PROJECTION, Around
 from lightning_bln.recurrence.reference import HiddenWeights, Noise, Result, Sequences, identity, unroll
 from lightning_bln.recurrence.sequence_norm import normalize_steps
 from lightning_bln.recurrence.sequences import Running, lengths_of
@@ -51,22 +51,12 @@ def recorded_recurrence(
     norms = [norm for norm in (norm_ih, *weights.norm_hh, weights.norm_cell) if norm is not None]
     if reason_against_program(cell, sequences, weights, norms, bias_ih) is not None:
         return None
-    x = Gates(sequences.x.flatten(-2), cell.gates)
-    if norm_ih is None:
-        x = cell.prepare(x, cell.State(*sequences.state))
-    segments = x.segments()
-    dtype, (steps, _, _, units) = sequences.x.dtype, sequences.x.shape
-    constants = {name: getattr(cell, name) for name in cell.parameters}
-    options = options_of(cell)
-    assert options is not None
-    signature = Signature(
-        tuple(segments),
-        tuple((name, value.ndim) for name, value in constants.items()),
-        around_of(cell, weights, noise, norm_ih is not None),
-    )
-    recorded = record(cast(Hashable, type(cell)), options, signature)
+    segments = segments_of(cell, sequences, is_prepared=norm_ih is None)
+    recorded = recorded_cell(cell, segments, around_of(cell, weights, noise, norm_ih is not None))
     if recorded is None:
         return None
+    dtype, (steps, _, _, units) = sequences.x.dtype, sequences.x.shape
+    constants, signature = {name: getattr(cell, name) for name in cell.parameters}, recorded.signature
     tensors = Tensors(
         tuple(value.to(dtype) for value in segments.values()),
         tuple(part for value in sequences.state for part in parts_in(value, units)),
@@ -88,6 +78,20 @@ def recorded_recurrence(
     found = {key: seen.get(key) if norm.observes else None for key, norm in zip(keys, norms, strict=True)}
     of_cell, of_input = (found.pop(key, None) for key in (NORM_CELL, NORM_INPUT))
     return Result(outputs, state, tuple(found.values()), of_cell, of_input)
+
+
+def segments_of(cell: Cell, sequences: Sequences, *, is_prepared: bool) -> dict[tuple[str, ...], Tensor]:
+    """Gates of the input in as few tensors as possible, as :meth:`Cell.prepare` leaves them or before."""
+    x = Gates(sequences.x.flatten(-2), cell.gates)
+    return (cell.prepare(x, cell.State(*sequences.state)) if is_prepared else x).segments()
+
+
+def recorded_cell(cell: Cell, segments: Iterable[tuple[str, ...]], around: Around) -> RecordedCell | None:
+    """The program of a cell whose input comes in these segments; ``None`` where its step cannot be recorded."""
+    options = options_of(cell)
+    assert options is not None
+    constants = tuple((name, getattr(cell, name).ndim) for name in cell.parameters)
+    return record(cast(Hashable, type(cell)), options, Signature(tuple(segments), constants, around))
 
 
 def around_of(cell: Cell, weights: HiddenWeights, noise: Noise, norm_input: bool) -> Around:
