@@ -85,7 +85,8 @@ def scan_recurrence(cell: LinearCell, sequences: Sequences, weights: HiddenWeigh
         running = is_running(sequences.sizes, sequences.x)
         a, b = a.where(running, 1.0), b.where(running, 0.0)
     s = linear_scan(a, b, getattr(first, cell.linear))
-    steps, seen = Running.of(sequences.x[..., 0], sequences.sizes), list[Seen]()
+    steps = Running.of(sequences.x[..., 0], sequences.sizes)
+    seen: list[Seen] = []
 
     def normalized(c: Tensor) -> Tensor:
         if weights.norm_cell is None:
