@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from functools import cache
 from typing import Any, cast
@@ -86,11 +86,23 @@ def reason_on_torch(backend: str, weights: Weights) -> str | None:
     sequences = Sequences(like.new_zeros(1, 1, len(cell.gates), units), state, None)
     norms: Any = weights.norm_hh, weights.norm_cell  # whether there are any is all that counts here
     hidden = HiddenWeights(weights.weight_hh, weights.bias_hh, weights.weight_hr, *norms)
-    reason = reason_against_program(cell, sequences, hidden, (), weights.bias_ih)
+    return reason_against_recorded(cell, sequences, hidden, (), weights.bias_ih, weights.norm_ih is not None)
+
+
+def reason_against_recorded(
+    cell: Cell,
+    sequences: Sequences,
+    weights: HiddenWeights,
+    norms: Iterable[SequenceNorm],
+    bias_ih: Tensor | None,
+    norm_input: bool,
+) -> str | None:
+    """Obstacle to a recorded program, that of the input's norm too or behind it; ``None`` if there is one."""
+    reason = reason_against_program(cell, sequences, weights, norms, bias_ih)
     if reason is not None:
         return reason
-    around = around_of(cell, hidden, Noise(None, 0.0, None), weights.norm_ih is not None)
-    for is_prepared in (weights.norm_ih is None, True):
+    around = around_of(cell, weights, Noise(None, 0.0, None), norm_input)
+    for is_prepared in (not norm_input, True):
         segments = segments_of(cell, sequences, is_prepared=is_prepared)
         if recorded_cell(cell, segments, around._replace(norm_input=not is_prepared)) is not None:
             return None
@@ -123,6 +135,10 @@ def run(
         norm_ih: The norm of the products, whose dtype may still be a narrow one.
         bias_ih: Their bias.
     """
+    if sequences.x.ndim == 5 and backend in ("auto", "cpu") and not torch.is_grad_enabled():
+        found = run_in_modes(backend, cell, sequences, weights, noise, norm_ih, bias_ih)
+        if found is not None:
+            return found
     dtype, running = sequences.state[0].dtype, Running.of(sequences.x[..., 0], sequences.sizes)
     whole = sequences._replace(x=sequences.x.to(dtype))
     if norm_ih is None:
@@ -134,6 +150,33 @@ def run(
     x, seen = normalize_steps(norm_ih, sequences.x, running, bias_ih, backend=backend)
     sequences = sequences._replace(x=x.to(dtype))
     return run_normalized(backend, cell, sequences, weights, noise)._replace(norm_ih=seen)
+
+
+def run_in_modes(
+    backend: str,
+    cell: Cell,
+    sequences: Sequences,
+    weights: HiddenWeights,
+    noise: Noise,
+    norm_ih: SequenceNorm | None,
+    bias_ih: Tensor | None,
+) -> Result | None:
+    """:func:`run` under a fan-out: one mode after the other by a recorded program; ``None`` if there is none."""
+    results = []
+    for k in range(sequences.x.shape[1]):
+        own = Sequences(sequences.x[:, k], tuple(value[k] for value in sequences.state), sequences.sizes)
+        if not k:
+            norms = [norm for norm in (norm_ih, *weights.norm_hh, weights.norm_cell) if norm is not None]
+            if reason_against_recorded(cell, own, weights, norms, bias_ih, norm_ih is not None) is not None:
+                return None
+        hidden = weights._replace(
+            norm_hh=tuple(norm.of_mode(k) for norm in weights.norm_hh),
+            norm_cell=None if weights.norm_cell is None else weights.norm_cell.of_mode(k),
+        )
+        norm = None if norm_ih is None else norm_ih.of_mode(k)
+        results.append(run(backend, cell, own, hidden, noise, norm, bias_ih))
+    states = zip(*(result.state for result in results), strict=True)
+    return Result(torch.stack([result.outputs for result in results], 1), tuple(map(torch.stack, states)), (), None)
 
 
 def run_normalized(backend: str, cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result:

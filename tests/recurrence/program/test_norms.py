@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, exp, maximum, tanh, where
 from torch.nn import functional as F
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 from lightning_bln import Recurrent, freeze_population
 from lightning_bln.cells import Cell, registry
 from lightning_bln.kernels import library
-from lightning_bln.modes import ALL_MODES
+from lightning_bln.modes import ALL_MODES, fan_out
 from lightning_bln.recurrence.backends import name_of
 from lightning_bln.recurrence.program.runtime import recorded_recurrence
 
@@ -248,3 +248,28 @@ def test_moments_that_nobody_reads_are_not_kept() -> None:
         for layer in (fast, plain):
             layer.eval().mode = "cccc"
         torch.testing.assert_close(fast(x)[0], plain(x)[0])
+
+
+@pytest.mark.parametrize("kind", ["mgu", "qrnn", "star", Sine], ids=str)
+@pytest.mark.parametrize("form", LENGTHS)
+def test_a_fan_out_is_each_mode_by_itself(kind, form) -> None:
+    layer = pair(kind, "bln")[0].eval()
+    sequences = batch(LENGTHS[form])
+    x: Any = pack_sequence(sequences) if form == "packed" else torch.stack(sequences, 1)
+    with torch.no_grad():
+        with fan_out(layer, ALL_MODES):
+            output, _ = layer(x)
+        parts = output.data if isinstance(output, PackedSequence) else output
+        for place, mode in enumerate(ALL_MODES):
+            layer.mode = mode
+            alone, _ = layer(x)
+            if isinstance(alone, PackedSequence):
+                own = unpacked(output)[place * 9 : (place + 1) * 9]
+                for one, other in zip(own, unpacked(alone), strict=True):
+                    torch.testing.assert_close(one, other)
+            else:
+                torch.testing.assert_close(parts[:, place * 9 : (place + 1) * 9], alone)
+
+
+def unpacked(packed: PackedSequence) -> list[Tensor]:
+    return list(unpack_sequence(packed))
