@@ -21,7 +21,6 @@ from lightning_bln.recurrence.deferred import deferred_recurrence
 from lightning_bln.recurrence.gate_norm import SequenceNorm
 from lightning_bln.recurrence.inductor import inductor_recurrence
 from lightning_bln.recurrence.parameters import Weights
-from lightning_bln.recurrence.program.recording import reason_against_recording
 from lightning_bln.recurrence.program.runtime import (
     around_of,
     reason_against_program,
@@ -86,13 +85,15 @@ def reason_on_torch(backend: str, weights: Weights) -> str | None:
     sequences = Sequences(like.new_zeros(1, 1, len(cell.gates), units), state, None)
     norms: Any = weights.norm_hh, weights.norm_cell  # whether there are any is all that counts here
     hidden = HiddenWeights(weights.weight_hh, weights.bias_hh, weights.weight_hr, *norms)
-    return reason_against_recorded(cell, sequences, hidden, (), weights.bias_ih, weights.norm_ih is not None)
+    noise, norm_input = Noise(None, 0.0, None), weights.norm_ih is not None
+    return reason_against_recorded(cell, sequences, hidden, noise, (), weights.bias_ih, norm_input)
 
 
 def reason_against_recorded(
     cell: Cell,
     sequences: Sequences,
     weights: HiddenWeights,
+    noise: Noise,
     norms: Iterable[SequenceNorm],
     bias_ih: Tensor | None,
     norm_input: bool,
@@ -101,12 +102,17 @@ def reason_against_recorded(
     reason = reason_against_program(cell, sequences, weights, norms, bias_ih)
     if reason is not None:
         return reason
-    around = around_of(cell, weights, Noise(None, 0.0, None), norm_input)
+    around = around_of(cell, weights, noise, norm_input)
     for is_prepared in (not norm_input, True):
-        segments = segments_of(cell, sequences, is_prepared=is_prepared)
-        if recorded_cell(cell, segments, around._replace(norm_input=not is_prepared)) is not None:
+        try:
+            segments = segments_of(cell, sequences, is_prepared=is_prepared)
+        except Exception as error:  # the user's own comes again where the layer runs
+            return f"{type(error).__name__}: {error}"
+        found = recorded_cell(cell, segments, around._replace(norm_input=not is_prepared))
+        if not isinstance(found, str):
             return None
-    return reason_against_recording(cell)
+        reason = found
+    return reason
 
 
 @cache
@@ -167,7 +173,7 @@ def run_in_modes(
         own = Sequences(sequences.x[:, k], tuple(value[k] for value in sequences.state), sequences.sizes)
         if not k:
             norms = [norm for norm in (norm_ih, *weights.norm_hh, weights.norm_cell) if norm is not None]
-            if reason_against_recorded(cell, own, weights, norms, bias_ih, norm_ih is not None) is not None:
+            if reason_against_recorded(cell, own, weights, noise, norms, bias_ih, norm_ih is not None) is not None:
                 return None
         hidden = weights._replace(
             norm_hh=tuple(norm.of_mode(k) for norm in weights.norm_hh),
@@ -181,7 +187,7 @@ def run_in_modes(
 
 def run_normalized(backend: str, cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result:
     """:func:`run` on an input that is normalised."""
-    if backend == "reference" or is_observed():
+    if backend == "reference" or (is_observed() and backend != "cpu"):
         return recurrence(cell, sequences, weights, noise)
     scans = isinstance(cell, LinearCell) and not noise.zoneout
     if backend == "compile" and sequences.sizes is None and not scans:
@@ -191,8 +197,8 @@ def run_normalized(backend: str, cell: Cell, sequences: Sequences, weights: Hidd
         return found
     if backend == "cpu":
         norms = [norm for norm in (*weights.norm_hh, weights.norm_cell) if norm is not None]
-        reason = reason_against_program(cell, sequences, weights, norms, None)
-        serves(backend, reason or f"{type(cell).__name__} is not recorded ({reason_against_recording(cell)})")
+        reason = reason_against_recorded(cell, sequences, weights, noise, norms, None, False)
+        serves(backend, f"{type(cell).__name__} does not run compiled: {reason}")
     if scans:
         return scan_recurrence(cast(LinearCell, copy(cell)), sequences, weights)
     return deferred_recurrence(cell, sequences, weights, noise)

@@ -147,7 +147,7 @@ def unroll(
     return Result(
         torch.stack(outputs),
         tuple(state),
-        tuple(stack(norm.seen) for norm in norms_hh if norm.seen),
+        tuple(stack(norm.seen) for norm in norms_hh),
         stack(norm_cell.seen),
     )
 

@@ -15,7 +15,7 @@ enum Operation : int64_t {  // clang-format off
 };  // clang-format on
 
 // Operands are indices into `places`; of a product, c is the index of its matrix, of a norm and its gradient that of the
-// norm. A norm's gradient has that of its output as a, and its input as b. Narrow values have the features of the
+// norm. A norm's gradient has that of its output as a, and its input as b; s is set where it needs another's result. Narrow values have the features of the
 // output, which may be projected; all others those of a gate.
 struct Instruction {
   int64_t operation, narrow, to, a, b, c;
@@ -118,7 +118,10 @@ class Program {
   void step(int64_t t, int running, Range some) {
     for (int64_t i = 0, end; i < a.instructions; i = end) {
       const int64_t kind = whole(a.code[i].operation);
-      for (end = i + 1; end < a.instructions && whole(a.code[end].operation) == kind;) end++;
+      for (end = i + 1; end < a.instructions && whole(a.code[end].operation) == kind;) {
+        if (kind >= kNorm && a.code[end].s != 0) break;  // it takes what one before it gives
+        end++;
+      }
       if (kind == kProduct)
         for (int64_t k = i; k < end; k++) multiply_rows(a.code[k], t, some);
       else if (kind == kNorm)
@@ -250,7 +253,11 @@ class Program {
       case kLerp: return map(code, t, rows, [](T x, T y, T w) { return x + w * (y - x); });
       case kDifference: return map(code, t, rows, [](T g, T x, T y) { return g * (x - y); });
       case kDivide: return map(code, t, rows, [](T x, T y, T) { return x / y; });
-      case kExp: return map(code, t, rows, [](T x, T, T) { return exponential(x); });
+      case kExp:  // whose bounds are those of sigmoids: of half the argument they lie beyond the numbers' range
+        return map(code, t, rows, [](T x, T, T) {
+          const T root = exponential(x * T(0.5));
+          return root * root;
+        });
       case kMaximum: return map(code, t, rows, [](T x, T y, T) { return x > y || x != x ? x : y; });
       case kMaximumGradient:  // of x, which shares it with y where they are equal
         return map(code, t, rows, [=](T g, T x, T y) { return x > y ? g : x < y ? zero : g / T(2); });

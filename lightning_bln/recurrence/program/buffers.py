@@ -141,9 +141,8 @@ def matrices(recorded: RecordedCell, tensors: Tensors) -> dict[Any, Tensor]:
 def rows_of_all_steps(place: Place, columns: int, buffers: Buffers, shape: Shape) -> Tensor:
     """So many values at a place, of all steps and sequences, ``(T * B, columns)``."""
     steps, samples, units, *_ = shape
-    value = buffers[place.buffer][place.shift :][:steps]
-    if value.ndim == 2:
-        value = value.expand(steps, samples, -1)
+    value = buffers[place.buffer]
+    value = value[place.shift :][:steps] if value.ndim == 3 else value.expand(steps, samples, -1)
     return value[..., place.offset * units :][..., :columns].reshape(steps * samples, -1)
 
 

@@ -119,9 +119,10 @@ def generate_program(step: Step, layout: Mapping[str, Place], widths: Mapping[An
         layout: Place of each gate of the input.
         widths: Gates of each of the cell's products, by index.
     """
-    merge_sums(step.after.values())
+    roots = [*step.after.values(), *step.norms]  # a norm observes, whether its result is used or not
+    merge_sums(roots)
     adjoint = differentiate(step)
-    values = ordered(step.after.values())
+    values = ordered(roots)
     known = frozenset(values)
     merge_sums(adjoint.roots(), known)
     products = [value for value in values if value.op == "product"]
@@ -139,7 +140,7 @@ def generate_program(step: Step, layout: Mapping[str, Place], widths: Mapping[An
         adjoint, list(step.before), (products, norms), layout, where, known, widths, narrow
     )
     return Program(
-        forward=lower(ordered(ends), dict(where), narrow),
+        forward=lower(ordered([*ends, *norms]), dict(where), narrow),
         backward=backward,
         products=learned,
         norms=tuple(value.key for value in norms),
@@ -248,7 +249,8 @@ def place_norm_gradient(
 
 def part_of(value: Value, where: Mapping[Value, Place]) -> Place:
     """The place of one gate of what is computed side by side."""
-    return where[value.inputs[0]]._replace(offset=value.key)
+    place = where[value.inputs[0]]
+    return place._replace(offset=place.offset + value.key)
 
 
 def with_carries(
@@ -266,7 +268,8 @@ def with_carries(
     order = ordered([*results, *last.values()], known)
     for name, value in last.items():
         place = Place(("carry", name))
-        read_later = (operand for user in order[order.index(value) + 1 :] for operand in user.inputs)
+        own = next(index for index, one in enumerate(order) if one is value)
+        read_later = (operand for user in order[own + 1 :] for operand in user.inputs)
         if value in where or any(where.get(operand) == place for operand in read_later):
             value = Value("sum", (value,))
             order.append(value)
@@ -303,6 +306,16 @@ class Narrow(dict[Value, bool]):
         return found
 
 
+def joined_norms(before: list[Value], value: Value) -> tuple[list[Value], bool]:
+    """Norms that a value continues, itself included, and whether it has to wait for one of them."""
+    if value.op not in ("norm", "norm_gradient"):
+        return [], False
+    same = before if before and before[-1].op == value.op else []
+    sources = [one.inputs[0] if one.op == "part" else one for one in value.inputs]
+    needs = any(source is one for source in sources for one in same)
+    return [value] if needs else [*same, value], needs
+
+
 def lower(order: Iterable[Value], where: dict[Value, Place], narrow: Narrow) -> Code:
     """Instructions for values in order; a value without a place gets a register, which is reused after its last use."""
     order = [value for value in order if value.inputs and value.op != "part"]
@@ -310,6 +323,7 @@ def lower(order: Iterable[Value], where: dict[Value, Place], narrow: Narrow) -> 
     places: dict[Place, int] = {ZERO: 0}
     matrices: dict[tuple[str, Any], int] = {}
     instructions, free, registers = [], [], 0
+    together: list[Value] = []  # norms one after the other, whose moments threads exchange at once
     for index, value in enumerate(order):
         inputs, matrix = [where[operand] for operand in value.inputs], None
         released = [where[operand] for operand in dict.fromkeys(value.inputs) if last_use[operand] == index]
@@ -338,6 +352,9 @@ def lower(order: Iterable[Value], where: dict[Value, Place], narrow: Narrow) -> 
             c = matrices.setdefault(matrix, len(matrices))
         elif value.op in ("norm", "norm_gradient"):
             c = value.key.norm if value.op == "norm_gradient" else where[value].buffer[1]
+        together, needs = joined_norms(together, value)
+        if needs:
+            value.numbers = (1.0, 0.0)
         operation = OPERATIONS.index(value.op)
         instructions.append(Instruction(operation, int(narrow[value]), to, a, b, c, *value.numbers))
     return Code((Instruction * len(instructions))(*instructions), tuple(places), tuple(matrices), registers)

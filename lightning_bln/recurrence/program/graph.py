@@ -6,6 +6,10 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
+
+from lightning_bln._torch import is_autocast_enabled
+
 
 class NotRecordable(Exception):
     """A step does something that has no instruction in a recorded program."""
@@ -30,6 +34,8 @@ class Value:
     def __init__(
         self, op: str, inputs: Iterable[Value] = (), numbers: tuple[float, float] = (0.0, 0.0), key: Any = None
     ) -> None:
+        if not torch.is_grad_enabled() or is_autocast_enabled("cpu"):
+            raise NotRecordable("what a step does without gradients, or under autocast")
         self.op, self.inputs, self.numbers, self.key = op, tuple(inputs), numbers, key
 
     @classmethod
@@ -37,12 +43,12 @@ class Value:
         return operation(func.__name__)(*args, **(kwargs or {}))
 
     def __getattr__(self, name: str) -> Callable[..., Value]:
-        return partial(operation(name), self)
+        return partial(METHODS.get(name) or operation(name), self)
 
     def __eq__(self, other: object) -> Any:
         if isinstance(other, int | float):
             return Value("equals", (self,), (float(other), 0.0))
-        return self is other
+        raise NotRecordable("a comparison")
 
     __hash__ = object.__hash__
 
@@ -72,13 +78,19 @@ class Value:
     def __neg__(self) -> Value:
         return mul(self, -1.0)
 
+    def in_place(self, other: Any) -> Any:
+        """Raise: what else refers to the tensor would change, too."""
+        raise NotRecordable("a tensor changed in place")
+
     __radd__, __rmul__ = __add__, __mul__
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = __setitem__ = in_place
 
 
-class Line(NamedTuple):
+class Line:
     """A state of several times as many numbers as there are units, such as a delay line: its parts side by side."""
 
-    parts: tuple[Value, ...]
+    def __init__(self, parts: tuple[Value, ...]) -> None:
+        self.parts = parts
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -148,9 +160,9 @@ def lerp(x: Any, y: Any, weight: Any) -> Value:
 
 
 def softplus(x: Value, beta: float = 1.0, threshold: float = 20.0) -> Value:
-    """``log(1 + exp(x))``; above ``threshold``, where torch returns ``x``, it differs by rounding only."""
-    if beta != 1:
-        raise NotRecordable("softplus with beta other than 1")
+    """``log(1 + exp(x))``; above a threshold of 20, where torch returns ``x``, it differs by rounding only."""
+    if beta != 1 or threshold < 20:
+        raise NotRecordable("softplus with another beta or threshold")
     return Value("softplus", (x,))
 
 
@@ -180,6 +192,13 @@ def clamp(x: Value, min: float | None = None, max: float | None = None) -> Value
     return Value("clamp_max", (x,), (float(max), 0.0))
 
 
+def as_dtype(x: Value, dtype: Any) -> Value:
+    """``x`` in the dtype that all nodes have."""
+    if dtype is not Value.dtype:
+        raise NotRecordable("another dtype")
+    return x
+
+
 def linear(x: Value, weight: Any, bias: Any = None) -> Value:
     """A product with one of the cell's own matrices."""
     if not isinstance(weight, Value) or weight.op != "matrix" or bias is not None:
@@ -190,15 +209,19 @@ def linear(x: Value, weight: Any, bias: Any = None) -> Value:
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "sigmoid": lambda x: Value("sigmoid", (x,)),
     "tanh": lambda x: Value("tanh", (x,)),
-    "relu": lambda x, inplace=False: Value("relu", (x,)),
-    "hardsigmoid": lambda x, inplace=False: Value("hardsigmoid", (x,)),
+    "relu": lambda x, inplace=False: x.in_place(x) if inplace else Value("relu", (x,)),
+    "hardsigmoid": lambda x, inplace=False: x.in_place(x) if inplace else Value("hardsigmoid", (x,)),
     "exp": lambda x: Value("exp", (x,)),
-    "to": lambda x, dtype: x,
+    "to": lambda x, dtype: as_dtype(x, dtype),
     "div": Value.__truediv__,
     **{
         f.__name__: f for f in (add, sub, mul, addcmul, lerp, softplus, log_sigmoid, maximum, where, clamp, linear, cat)
     },
 }
+
+
+METHODS: dict[str, Callable[..., Any]] = {"where": lambda x, condition, y: where(condition, x, y)}
+"""Methods that take their arguments in another order than the function of their name."""
 
 
 def operation(name: str) -> Callable[..., Any]:
@@ -209,10 +232,11 @@ def operation(name: str) -> Callable[..., Any]:
 
 
 class Step(NamedTuple):
-    """A recorded step: nodes of the states before and after it."""
+    """A recorded step: nodes of the states before and after it, and every norm that it takes."""
 
     before: dict[str, Value]
     after: dict[str, Value]
+    norms: list[Value]
 
 
 def ordered(roots: Iterable[Value], known: Container[Value] = ()) -> list[Value]:
@@ -249,6 +273,6 @@ def merge_sums(roots: Iterable[Value], known: Container[Value] = ()) -> None:
         for operand in value.inputs:
             is_free = operand.op == "sum" and operand not in known and uses[operand] == 1
             if is_free and len(terms) - 1 + len(operand.inputs) <= 3:
-                index = terms.index(operand)
+                index = next(place for place, one in enumerate(terms) if one is operand)
                 terms[index : index + 1] = operand.inputs
         value.inputs = tuple(terms)

@@ -104,39 +104,36 @@ class RecordedCell(NamedTuple):
         return [len(names) * units for names in self.cell.products]
 
 
-Options = tuple[tuple[str, Any], ...]
-
-_REASONS: dict[tuple[type[Cell], Options], str] = {}
+Options = tuple[tuple[str, Any, str], ...]
+"""Name and value of each, and how it is written, which tells 1 from 1.0."""
 
 
 def options_of(cell: Cell) -> Options | None:
-    """A cell's attributes besides parameters and norm; ``None`` if one is no number, string or tuple."""
+    """A cell's attributes besides parameters and norm; ``None`` if one is no number, string or tuple of these."""
     own = {name: value for name, value in cell.__dict__.items() if name not in cell.parameters and name != "norm_cell"}
-    return tuple(sorted(own.items())) if all(isinstance(v, int | float | str | tuple) for v in own.values()) else None
+    return tuple(sorted((n, v, repr(v)) for n, v in own.items())) if all(map(is_plain, own.values())) else None
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number, a string, or a tuple of these."""
+    return all(map(is_plain, value)) if isinstance(value, tuple) else isinstance(value, int | float | str)
 
 
 @lru_cache(maxsize=256)
-def record(kind: type[Cell], options: Options, signature: Signature) -> RecordedCell | None:
-    """The recorded program of a kind of cell; ``None`` if its step cannot be recorded."""
+def record(kind: type[Cell], options: Options, signature: Signature) -> RecordedCell | str:
+    """The recorded program of a kind of cell; if its step cannot be recorded, why."""
     cell = object.__new__(kind)
-    cell.__dict__.update(options)
+    cell.__dict__.update({name: value for name, value, _ in options})
     layout = {
         name: Place(("x", index), offset)
         for index, names in enumerate(signature.segments)
         for offset, name in enumerate(names)
     }
+    widths = {index: len(names) for index, names in enumerate(cell.products)} | {PROJECTION: 0}
     try:
-        step = record_step(cell, layout, dict(signature.constants), signature.around)
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            step = record_step(cell, layout, dict(signature.constants), signature.around)
+            return RecordedCell(cell, signature, generate_program(step, layout, widths))
     except Exception as error:  # a user's step may raise anything on nodes; torch operations run it, or raise it again
         message = str(error).partition("\n")[0]
-        _REASONS[kind, options] = f"{type(error).__name__}: {message}"
-        return None
-    _REASONS.pop((kind, options), None)  # another signature may have failed
-    widths = {index: len(names) for index, names in enumerate(cell.products)} | {PROJECTION: 0}
-    return RecordedCell(cell, signature, generate_program(step, layout, widths))
-
-
-def reason_against_recording(cell: Cell) -> str | None:
-    """The reason why layers run ``cell`` on torch operations; ``None`` if it is recorded, or none has run it yet."""
-    options = options_of(cell)
-    return "an option is no number, string or tuple" if options is None else _REASONS.get((type(cell), options))
+        return f"{type(error).__name__}: {message}"

@@ -53,7 +53,7 @@ def recorded_recurrence(
         return None
     segments = segments_of(cell, sequences, is_prepared=norm_ih is None)
     recorded = recorded_cell(cell, segments, around_of(cell, weights, noise, norm_ih is not None))
-    if recorded is None:
+    if isinstance(recorded, str):
         return None
     dtype, (steps, _, _, units) = sequences.x.dtype, sequences.x.shape
     constants, signature = {name: getattr(cell, name) for name in cell.parameters}, recorded.signature
@@ -70,7 +70,8 @@ def recorded_recurrence(
         () if noise.kept is None else tuple(noise.kept[name].to(dtype) for name in signature.around.zoned),
     )
     calls = tuple(NormCall.of(norm, steps, dtype) for norm in norms)
-    outputs, *rest = RecordedRecurrence.apply(recorded, sequences.sizes, calls, *tensors.flat())
+    needs_grad = torch.is_grad_enabled()  # which it is not within the function
+    outputs, *rest = RecordedRecurrence.apply(recorded, sequences.sizes, calls, needs_grad, *tensors.flat())
     number = len(recorded.states)
     state, moments = recorded.whole(rest[:number]), iter(rest[number:])
     keys = signature.norms(cell)
@@ -86,8 +87,8 @@ def segments_of(cell: Cell, sequences: Sequences, *, is_prepared: bool) -> dict[
     return (cell.prepare(x, cell.State(*sequences.state)) if is_prepared else x).segments()
 
 
-def recorded_cell(cell: Cell, segments: Iterable[tuple[str, ...]], around: Around) -> RecordedCell | None:
-    """The program of a cell whose input comes in these segments; ``None`` where its step cannot be recorded."""
+def recorded_cell(cell: Cell, segments: Iterable[tuple[str, ...]], around: Around) -> RecordedCell | str:
+    """The program of a cell whose input comes in these segments; if its step cannot be recorded, why."""
     options = options_of(cell)
     assert options is not None
     constants = tuple((name, getattr(cell, name).ndim) for name in cell.parameters)
@@ -153,11 +154,16 @@ class RecordedRecurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, recorded: RecordedCell, running: list[int] | None, calls: tuple[NormCall, ...], *flat: Tensor | None
+        ctx: Any,
+        recorded: RecordedCell,
+        running: list[int] | None,
+        calls: tuple[NormCall, ...],
+        needs_grad: bool,
+        *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """Outputs, last states and the norms' moments, from the running sequences of each step and :class:`Tensors`."""
         tensors, program = admitted(recorded, recorded.tensors(flat)), recorded.program
-        keep = any(ctx.needs_input_grad)
+        keep = needs_grad and any(ctx.needs_input_grad)
         shape = Shape.of(recorded, tensors, running)
         samples, units = shape.samples, shape.units
         buffers = input_buffers(recorded, tensors) | result_buffers(recorded, tensors, shape, keep)
@@ -187,10 +193,10 @@ class RecordedRecurrence(torch.autograd.Function):
         flat, rest = saved[: len(saved) - len(ctx.kept) - number], saved[len(saved) - len(ctx.kept) - number :]
         gradients = gradients[: 1 + len(recorded.states)]
         if all(gradient is None for gradient in gradients):
-            return (None,) * (3 + len(flat))
+            return (None,) * (4 + len(flat))
         if torch.is_grad_enabled() or is_observed() or not all(map(is_plain, gradients)):
             run = partial(on_torch, recorded, shape.running, calls)
-            return None, None, None, *gradients_on_torch(run, flat, gradients)
+            return None, None, None, None, *gradients_on_torch(run, flat, gradients)
         tensors = admitted(recorded, recorded.tensors(flat))
         dtype, kept = tensors.state[0].dtype, zip(ctx.kept.items(), rest[number:], strict=True)
         buffers = {name: readable(str(name), value, size, dtype) for (name, size), value in kept}
@@ -199,7 +205,7 @@ class RecordedRecurrence(torch.autograd.Function):
         found = norms.gradients()
         arrays = norms.arrays(norms.admitted(rest[:number], tensors.state[0], shape.units), shape.units, found)
         execute(recorded.program.backward, buffers, matrices(recorded, tensors), arrays, shape, reverse=True)
-        return None, None, None, *collected_gradients(recorded, tensors, buffers, shape, norms, found)
+        return None, None, None, None, *collected_gradients(recorded, tensors, buffers, shape, norms, found)
 
 
 def collected_gradients(

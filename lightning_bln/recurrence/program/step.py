@@ -7,7 +7,7 @@ from copy import copy
 from typing import Any, NamedTuple
 
 from lightning_bln.cells.cell import Cell
-from lightning_bln.recurrence.program.graph import Line, NotRecordable, Step, Value, joined, ordered
+from lightning_bln.recurrence.program.graph import Line, NotRecordable, Step, Value, joined
 from lightning_bln.recurrence.reference import identity
 
 
@@ -27,7 +27,7 @@ class NamedGates:
 
     def split(self) -> dict[str, Value]:
         """Each gate on its own."""
-        return self._parts
+        return dict(self._parts)
 
     def replace(self, **gates: Value) -> NamedGates:
         """Gates with some of them exchanged or added."""
@@ -45,6 +45,7 @@ class Products:
     """Recorded stand-in for :class:`~lightning_bln.recurrence.projection.Projection`."""
 
     def __init__(self, cell: Cell, options: Around) -> None:
+        self.norms: list[Value] = []
         self._cell, self._options, self._mask = cell, options, Value("mask") if options.masked else None
         self._where = {name: index for index, names in enumerate(cell.products) for name in names}
 
@@ -66,10 +67,17 @@ class Products:
         found = Value("product", (h if self._mask is None else h * self._mask,), key=index)
         if self._options.normalized:
             found = Value("norm", (found,), key=(index, len(names)))
+            self.norms.append(found)
         parts = {name: Value("part", (found,), key=k) for k, name in enumerate(names)}
         if self._options.biased and not self._options.normalized:  # a norm adds the bias itself
             parts = {name: part + Value("bias", key=(index, k)) for k, (name, part) in enumerate(parts.items())}
         return NamedGates(parts)
+
+    def norm_cell(self, c: Value) -> Value:
+        """A cell state normalised."""
+        found = Value("norm", (c,), key=(NORM_CELL, 1))
+        self.norms.append(found)
+        return Value("part", (found,), key=0)
 
 
 class Around(NamedTuple):
@@ -91,11 +99,6 @@ class Around(NamedTuple):
     """States that zoneout acts on."""
     zoneout: float | None
     """Share of its value that a unit keeps; ``None`` where a mask tells which units keep theirs."""
-
-
-def norm_of_state(c: Value) -> Value:
-    """A cell state normalised."""
-    return Value("part", (Value("norm", (c,), key=(NORM_CELL, 1)),), key=0)
 
 
 PROJECTION = "weight_hr"
@@ -121,28 +124,32 @@ def record_step(cell: Cell, gates: Iterable[str], axes: Mapping[str, int], aroun
     cell.__dict__.update(
         {name: Value("matrix" if number == 2 else "constant", key=name) for name, number in axes.items()}
     )
-    norm_cell: Any = norm_of_state if around.norm_cell else identity
-    cell.norm_cell = norm_cell
     names = {name: parts_of(name, cell.state_size(name, 1)) for name in cell.states}
     before = {name: Value("state", key=name) for parts in names.values() for name in parts}
     state = {name: joined([before[part] for part in parts]) for name, parts in names.items()}
+    if len(names[cell.states[0]]) > 1:
+        raise NotRecordable("an output of several parts")
+    project = Products(cell, around)
     parts = {name: Value("gate", key=name) for name in gates}
     if around.norm_input:
         whole = Value("norm", parts.values(), key=(NORM_INPUT, len(parts)))
+        project.norms.append(whole)
         parts = {name: Value("part", (whole,), key=k) for k, name in enumerate(parts)}
     x: Any = NamedGates(parts)
     if around.norm_input:
         x = cell.prepare(x, NoState())
-    after = cell.step(x, cell.State(**state), Products(cell, around))._asdict()
-    after = flat_states(after, names)
-    norms = [value.key for value in ordered(after.values()) if value.op == "norm"]
-    if len(set(norms)) < len(norms):
+    norm_cell: Any = project.norm_cell if around.norm_cell else identity
+    cell.norm_cell = norm_cell
+    after = flat_states(cell.step(x, cell.State(**state), project)._asdict(), names)
+    if len({norm.key for norm in project.norms}) < len(project.norms):
         raise NotRecordable("a norm that a step takes more than once")
     if around.projected:
         after["h"] = Value("part", (Value("product", (after["h"],), key=PROJECTION),), key=0)
     for name in around.zoned:
+        if len(names[name]) > 1:
+            raise NotRecordable("zoneout of a state of several parts")
         after[name] = zone(name, before[name], after[name], around.zoneout)
-    return Step(before, after)
+    return Step(before, after, project.norms)
 
 
 def parts_of(state: str, number: int) -> list[str]:

@@ -236,7 +236,7 @@ def test_compiled_kernels_or_an_error_for_any_cell() -> None:
     Recurrent("mgu", 3, 4, backend="cpu")(x)
     layer = Recurrent(Sine, 3, 4, backend="cpu")
     before = [one.clone() for one in layer.buffers()]
-    with pytest.raises(ValueError, match=r"backend='cpu', but Sine is not recorded .*sin has no instruction"):
+    with pytest.raises(ValueError, match=r"backend='cpu', but Sine does not run compiled: .*sin has no instruction"):
         layer(x)
     assert all(map(torch.equal, before, layer.buffers()))
 
