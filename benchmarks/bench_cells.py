@@ -1,4 +1,4 @@
-"""``python -m benchmarks.bench_cells``: a training step of every cell of the zoo beside torchrecurrent's."""
+"""``make bench-cells``: a training step of every cell with every norm, beside torchrecurrent's cell without one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,26 @@ import torch
 import torchrecurrent
 from torch import nn
 
-from benchmarks.measure import Job, geometric_mean, machine, medians, wall_clock
+from benchmarks.measure import Job, allocated, geometric_mean, machine, medians, wall_clock
 from lightning_bln import Recurrent
 from lightning_bln.cells import registry
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = {name.removesuffix("Cell").lower(): name.removesuffix("Cell") for name in dir(torchrecurrent)}
-OURS, COMPILED, THEIRS = "ours", "ours compiled", "torchrecurrent"
+NORMS = {"none": None, "layer": "layer", "batch": "batch", "bln": "bln"}
+COMPILED, THEIRS = "none compiled", "torchrecurrent"
 Table = dict[str, dict[str, float]]
+
+RATIOS: dict[str, tuple[str, str, float, float]] = {
+    "bln / none": ("bln", "none", 1.4, 2.0),
+    "layer / none": ("layer", "none", 1.25, 1.8),
+    "batch / none": ("batch", "none", 1.4, 2.0),
+    "bln / torchrecurrent": ("bln", THEIRS, 0.45, 0.8),
+    "none / torchrecurrent": ("none", THEIRS, 0.45, 0.8),
+}
+"""Two contenders each, and the goals for the mean and for the worst."""
+
+MEMORY = ("bln MB / none MB", 1.5)
 
 
 def main() -> None:
@@ -37,15 +49,19 @@ def main() -> None:
     warnings.simplefilter("ignore")
     started = f"{datetime.datetime.now():%Y-%m-%d %H:%M}; {machine()}"
     table: Table = {}
+    memory: dict[str, float] = {}
     for cell in args.cells:
         clock = wall_clock if args.wall else cpu_clock
-        table[cell] = medians(jobs(cell, *args.size, args.compile), args.rounds, slow=float("inf"), clock=clock)
-        print(row(cell, table[cell]), flush=True)
-    text = render(table, args, started)
+        contenders = jobs(cell, *args.size, args.compile)
+        table[cell] = medians(contenders, args.rounds, slow=float("inf"), clock=clock)
+        memory[cell] = allocated(contenders["bln"]) / allocated(contenders["none"])
+        print(row(cell, table[cell], memory[cell]), flush=True)
+    text = render(table, memory, args, started)
     print(f"\n{text}")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{args.name}.md").write_text(text)
-    (RESULTS / f"{args.name}.json").write_text(json.dumps({"machine": started, "table": table}, indent=1))
+    results = {"machine": started, "table": table, "memory": memory}
+    (RESULTS / f"{args.name}.json").write_text(json.dumps(results, indent=1))
 
 
 def cpu_clock(job: Job) -> float:
@@ -58,7 +74,7 @@ def cpu_clock(job: Job) -> float:
 def jobs(cell: str, steps: int, batch: int, size: int, compiled: bool) -> dict[str, Job]:
     """A training step of each contender."""
     x = torch.randn(steps, batch, size)
-    found = {OURS: training_step(Recurrent(cell, size, size, norm=None), x)}
+    found = {name: training_step(Recurrent(cell, size, size, norm=norm), x) for name, norm in NORMS.items()}
     if compiled:
         found[COMPILED] = training_step(Recurrent(cell, size, size, norm=None, backend="compile"), x)
     if cell in PEERS:
@@ -76,39 +92,56 @@ def training_step(layer: nn.Module, x: torch.Tensor) -> Job:
     return step
 
 
-def row(cell: str, times: dict[str, float]) -> str:
+def ratio(times: dict[str, float], name: str) -> float | None:
+    """One of :data:`RATIOS`; ``None`` without both contenders."""
+    one, other, *_ = RATIOS[name]
+    return times[one] / times[other] if one in times and other in times else None
+
+
+def row(cell: str, times: dict[str, float], memory: float) -> str:
     """A row of the table."""
-    theirs = times.get(THEIRS)
-    best = min(time for name, time in times.items() if name != THEIRS)
-    cells = [cell, *(f"{times[name]:.1f}" if name in times else "" for name in (OURS, COMPILED, THEIRS))]
-    ratios = ["", ""] if theirs is None else [f"{theirs / times[OURS]:.2f}", f"{theirs / best:.2f}"]
-    return f"| {' | '.join([*cells, *ratios])} |"
+    cells = [f"{times[name]:.1f}" if name in times else "" for name in (*NORMS, COMPILED, THEIRS)]
+    ratios = ["" if value is None else f"{value:.2f}" for value in (ratio(times, name) for name in RATIOS)]
+    return f"| {' | '.join([cell, *cells, *ratios, f'{memory:.2f}'])} |"
 
 
-def render(table: Table, args: argparse.Namespace, started: str) -> str:
+def summary(name: str, values: dict[str, float], mean: float, worst: float) -> str:
+    """A row of the table of goals."""
+    most = max(values, key=lambda cell: values[cell])
+    found = geometric_mean(values.values())
+    verdict = "reached" if found <= mean and values[most] <= worst else "missed"
+    return f"| {name} | {found:.2f} | {values[most]:.2f} ({most}) | {mean}, {worst} | {len(values)} | {verdict} |"
+
+
+def render(table: Table, memory: dict[str, float], args: argparse.Namespace, started: str) -> str:
     """The whole report."""
     steps, batch, size = args.size
-    pairs = [times for times in table.values() if THEIRS in times]
-    ratios = [times[THEIRS] / times[OURS] for times in pairs]
-    best = [times[THEIRS] / min(value for name, value in times.items() if name != THEIRS) for times in pairs]
-    lines = [
-        f"# A training step of every cell, {started}",
-        "",
-        f"T={steps}, B={batch}, input and hidden size {size}, no norm. Milliseconds of "
-        f"{'wall clock' if args.wall else 'CPU time of the process'}, medians of {args.rounds} turns taken in one "
-        "process.",
-        "",
-        f"| cell | {OURS} | {COMPILED} | {THEIRS} | ratio | ratio of our faster one |",
-        "|---|---|---|---|---|---|",
-        *(row(cell, times) for cell, times in table.items()),
-        "",
-    ]
-    if pairs:
-        lines.append(
-            f"Geometric mean of the ratios {geometric_mean(ratios):.2f} (our faster one {geometric_mean(best):.2f}) "
-            f"over {len(pairs)} cells; {sum(r > 1 for r in ratios)} of them faster, the least {min(ratios):.2f}.\n"
-        )
-    return "\n".join(lines)
+    goals = []
+    for name, (_, _, mean, worst) in RATIOS.items():
+        found = {cell: ratio(times, name) for cell, times in table.items()}
+        values = {cell: value for cell, value in found.items() if value is not None}
+        if values:
+            goals.append(summary(name, values, mean, worst))
+    columns = ["cell", *NORMS, COMPILED, THEIRS, *RATIOS, MEMORY[0]]
+    return "\n".join(
+        [
+            f"# A training step of every cell, {started}",
+            "",
+            f"T={steps}, B={batch}, input and hidden size {size}. Milliseconds of "
+            f"{'wall clock' if args.wall else 'CPU time of the process'}, medians of {args.rounds} turns taken in one "
+            "process; torchrecurrent's cells have no norm.",
+            "",
+            "| ratio | geometric mean | worst | goals | cells | |",
+            "|---|---|---|---|---|---|",
+            *goals,
+            summary(MEMORY[0], memory, MEMORY[1], MEMORY[1]),
+            "",
+            f"| {' | '.join(columns)} |",
+            f"|{'---|' * len(columns)}",
+            *(row(cell, times, memory[cell]) for cell, times in table.items()),
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":

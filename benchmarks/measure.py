@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import platform
 import statistics
@@ -68,6 +69,16 @@ def peaks(jobs: dict[str, Job]) -> dict[str, float]:
         job()
         found[name] = (status("VmHWM") - before) / 1024
     return found
+
+
+def allocated(job: Job) -> float:
+    """Peak megabytes that torch allocates for one call, of what is in use at once."""
+    job()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        job()
+    events = [one for one in profile.profiler.kineto_results.events() if one.name() == "[memory]"]
+    changes = [one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())]
+    return max(itertools.accumulate(changes, initial=0)) / 2**20
 
 
 def status(name: str) -> int:

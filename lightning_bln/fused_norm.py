@@ -8,9 +8,21 @@ import torch
 from torch import Tensor
 
 from lightning_bln.equation import Equation, Source, Statistics, mixing_rows, observation
-from lightning_bln.kernels.batch_layer_norm import DenseConstants, DenseInputs, DenseSettings, dense, dense_in_modes
+from lightning_bln.kernels.batch_layer_norm import (
+    DenseConstants,
+    DenseInputs,
+    DenseSettings,
+    dense,
+    dense_in_modes,
+    has_adjacent_features,
+)
 from lightning_bln.kernels.library import bits_of
 from lightning_bln.modes import StatisticsMode
+
+
+def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
+    """``y`` with its numbers in memory as those of ``x`` are: an image that came channels first leaves so."""
+    return y if has_adjacent_features(x) else torch.empty_like(x).copy_(y)
 
 
 def normalize_fused(
@@ -42,11 +54,11 @@ def normalize_fused(
     if modes is not None:
         each = [bits_of(mode.uses_population) for mode in modes]
         settings = DenseSettings(0, 0, equation.scale, equation.eps)
-        return dense_in_modes(inputs, constants, settings, each).view(x.shape), None
+        return in_layout_of(x, dense_in_modes(inputs, constants, settings, each).view(x.shape)), None
     keeps = observes or (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in inputs))
     settings = DenseSettings(int(keeps), bits_of(source.uses), equation.scale, equation.eps)
     y, seen = dense(inputs, constants, settings)
     if observes:
         assert seen is not None
         seen = observation(seen, equation, (1,) if is_shared else tuple(x.shape[1:-1]), x)
-    return y.view(x.shape), seen if observes else None
+    return in_layout_of(x, y.view(x.shape)), seen if observes else None

@@ -192,8 +192,10 @@ class Normalization(HasMode):
 
     def _runs_fused(self, x: Tensor, source: Source) -> bool:
         """Whether the fused kernels take ``x``, features last."""
-        if self.backend == "reference" or (self.backend == "auto" and not has_adjacent_features(x)):
+        if self.backend == "reference":
             return False
+        if self.backend == "auto" and torch.compiler.is_compiling() and not has_adjacent_features(x):
+            return False  # inductor fuses torch operations, and no copy
         return serves(self.backend, reason_against_fused(x, (self.weight, self.bias, source.given.batch_mean)))
 
     def _normalize_jointly(self, x: Tensor, is_shared: bool, mask: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from lightning_bln._torch import CAN_COMPILE_STEPS
 from lightning_bln.cells.registry import build
 from lightning_bln.modes import FanOut, Stacked
 from lightning_bln.per_mode import holds
-from lightning_bln.recurrence.backends import BACKENDS, runs_fused
+from lightning_bln.recurrence.backends import BACKENDS, reason_on_torch, runs_fused
 from lightning_bln.recurrence.direction import run_direction
 from lightning_bln.recurrence.fan_out import run_along_batch, run_each_mode, run_each_part
 from lightning_bln.recurrence.parameters import HasCells
@@ -172,6 +172,14 @@ class Recurrent(HasCells):
         """Two if bidirectional, else one."""
         return 2 if self.bidirectional else 1
 
+    @property
+    def backend_reason(self) -> str | None:
+        """The reason why the layer runs on torch operations, several times slower; ``None`` if on compiled kernels.
+
+        It is the layer's own: autocast, transforms and inputs of another kind are not considered.
+        """
+        return reason_on_torch(self.backend, self._weights("_l0"))
+
     def flatten_parameters(self) -> None:
         """Nothing to do; there for code that calls it on :class:`torch.nn.LSTM`."""
 
@@ -303,14 +311,7 @@ class BLNLSTM(Recurrent):
     ) -> None:
         super().__init__(
             "lstm",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
+            *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size),
             norm=norm,
             **options,
         )
@@ -387,13 +388,7 @@ class BLNRNN(Recurrent):
     ) -> None:
         super().__init__(
             "rnn",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
+            *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional),
             norm=norm,
             nonlinearity=nonlinearity,
             **options,

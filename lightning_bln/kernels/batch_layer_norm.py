@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from lightning_bln._torch import HAS_CUSTOM_OPS, is_autocast_enabled
 from lightning_bln.equation import Equation, Source, Statistics, normalize_by, weight_of
-from lightning_bln.kernels.dispatch import EagerFunction, Operator, present
+from lightning_bln.kernels.dispatch import AnyOperator, EagerFunction, Operator, present
 from lightning_bln.kernels.gate import admit, checked, reason_against
 from lightning_bln.kernels.library import DenseArgs, call, pointer, set_norm
+from lightning_bln.masks import blank
 
 
 class DenseInputs(NamedTuple):
@@ -44,6 +46,26 @@ class DenseSettings(NamedTuple):
     eps: float
 
 
+class StepsConstants(NamedTuple):
+    """:class:`DenseConstants` of the steps of a batch of sequences, which are the positions."""
+
+    mixing: Tensor
+    given: Tensor | None
+    """As above, but with ``2 groups`` in place of 2."""
+    batch_sizes: Tensor | None
+    """Rows of each position that hold data, never becoming more; ``None`` if all do."""
+
+
+class StepsSettings(NamedTuple):
+    """:class:`DenseSettings` where groups of features are normalised by themselves."""
+
+    keep: int
+    uses: int
+    groups: int
+    scale: float
+    eps: float
+
+
 def reason_against_fused(x: Tensor, tensors: Iterable[Tensor | None]) -> str | None:
     """Obstacle to the fused kernels for the input ``x`` and the layer's ``tensors``; ``None`` if they serve."""
     if is_autocast_enabled("cpu"):
@@ -70,7 +92,7 @@ def dense(
         features, averaged over the rows.
     """
     x = contiguous_features(inputs.x)
-    output, moments = DENSE.run(DenseInputs(x, inputs.weight, inputs.bias), constants, settings, on_torch)
+    output, moments = DENSE.run(DenseInputs(x, inputs.weight, inputs.bias), constants, settings, of_array(on_torch))
     if not settings.keep:
         return output, None
     rows, positions, features = x.shape
@@ -79,13 +101,18 @@ def dense(
     return output, Statistics(batch[:, 0], batch[:, 1], feature[:, 0], feature[:, 1])
 
 
-def on_torch(inputs: DenseInputs, constants: DenseConstants, settings: DenseSettings) -> tuple[Tensor]:
+def on_torch(inputs: DenseInputs, constants: StepsConstants, settings: StepsSettings) -> tuple[Tensor]:
     """The output by torch operations."""
-    _, positions, features = inputs.x.shape
-    source = Source.of(constants.given, settings.uses, (positions,), features)
+    (rows, positions, features), groups = inputs.x.shape, settings.groups
+    source = Source.of(constants.given, settings.uses, (positions, groups), features)
     weights = (weight_of(row, inputs.x.dtype) for row in constants.mixing)
-    equation = Equation(inputs.weight, inputs.bias, settings.scale, settings.eps, *weights)
-    return normalize_by(inputs.x, equation, source, (0,))[:1]
+    mixing = (None if weight is None else weight[..., None] for weight in weights)
+    weight, bias = (None if value is None else value.view(groups, -1) for value in (inputs.weight, inputs.bias))
+    equation, mask = Equation(weight, bias, settings.scale, settings.eps, *mixing), None
+    if constants.batch_sizes is not None:
+        mask = torch.arange(rows)[:, None, None] < constants.batch_sizes[:, None].expand(-1, groups)
+    y, _ = normalize_by(inputs.x.unflatten(-1, (groups, -1)), equation, source, (0,), mask)
+    return ((y if mask is None else blank(y, mask)).flatten(-2),)
 
 
 def has_adjacent_features(x: Tensor) -> bool:
@@ -111,51 +138,60 @@ def dense_in_modes(
     x = checked("x", x, x.shape, x.dtype)
     parts = [x[0].contiguous()] * len(uses) if x.stride(0) == 0 else list(x.contiguous())
     output, moments = x.new_empty(x.shape), x.new_empty(0)
-    first, constants = admitted(inputs._replace(x=parts[0]), constants)
+    first, given = admitted(inputs._replace(x=parts[0]), StepsConstants(*constants, None), 1)
     for part, one, bits in zip(parts, output, uses, strict=True):
-        args = arguments(first._replace(x=part), constants, settings._replace(uses=bits), moments)
+        own = StepsSettings(settings.keep, bits, 1, settings.scale, settings.eps)
+        args = arguments(first._replace(x=part), given, own, moments)
         args.output = pointer(one)
         call("dense_forward", args, x.dtype)
     return output
 
 
-def admitted(inputs: DenseInputs, constants: DenseConstants) -> tuple[DenseInputs, DenseConstants]:
+def admitted(inputs: DenseInputs, constants: StepsConstants, groups: int) -> tuple[DenseInputs, StepsConstants]:
     """The tensors as the library reads them."""
     x, weight, bias = inputs
     (_, positions, features), dtype = x.shape, x.dtype
     x = contiguous_features(checked("x", x, x.shape, dtype))
     weight, bias = (admit(name, value, (features,), dtype) for name, value in (("weight", weight), ("bias", bias)))
     mixing = admit("mixing", constants.mixing, (2, positions), torch.float64)
-    given = admit("given", constants.given, (positions * (2 * features + 2),), dtype)
+    given = admit("given", constants.given, (positions * (2 * features + 2 * groups),), dtype)
     assert mixing is not None
-    return DenseInputs(x, weight, bias), DenseConstants(mixing, given)
+    sizes = admit("batch_sizes", constants.batch_sizes, (positions,), torch.int64)
+    return DenseInputs(x, weight, bias), StepsConstants(mixing, given, sizes)
 
 
-def arguments(inputs: DenseInputs, constants: DenseConstants, settings: DenseSettings, moments: Tensor) -> DenseArgs:
+def arguments(inputs: DenseInputs, constants: StepsConstants, settings: StepsSettings, moments: Tensor) -> DenseArgs:
     """The library's structure, without the arrays that only one of the passes reads or writes."""
     x, weight, bias = inputs
     rows, positions, features = x.shape
     args = DenseArgs()
-    args.rows, args.positions, args.features = rows, positions, features
+    args.rows, args.positions, args.features, args.groups = rows, positions, features, settings.groups
     args.threads = torch.get_num_threads()
     args.row_stride, args.position_stride = x.stride(0), x.stride(1)
-    args.x = pointer(x)
+    args.x, args.batch_sizes = pointer(x), pointer(constants.batch_sizes)
     norm, mixing = args.norm, constants.mixing.data_ptr()
-    norm.joint, norm.scale, norm.eps, norm.bias = 1, settings.scale, settings.eps, pointer(bias)
-    set_norm(norm, weight, mixing, constants.given, settings.uses, moments, positions, features, 1)
+    norm.scale, norm.eps, norm.bias = settings.scale, settings.eps, pointer(bias)
+    set_norm(norm, weight, mixing, constants.given, settings.uses, moments, positions, features, settings.groups)
     return args
 
 
-def allocate(inputs: DenseInputs, constants: DenseConstants, settings: DenseSettings) -> tuple[Tensor, Tensor]:
-    """Empty output and moments."""
+def allocate(inputs: DenseInputs, constants: StepsConstants, settings: StepsSettings) -> tuple[Tensor, Tensor]:
+    """Empty output and moments; zero where rows hold no data."""
     x = inputs.x
+    make = torch.empty_like if constants.batch_sizes is None else torch.zeros_like
+    size = moments_of(x, settings.groups) if settings.keep else 0
+    return make(x), make(x.new_empty(size))
+
+
+def moments_of(x: Tensor, groups: int) -> int:
+    """The number of moments: mean and variance of each feature, and of each row and group."""
     rows, positions, features = x.shape
-    return torch.empty_like(x), x.new_empty(positions * 2 * (features + rows) if settings.keep else 0)
+    return positions * 2 * (features + groups * rows)
 
 
-def forward(inputs: DenseInputs, constants: DenseConstants, settings: DenseSettings) -> tuple[Tensor, Tensor]:
+def forward(inputs: DenseInputs, constants: StepsConstants, settings: StepsSettings) -> tuple[Tensor, Tensor]:
     """Output and moments."""
-    inputs, constants = admitted(inputs, constants)
+    inputs, constants = admitted(inputs, constants, settings.groups)
     output, moments = allocate(inputs, constants, settings)
     args = arguments(inputs, constants, settings, moments)
     args.output = pointer(output)
@@ -166,22 +202,23 @@ def forward(inputs: DenseInputs, constants: DenseConstants, settings: DenseSetti
 def backward(
     grads: Sequence[Tensor | None],
     inputs: DenseInputs,
-    constants: DenseConstants,
-    settings: DenseSettings,
+    constants: StepsConstants,
+    settings: StepsSettings,
     saved: Sequence[Tensor],
     needs_x: bool,
 ) -> DenseInputs:
     """Gradients of ``inputs`` from that of the output; one that does not exist has no elements."""
-    inputs, constants = admitted(inputs, constants)
-    rows, positions, features = inputs.x.shape
+    inputs, constants = admitted(inputs, constants, settings.groups)
     (grad,), dtype = grads, inputs.x.dtype
-    moments = admit("moments", saved[0], (positions * 2 * (features + rows),), dtype)
+    moments = admit("moments", saved[0], (moments_of(inputs.x, settings.groups),), dtype)
     assert grad is not None
     assert moments is not None
     grad = checked("grad", grad, inputs.x.shape, dtype)
     if grad.stride(-1) != 1 or 0 in grad.stride():
         grad = grad.contiguous()
     found = empty_gradients(inputs, settings, needs_x)
+    if constants.batch_sizes is not None:
+        found.x.zero_()
     args = arguments(inputs, constants, settings, moments)
     args.grad, args.grad_row_stride, args.grad_position_stride = pointer(grad), grad.stride(0), grad.stride(1)
     args.grad_x, args.norm.grad_weight, args.norm.grad_bias = map(pointer, found)
@@ -189,7 +226,7 @@ def backward(
     return found
 
 
-def empty_gradients(inputs: DenseInputs, settings: DenseSettings, needs_x: bool) -> DenseInputs:
+def empty_gradients(inputs: DenseInputs, settings: StepsSettings, needs_x: bool) -> DenseInputs:
     """Tensors that the backward pass fills in."""
     x, weight, bias = inputs
     empty = x.new_empty
@@ -200,8 +237,25 @@ def empty_gradients(inputs: DenseInputs, settings: DenseSettings, needs_x: bool)
     )
 
 
+def of_array(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` for an array whose features are one group and whose rows all hold data."""
+
+    def widened(value: Any) -> Any:
+        if isinstance(value, DenseConstants):
+            return StepsConstants(*value, None)
+        if isinstance(value, DenseSettings):
+            return StepsSettings(value.keep, value.uses, 1, value.scale, value.eps)
+        return value
+
+    return lambda *args: function(*map(widened, args))
+
+
 class Dense(EagerFunction):
     """Batch layer normalization of an array."""
+
+
+class Steps(EagerFunction):
+    """Batch layer normalization of all steps of a batch of sequences."""
 
 
 DENSE = Operator(
@@ -215,10 +269,24 @@ DENSE = Operator(
     gradients="Tensor grad",
     saved="Tensor moments",
     first_saved=1,
+    forward=of_array(forward),
+    allocate=of_array(allocate),
+    backward=of_array(backward),
+    empty_gradients=of_array(empty_gradients),
+    as_gradients=present,
+    node=Dense,
+)
+
+STEPS: AnyOperator = replace(
+    cast(AnyOperator, DENSE),
+    name="steps",
+    constants=StepsConstants,
+    settings=StepsSettings,
+    integers=3,
     forward=forward,
     allocate=allocate,
     backward=backward,
     empty_gradients=empty_gradients,
-    as_gradients=present,
-    node=Dense,
+    node=Steps,
 )
+"""Not registered with torch's dispatcher, since what it is for compiles on torch operations."""

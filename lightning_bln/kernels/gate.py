@@ -101,3 +101,8 @@ def is_in_memory(value: Tensor) -> bool:
 def dense_features(x: Tensor) -> Tensor:
     """``x`` with stride 1 along its last axis."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def readable(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor as programs read it: of this shape and dtype, its features contiguous."""
+    return dense_features(checked(name, value, shape, dtype))

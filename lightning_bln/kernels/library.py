@@ -61,9 +61,9 @@ class DenseArgs(ctypes.Structure):
     """``DenseArgs`` of ``csrc/dense.h``."""
 
     _fields_ = (
-        *fields(_INTEGER, "rows positions features threads row_stride position_stride"),
+        *fields(_INTEGER, "rows positions features groups threads row_stride position_stride"),
         *fields(_INTEGER, "grad_row_stride grad_position_stride"),
-        *fields(_POINTER, "x output grad grad_x"),
+        *fields(_POINTER, "x output grad grad_x batch_sizes"),
         ("norm", NormArgs),
     )
 
@@ -81,15 +81,15 @@ class ProgramArgs(ctypes.Structure):
     """``ProgramArgs`` of ``csrc/program.h``."""
 
     _fields_ = (
-        *fields(_INTEGER, "steps batch units threads reversed instructions matrices"),
-        *fields(_POINTER, "batch_sizes code places matrix"),
+        *fields(_INTEGER, "steps batch units outputs threads reversed instructions matrices norms"),
+        *fields(_POINTER, "batch_sizes code places matrix norm_gates norm"),
     )
 
 
 class Instruction(ctypes.Structure):
     """``Instruction`` of ``csrc/program.h``."""
 
-    _fields_ = (*fields(_INTEGER, "operation to a b c"), *fields(_NUMBER, "s u"))
+    _fields_ = (*fields(_INTEGER, "operation narrow to a b c"), *fields(_NUMBER, "s u"))
 
 
 class ProductArgs(ctypes.Structure):

@@ -10,8 +10,9 @@ from lightning_bln.modes import FanOut
 from lightning_bln.recurrence.backends import run, runs_fused
 from lightning_bln.recurrence.fused import run_fused
 from lightning_bln.recurrence.parameters import Weights
-from lightning_bln.recurrence.reference import HiddenWeights, Noise, Sequences, project_input
+from lightning_bln.recurrence.reference import HiddenWeights, Noise, Sequences
 from lightning_bln.recurrence.regularization import Regularization
+from lightning_bln.recurrence.sequence_norm import take_in
 from lightning_bln.recurrence.sequences import Running
 
 
@@ -47,11 +48,10 @@ def run_direction(
     running, number = Running.of(x, sizes, start), len(weights.cell.gates)
     norm_ih = None if weights.norm_ih is None else weights.norm_ih.sequence(running)
     product = linear if backend == "auto" else F.linear
-    gates, observed = project_input(x, weights.weight_ih, weights.bias_ih, norm_ih, running, number, product)
-    if weights.norm_ih is not None and observed is not None:
-        weights.norm_ih.gather_steps(observed, running)
+    bias = weights.bias_ih if norm_ih is None else None
+    gates = product(x, weights.weight_ih, bias).unflatten(-1, (number, -1))
     dtype = weights.weight_ih.dtype  # under autocast products are narrow, the state and what is done to it is not
-    gates, state = gates.to(dtype), tuple(value.to(dtype) for value in state)
+    state = tuple(value.to(dtype) for value in state)
     hidden = HiddenWeights(
         weights.weight_hh,
         weights.bias_hh,
@@ -64,9 +64,11 @@ def run_direction(
         regularization.zoneout,
         regularization.kept(weights.cell, state, running.steps),
     )
-    result = run(backend, weights.cell, Sequences(gates, state, sizes), hidden, noise)
-    for norm, seen in zip(weights.norm_hh, result.norm_hh, strict=False):
-        norm.gather_steps(seen, running)
-    if weights.norm_cell is not None and result.norm_cell is not None:
-        weights.norm_cell.gather_steps(result.norm_cell, running)
+    result = run(backend, weights.cell, Sequences(gates, state, sizes), hidden, noise, norm_ih, weights.bias_ih)
+    if weights.norm_ih is not None and norm_ih is not None:
+        take_in(weights.norm_ih, norm_ih, result.norm_ih, running)
+    for module, norm, seen in zip(weights.norm_hh, hidden.norm_hh, result.norm_hh, strict=False):
+        take_in(module, norm, seen, running)
+    if weights.norm_cell is not None and hidden.norm_cell is not None:
+        take_in(weights.norm_cell, hidden.norm_cell, result.norm_cell, running)
     return result.outputs, result.state

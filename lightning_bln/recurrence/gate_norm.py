@@ -58,6 +58,11 @@ class SequenceNorm(NamedTuple):
         y, observed = normalize_by(grouped, equation, norm.source, over, mask, self.observes)
         return (y.movedim(-3, 0) if has_time else y).reshape(x.shape), observed
 
+    def of_mode(self, index: int) -> SequenceNorm:
+        """The norm in one of the modes of a fan-out."""
+        uses = tuple(bool(use[index]) if isinstance(use, Tensor) else use for use in self.source.uses)
+        return self._replace(source=self.source._replace(uses=uses))
+
     def at(self, t: int | slice) -> SequenceNorm:
         """The norm at some of its steps."""
 

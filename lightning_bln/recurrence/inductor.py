@@ -69,4 +69,4 @@ def compiled_chunk(kind: type[Cell], compiler: str) -> Callable[..., Result]:
 
 def join(pieces: Any) -> Any:
     """Statistics of all steps from those of each chunk."""
-    return Statistics(*map(torch.cat, zip(*pieces, strict=True)))
+    return None if pieces[0] is None else Statistics(*map(torch.cat, zip(*pieces, strict=True)))

@@ -55,12 +55,17 @@ class Noise(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Outputs ``(T, ..., B, size)``, zero after a sequence's end; last states; observed statistics of each norm."""
+    """Outputs ``(T, ..., B, size)``, zero after a sequence's end; last states; and of each norm, if it observes.
+
+    Norms have observed statistics of each step, or a kernel's moments, see :mod:`~lightning_bln.recurrence.statistics`.
+    """
 
     outputs: Tensor
     state: tuple[Tensor, ...]
-    norm_hh: tuple[Statistics, ...]
-    norm_cell: Statistics | None
+    norm_hh: tuple[Statistics | Tensor | None, ...]
+    norm_cell: Statistics | Tensor | None
+    norm_ih: Statistics | Tensor | None = None
+    """Where the recurrence normalises its input."""
 
 
 def project_input(
@@ -142,7 +147,7 @@ def unroll(
     return Result(
         torch.stack(outputs),
         tuple(state),
-        tuple(stack(norm.seen) for norm in norms_hh if norm.seen),
+        tuple(stack(norm.seen) for norm in norms_hh),
         stack(norm_cell.seen),
     )
 

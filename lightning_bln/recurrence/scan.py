@@ -10,8 +10,9 @@ from torch import Tensor
 from lightning_bln._torch import is_observed, is_plain
 from lightning_bln.cells.cell import LinearCell
 from lightning_bln.cells.gates import Gates
-from lightning_bln.recurrence.reference import HiddenWeights, Recorder, Result, Sequences
-from lightning_bln.recurrence.sequences import is_running
+from lightning_bln.recurrence.reference import HiddenWeights, Result, Sequences
+from lightning_bln.recurrence.sequence_norm import Seen, normalize_steps
+from lightning_bln.recurrence.sequences import Running, is_running
 
 
 def linear_scan(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
@@ -84,13 +85,21 @@ def scan_recurrence(cell: LinearCell, sequences: Sequences, weights: HiddenWeigh
         running = is_running(sequences.sizes, sequences.x)
         a, b = a.where(running, 1.0), b.where(running, 0.0)
     s = linear_scan(a, b, getattr(first, cell.linear))
-    norm_cell = Recorder(weights.norm_cell)
-    norm_cell.t, norm_cell.mask = slice(None), running
-    cell.norm_cell = norm_cell.of_state
+    steps = Running.of(sequences.x[..., 0], sequences.sizes)
+    seen: list[Seen] = []
+
+    def normalized(c: Tensor) -> Tensor:
+        if weights.norm_cell is None:
+            return c
+        y, of_steps = normalize_steps(weights.norm_cell, c.unsqueeze(-2), steps)
+        seen.append(of_steps)
+        return y.squeeze(-2)
+
+    cell.norm_cell = normalized
     states = cell.readout(x, s)
     outputs, last = states[0], [value[-1] for value in states]
     if running is not None:
         outputs = outputs.where(running, 0.0)
         ends = running.sum(0) - 1
         last = [value.gather(0, ends.expand(1, *value.shape[1:]))[0] for value in states]
-    return Result(outputs, tuple(last), (), norm_cell.seen[0] if norm_cell.seen else None)
+    return Result(outputs, tuple(last), (), seen[0] if seen else None)

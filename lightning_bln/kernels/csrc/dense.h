@@ -5,16 +5,21 @@
 namespace bln {
 
 // Statistics of the batch run over rows, one set for each position; features are contiguous, the other axes strided.
+// Groups of features are normalised by themselves.
 template <class T>
 struct DenseArgs {
-  int64_t rows, positions, features, threads;
+  int64_t rows, positions, features, groups, threads;
   int64_t row_stride, position_stride;            // of x, output and grad_x
   int64_t grad_row_stride, grad_position_stride;  // of grad
   const T* x;
   T* output;
   const T* grad;
-  T* grad_x;  // or null
+  T* grad_x;                   // or null
+  const int64_t* batch_sizes;  // [positions]: rows that hold data, the others being left alone; null if all do
   NormArgs<T> norm;
+
+  int running(int t) const { return int(batch_sizes ? batch_sizes[t] : rows); }
+  int units() const { return int(features / groups); }
 };
 
 template <class T>
@@ -36,7 +41,7 @@ struct DensePlan {
   DensePlan(const DenseArgs<T>& args, int members)
       : a(args), members(members), alone(members == 1 || args.positions >= members), shared(alone ? members : 1),
         totals(size_t(members) * 2 * args.features), barrier(members) {
-    for (auto& one : shared) Norm<T>::allocate(one, a.norm, 1, int(a.features), int(a.rows), alone ? 1 : members, 1);
+    for (auto& one : shared) Norm<T>::allocate(one, a.norm, int(a.groups), a.units(), int(a.rows), alone ? 1 : members, 1);
   }
 };
 
@@ -48,7 +53,7 @@ class Dense {
                                              : Member{id, plan.members, id, plan.members, 0, 1, &plan.barrier}),
         positions(plan.alone ? part(int(a.positions), id, plan.members) : Range{0, int(a.positions)}),
         rows(part(int(a.rows), me.row, me.rows)),
-        norm(a.norm, plan.shared[plan.alone ? id : 0], me, 1, int(a.features), int(a.rows), {0, int(a.features)}) {}
+        norm(a.norm, plan.shared[plan.alone ? id : 0], me, int(a.groups), a.units(), int(a.rows), {0, a.units()}) {}
 
  protected:
   DensePlan<T>& plan;
@@ -56,42 +61,47 @@ class Dense {
   Member me;
   Range positions, rows;
   Norm<T> norm;
+
+  Range running(int t) const { return Norm<T>::clipped(rows, a.running(t)); }
 };
 
 template <class T>
 class DenseForward : Dense<T> {
-  using Dense<T>::a, Dense<T>::me, Dense<T>::positions, Dense<T>::rows, Dense<T>::norm;
+  using Dense<T>::a, Dense<T>::me, Dense<T>::positions, Dense<T>::running, Dense<T>::norm;
 
  public:
   using Dense<T>::Dense;
   void run() {
     for (int t = positions.begin; t < positions.end; t++) {
       const T* x = a.x + t * a.position_stride;
-      norm.measure(t, x, a.row_stride, rows);
+      const Range some = running(t);
+      norm.measure(t, x, a.row_stride, some);
       if (norm.meets(t)) me.wait();
-      norm.settle(t, int(a.rows), rows);
+      norm.settle(t, a.running(t), some);
       if (norm.has_feature(t))
-        write<true>(x, a.output + t * a.position_stride);
+        write<true>(x, a.output + t * a.position_stride, some);
       else
-        write<false>(x, a.output + t * a.position_stride);
+        write<false>(x, a.output + t * a.position_stride, some);
     }
   }
 
  private:
   template <bool Feature>
-  void write(const T* x, T* output) const {
-    for (int b = rows.begin; b < rows.end; b++) {
-      const auto y = norm.template normalized<Feature>(0, b, x + b * a.row_stride);
-      T* to = output + b * a.row_stride;
+  void write(const T* x, T* output, Range some) const {
+    const int n = a.units();
+    for (int b = some.begin; b < some.end; b++)
+      for (int g = 0; g < int(a.groups); g++) {
+        const auto y = norm.template normalized<Feature>(g, b, x + b * a.row_stride + g * n);
+        T* to = output + b * a.row_stride + g * n;
 #pragma omp simd
-      for (int j = 0; j < int(a.features); j++) to[j] = y[j];
-    }
+        for (int j = 0; j < n; j++) to[j] = y[j];
+      }
   }
 };
 
 template <class T>
 class DenseBackward : Dense<T> {
-  using Dense<T>::a, Dense<T>::plan, Dense<T>::me, Dense<T>::positions, Dense<T>::rows, Dense<T>::norm;
+  using Dense<T>::a, Dense<T>::plan, Dense<T>::me, Dense<T>::positions, Dense<T>::running, Dense<T>::norm;
   int id_;
 
  public:
@@ -100,13 +110,14 @@ class DenseBackward : Dense<T> {
     const int features = int(a.features);
     for (int t = positions.begin; t < positions.end; t++) {
       const T *x = a.x + t * a.position_stride, *grad = a.grad + t * a.grad_position_stride;
-      norm.recall(t, rows);
-      norm.sums(t, grad, a.grad_row_stride, x, a.row_stride, rows);
+      const Range some = running(t);
+      norm.recall(t, some);
+      norm.sums(t, grad, a.grad_row_stride, x, a.row_stride, some);
       if (norm.gradient_meets(t)) me.wait();
-      norm.end_sums(t, int(a.rows), rows);
+      norm.end_sums(t, a.running(t), some);
       if (a.grad_x)
         norm.template apply<false>(grad, a.grad_row_stride, x, a.row_stride, a.grad_x + t * a.position_stride,
-                                   a.row_stride, rows);
+                                   a.row_stride, some);
     }
     T* own = plan.totals.get() + size_t(id_) * 2 * features;
     norm.copy_totals(own, own + features);

@@ -96,6 +96,7 @@ int run_each(const RecurrenceArgs<T>* calls, int64_t count, int64_t threads) {
 
 template <class T, template <class> class Pass>
 int run_dense(const DenseArgs<T>& args) {
+  if (args.batch_sizes && !fits(args.batch_sizes, args.positions, args.rows)) return kBadSizes;
   try {
     const int threads = dense_members(args);
     DensePlan<T> plan(args, threads);
@@ -134,8 +135,21 @@ template <class T>
 int run_program(const ProgramArgs& args) {
   if (!fits(args.batch_sizes, args.steps, args.batch)) return kBadSizes;
   try {
-    const Program<T> program(args);
-    in_parallel(int(args.threads), [&](int id, int members) { program.run(part(int(args.batch), id, members)); });
+    const int threads = int(args.threads);
+    ProgramPlan<T> plan(args, threads);
+    std::deque<Program<T>> members_of_plan;  // made here, since memory that lacks inside the region would end the process
+    for (int id = 0; id < threads; id++) members_of_plan.emplace_back(plan, id);
+    std::atomic<int> granted{0};
+    in_parallel(threads, [&](int id, int members) {
+      if (members == threads)
+        members_of_plan[size_t(id)].run();
+      else if (id == 0)
+        granted = members;
+    });
+    if (granted) {
+      ProgramPlan<T> alone(args, 1);
+      Program<T>(alone, 0).run();
+    }
     return kDone;
   } catch (const std::bad_alloc&) {
     return kNoMemory;

@@ -261,6 +261,16 @@ class Norm {
   // the current means, also where the values are normalised by given ones.
   template <bool Add>
   void apply(const T* grad, ptrdiff_t ldg, const T* x, ptrdiff_t ldx, T* out, ptrdiff_t ldo, Range rows) const {
+    if (has_batch_ && has_feature_)
+      apply<Add, true, true>(grad, ldg, x, ldx, out, ldo, rows);
+    else if (has_batch_)
+      apply<Add, true, false>(grad, ldg, x, ldx, out, ldo, rows);
+    else
+      apply<Add, false, true>(grad, ldg, x, ldx, out, ldo, rows);
+  }
+
+  template <bool Add, bool Batch, bool Feature>
+  void apply(const T* grad, ptrdiff_t ldg, const T* x, ptrdiff_t ldx, T* out, ptrdiff_t ldo, Range rows) const {
     for (int g = 0; g < gates_; g++) {
       const int j0 = g * units_ + own_.begin, n = own_.size();
       const size_t at = size_t(group(g)) * batch_;
@@ -271,9 +281,9 @@ class Norm {
         const T row_slope = row_slope_[at + b], row_mean = row_mean_[at + b], r2 = r2_[at + b], r3 = r3_[at + b];
 #pragma omp simd
         for (int j = 0; j < n; j++) {
-          const T of_batch = (y[j] * slope[j] - c2[j]) - (v[j] - mean[j]) * c3[j];
-          const T of_row = (y[j] * w[j] - r2) - (v[j] - row_mean) * r3;
-          const T value = of_batch + of_row * row_slope;
+          const T of_batch = Batch ? (y[j] * slope[j] - c2[j]) - (v[j] - mean[j]) * c3[j] : T(0);
+          const T of_row = Feature ? ((y[j] * w[j] - r2) - (v[j] - row_mean) * r3) * row_slope : T(0);
+          const T value = of_batch + of_row;
           to[j] = Add ? to[j] + value : value;
         }
       }

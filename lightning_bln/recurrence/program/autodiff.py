@@ -16,7 +16,9 @@ class Adjoint(NamedTuple):
     gates: dict[str, Value]
     constants: dict[str, Value]
     products: dict[Value, dict[int, Value]]
-    """Of the parts of each product."""
+    """Of the parts of each product and norm."""
+    norms: dict[Value, Value]
+    """Of the input of each norm."""
 
     def roots(self) -> list[Value]:
         """All gradients, to walk the graph from."""
@@ -32,6 +34,7 @@ def differentiate(step: Step) -> Adjoint:
     """
     gradients: dict[Value, Value] = {}
     products: dict[Value, dict[int, Value]] = {}
+    norms: dict[Value, Value] = {}
 
     def accumulate(value: Value, gradient: Value) -> None:
         sum_so_far = gradients.get(value)
@@ -46,6 +49,16 @@ def differentiate(step: Step) -> Adjoint:
         if value.op == "product":
             if value in products:
                 accumulate(value.inputs[0], Value("product", products[value].values(), key=value))
+        elif value.op == "norm":
+            if value in products:
+                of_input = Value("norm_gradient", (*products[value].values(), *value.inputs), key=value)
+                parts = [Value("part", (of_input,), key=k) for k in range(value.key[1])]
+                norms[value] = of_input
+                if value.inputs[0].op == "product":
+                    products[value.inputs[0]] = dict(enumerate(parts))
+                else:
+                    for operand, part in zip(value.inputs, parts, strict=True):
+                        accumulate(operand, part)
         elif gradient is None:
             continue
         elif value.op == "part":
@@ -57,7 +70,7 @@ def differentiate(step: Step) -> Adjoint:
     def of_leaves(op: str) -> dict[str, Value]:
         return {value.key: gradient for value, gradient in gradients.items() if value.op == op}
 
-    return Adjoint(of_leaves("state"), of_leaves("gate"), of_leaves("constant"), products)
+    return Adjoint(of_leaves("state"), of_leaves("gate"), of_leaves("constant"), products, norms)
 
 
 def plus(x: Value, y: Value) -> Value:
@@ -105,3 +118,14 @@ def chain_rule(value: Value, gradient: Value) -> Iterator[tuple[Value, Value]]:
             of_x = Value("divide", (gradient, y))
             yield x, of_x
             yield y, scaled(times(of_x, value), -1.0)
+        case "exp", (x,):
+            yield x, times(gradient, value)
+        case "maximum", (x, y):
+            yield x, Value("maximum_gradient", (gradient, x, y))
+            yield y, Value("maximum_gradient", (gradient, y, x))
+        case "where", (condition, x, y):
+            of_x = times(gradient, condition)
+            yield x, of_x
+            yield y, Value("blend", (gradient, of_x), (1.0, -1.0))
+        case "clamp_max", (x,):
+            yield x, Value("clamp_max_gradient", (gradient, x), (s, u))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lightning_bln.kernels.library import Instruction
 from lightning_bln.recurrence.program.autodiff import Adjoint, differentiate
 from lightning_bln.recurrence.program.graph import SUMS, Step, Value, merge_sums, ordered
+from lightning_bln.recurrence.program.step import PROJECTION
 
 OPERATIONS = (
     "product", *SUMS, "sigmoid_gradient", "tanh_gradient", "relu_gradient", "softplus_gradient", "hardsigmoid_gradient",
     "affine", "blend", "multiply", "addcmul", "lerp", "difference", "divide",
+    "exp", "maximum", "maximum_gradient", "equals", "where", "clamp_max", "clamp_max_gradient", "norm", "norm_gradient",
 )  # fmt: skip
 """Operations in the order of ``Operation`` in ``csrc/program.h``."""
 
@@ -30,7 +32,11 @@ class Place(NamedTuple):
 
 
 ZERO = Place(("zero", 0))
-LEAVES = ("state", "constant", "mask", "carry", "output")
+NARROW = (("state", "h"), ("carry", "h"), ("kept", "h"), ("output", None), ("mask", None))
+"""Values with as many features as the output has, where that is projected."""
+LEAVES = ("state", "constant", "mask", "kept", "carry", "output")
+WIDE = ("product", "norm")
+"""Operations that compute several gates side by side."""
 
 
 class Transposed(NamedTuple):
@@ -38,6 +44,14 @@ class Transposed(NamedTuple):
 
     matrix: Any
     gradient: Place
+
+
+class NormGradient(NamedTuple):
+    """Key of the gradient of a norm's input: the norm's number, places of its output's gradient and of its input."""
+
+    norm: int
+    gradient: Place
+    input: Place
 
 
 class Code(NamedTuple):
@@ -58,7 +72,7 @@ class Product(NamedTuple):
     matrix: Any
     """Index in ``cell.products``, or the name of the cell's own matrix."""
     width: int
-    """Gates that it computes."""
+    """Gates that it computes; zero for as many features as the output has."""
     input: Place
     gradient: Place
     """First gate of the product's gradient; the others follow."""
@@ -72,6 +86,8 @@ class GradientBuffer(NamedTuple):
     """Gates in its last axis."""
     is_complete: bool
     """Whether the instructions write every gate; otherwise it must start at zero."""
+    has_steps: bool = True
+    """Whether what is written at a step is read when all have run."""
 
 
 class Program(NamedTuple):
@@ -80,10 +96,12 @@ class Program(NamedTuple):
     forward: Code
     backward: Code
     products: tuple[Product, ...]
+    norms: tuple[tuple[Any, int], ...]
+    """Each norm's product, or the cell state's, and how many gates it takes."""
     tapes: int
-    """Intermediate values kept of every step for the gradient, besides states and products."""
-    kept_products: frozenset[int]
-    """Products kept of every step for the gradient."""
+    """Intermediate values kept of every step for the gradient, besides states, products and norms."""
+    kept: frozenset[Buffer]
+    """Products and norms kept of every step for the gradient."""
     reads: frozenset[Buffer]
     """Buffers that the gradient is computed from."""
     gradients: tuple[GradientBuffer, ...]
@@ -101,27 +119,33 @@ def generate_program(step: Step, layout: Mapping[str, Place], widths: Mapping[An
         layout: Place of each gate of the input.
         widths: Gates of each of the cell's products, by index.
     """
-    merge_sums(step.after.values())
+    roots = [*step.after.values(), *step.norms]  # a norm observes, whether its result is used or not
+    merge_sums(roots)
     adjoint = differentiate(step)
-    values = ordered(step.after.values())
+    values = ordered(roots)
     known = frozenset(values)
     merge_sums(adjoint.roots(), known)
     products = [value for value in values if value.op == "product"]
+    norms = [value for value in values if value.op == "norm"]
     where = places_of_leaves(values, layout)
-    where |= {value: Place(("product", index)) for index, value in enumerate(products)}
-    where |= {value: where[value.inputs[0]]._replace(offset=value.key) for value in values if value.op == "part"}
+    where |= {value: Place((value.op, index)) for wide in (products, norms) for index, value in enumerate(wide)}
+    where |= {value: part_of(value, where) for value in values if value.op == "part"}
     ends = [assign(value, Place(("state", name), 0, 1), where) for name, value in step.after.items()]
-    users = [*ordered(adjoint.roots(), known), *products]
+    users = [*ordered(adjoint.roots(), known), *products, *(norm for norm in norms if norm in adjoint.norms)]
     kept = dict.fromkeys(operand for user in users for operand in user.inputs if operand in known and operand.inputs)
     tapes = [value for value in kept if value not in where]
     where |= {value: Place(("tape", index)) for index, value in enumerate(tapes)}
-    backward, learned, gradients = lower_adjoint(adjoint, list(step.before), products, layout, where, known, widths)
+    narrow = Narrow(any(value.key == PROJECTION for value in products))
+    backward, learned, gradients = lower_adjoint(
+        adjoint, list(step.before), (products, norms), layout, where, known, widths, narrow
+    )
     return Program(
-        forward=lower(ordered(ends), dict(where)),
+        forward=lower(ordered([*ends, *norms]), dict(where), narrow),
         backward=backward,
         products=learned,
+        norms=tuple(value.key for value in norms),
         tapes=len(tapes),
-        kept_products=frozenset(where[value].buffer[1] for value in kept if value.op == "part"),
+        kept=frozenset(where[value].buffer for value in kept if value.op in ("part", *WIDE)),
         reads=frozenset(place.buffer for place in (*backward.places, *(one.input for one in learned))),
         gradients=gradients,
         states=frozenset(adjoint.state),
@@ -153,38 +177,80 @@ def assign(value: Value, place: Place, where: dict[Value, Place]) -> Value:
 def lower_adjoint(
     adjoint: Adjoint,
     states: Sequence[str],
-    products: Sequence[Value],
+    wide: tuple[Sequence[Value], Sequence[Value]],
     layout: Mapping[str, Place],
     where: Mapping[Value, Place],
     known: frozenset[Value],
     widths: Mapping[Any, int],
+    narrow: Narrow,
 ) -> tuple[Code, tuple[Product, ...], tuple[GradientBuffer, ...]]:
-    """Code, products and buffers of the gradient of a step whose ``known`` values have their places in ``where``."""
-    values = ordered(adjoint.roots(), known)
+    """Code, products and buffers of the gradient of a step whose ``known`` values have their places in ``where``.
+
+    Products and norms of the step are ``wide``.
+    """
+    values, (products, norms) = ordered(adjoint.roots(), known), wide
     where = {**where, **places_of_leaves(values, layout)}
     gates = {name: Place(("gate_gradient", place.buffer[1]), place.offset) for name, place in layout.items()}
-    results = [assign(value, gates[name], where) for name, value in adjoint.gates.items()]
+    for index, norm in enumerate(norms):
+        if norm in adjoint.norms:
+            first = norm.inputs[0]
+            where[adjoint.norms[norm]] = gates[first.key] if first.op == "gate" else Place(("norm_gradient", index))
+    where |= {value: part_of(value, where) for value in values if value.op == "part"}
+    results = [
+        value if where.get(value) == gates[name] else assign(value, gates[name], where)
+        for name, value in adjoint.gates.items()
+    ]
     results += [assign(value, Place(("constant_gradient", name)), where) for name, value in adjoint.constants.items()]
     buffers: list[GradientBuffer] = []
     for buffer in dict.fromkeys(place.buffer for place in gates.values()):
         names = [name for name, place in gates.items() if place.buffer == buffer]
         buffers.append(GradientBuffer(buffer, len(names), all(name in adjoint.gates for name in names)))
     buffers += [GradientBuffer(("constant_gradient", name), 1, True) for name in adjoint.constants]
-    found = []
+    for index, norm in enumerate(norms):
+        if norm in adjoint.norms:
+            results += place_norm_gradient(adjoint, index, norm, where, buffers)
+    found, of_all_steps = [], [one.buffer for one in buffers if one.has_steps]
     for index, product in enumerate(products):
         width, parts = widths.get(product.key, 1), adjoint.products.get(product, {})
-        place = contiguous([where.get(parts[k]) if k in parts else None for k in range(width)])
+        place = contiguous([where.get(parts[k]) if k in parts else None for k in range(width or 1)], of_all_steps)
         if place is None:
             place = Place(("product_gradient", index))
             parts = {k: assign(part, place._replace(offset=k), where) for k, part in parts.items()}
             results += parts.values()
-            buffers.append(GradientBuffer(place.buffer, width, len(parts) == width))
+            buffers.append(GradientBuffer(place.buffer, width, len(parts) == (width or 1)))
         found.append(Product(product.key, width, where[product.inputs[0]], place))
         for value in values:
             if value.op == "product" and value.key is product:
                 value.key, value.inputs = Transposed(product.key, place), tuple(parts.values())
     order = with_carries(adjoint, states, results, where, known)
-    return lower(order, where), tuple(found), tuple(buffers)
+    return lower(order, where, narrow), tuple(found), tuple(buffers)
+
+
+def place_norm_gradient(
+    adjoint: Adjoint, index: int, norm: Value, where: dict[Value, Place], buffers: list[GradientBuffer]
+) -> list[Value]:
+    """Put the gradients of a norm's output side by side, and that of its input into a place of its own.
+
+    Returns:
+        What is computed for it.
+    """
+    value, parts, width, first = adjoint.norms[norm], adjoint.products[norm], norm.key[1], norm.inputs[0]
+    places = [where.get(parts[k]) if k in parts else None for k in range(width)]
+    place = contiguous(places, [one.buffer for one in buffers])
+    if place is None:
+        place = Place(("norm_output_gradient", index))
+        parts = {k: assign(part, place._replace(offset=k), where) for k, part in parts.items()}
+        buffers.append(GradientBuffer(place.buffer, width, len(parts) == width, has_steps=False))
+    value.key, value.inputs = NormGradient(index, place, where[first]), (*parts.values(), *norm.inputs)
+    if first.op != "gate":
+        buffers.append(GradientBuffer(where[value].buffer, width, True, has_steps=first.op == "product"))
+    return list(parts.values())
+
+
+def part_of(value: Value, where: Mapping[Value, Place]) -> Place:
+    """The place of one gate of what is computed side by side."""
+    place = where[value.inputs[0]]
+    return place._replace(offset=place.offset + value.key)
 
 
 def with_carries(
@@ -202,7 +268,8 @@ def with_carries(
     order = ordered([*results, *last.values()], known)
     for name, value in last.items():
         place = Place(("carry", name))
-        read_later = (operand for user in order[order.index(value) + 1 :] for operand in user.inputs)
+        own = next(index for index, one in enumerate(order) if one is value)
+        read_later = (operand for user in order[own + 1 :] for operand in user.inputs)
         if value in where or any(where.get(operand) == place for operand in read_later):
             value = Value("sum", (value,))
             order.append(value)
@@ -210,21 +277,53 @@ def with_carries(
     return order
 
 
-def contiguous(places: Sequence[Place | None]) -> Place | None:
-    """The first of ``places`` if they follow one another in a buffer of gates' gradients, else ``None``."""
+def contiguous(places: Sequence[Place | None], among: Container[Buffer]) -> Place | None:
+    """The first of ``places`` if they follow one another in one of these buffers, else ``None``."""
     first = places[0]
-    if first is None or first.buffer[0] != "gate_gradient":
+    if first is None or first.buffer not in among:
         return None
     return first if places == [first._replace(offset=first.offset + k) for k in range(len(places))] else None
 
 
-def lower(order: Iterable[Value], where: dict[Value, Place]) -> Code:
+class Narrow(dict[Value, bool]):
+    """Whether a value has as many features as a projected output, by value; no value has without a projection."""
+
+    def __init__(self, is_projected: bool) -> None:
+        super().__init__()
+        self.is_projected = is_projected
+
+    def __missing__(self, value: Value) -> bool:
+        if not self.is_projected:
+            found = False
+        elif value.op == "product":  # the gradient of a hidden product's input is one of the output
+            is_transposed = isinstance(value.key, Transposed)
+            found = isinstance(value.key.matrix, int) if is_transposed else value.key == PROJECTION
+        elif value.inputs and value.op not in ("norm", "norm_gradient"):
+            found = any(self[operand] for operand in value.inputs)
+        else:
+            found = (value.op, value.key) in NARROW
+        self[value] = found
+        return found
+
+
+def joined_norms(before: list[Value], value: Value) -> tuple[list[Value], bool]:
+    """Norms that a value continues, itself included, and whether it has to wait for one of them."""
+    if value.op not in ("norm", "norm_gradient"):
+        return [], False
+    same = before if before and before[-1].op == value.op else []
+    sources = [one.inputs[0] if one.op == "part" else one for one in value.inputs]
+    needs = any(source is one for source in sources for one in same)
+    return [value] if needs else [*same, value], needs
+
+
+def lower(order: Iterable[Value], where: dict[Value, Place], narrow: Narrow) -> Code:
     """Instructions for values in order; a value without a place gets a register, which is reused after its last use."""
     order = [value for value in order if value.inputs and value.op != "part"]
     last_use = {operand: index for index, value in enumerate(order) for operand in value.inputs}
     places: dict[Place, int] = {ZERO: 0}
     matrices: dict[tuple[str, Any], int] = {}
     instructions, free, registers = [], [], 0
+    together: list[Value] = []  # norms one after the other, whose moments threads exchange at once
     for index, value in enumerate(order):
         inputs, matrix = [where[operand] for operand in value.inputs], None
         released = [where[operand] for operand in dict.fromkeys(value.inputs) if last_use[operand] == index]
@@ -233,6 +332,10 @@ def lower(order: Iterable[Value], where: dict[Value, Place]) -> Code:
             is_transposed = isinstance(value.key, Transposed)
             matrix = ("transposed", value.key.matrix) if is_transposed else ("plain", value.key)
             inputs = [value.key.gradient if is_transposed else inputs[0]]
+        elif value.op == "norm_gradient":
+            inputs = [value.key.gradient, value.key.input]
+        elif value.op == "norm":
+            inputs = inputs[:1]
         else:  # elementwise, so that the result may overwrite an operand
             free += released
         if value not in where:
@@ -240,12 +343,18 @@ def lower(order: Iterable[Value], where: dict[Value, Place]) -> Code:
                 free.append(Place(("register", registers)))
                 registers += 1
             where[value] = free.pop()
-        if matrix is not None:
+        if matrix is not None or value.op in ("norm", "norm_gradient"):
             free += released
         inputs += [ZERO if value.op in SUMS else inputs[0]] * (3 - len(inputs))
         a, b, c = (places.setdefault(place, len(places)) for place in inputs)
         to = places.setdefault(where[value], len(places))
         if matrix is not None:
             c = matrices.setdefault(matrix, len(matrices))
-        instructions.append(Instruction(OPERATIONS.index(value.op), to, a, b, c, *value.numbers))
+        elif value.op in ("norm", "norm_gradient"):
+            c = value.key.norm if value.op == "norm_gradient" else where[value].buffer[1]
+        together, needs = joined_norms(together, value)
+        if needs:
+            value.numbers = (1.0, 0.0)
+        operation = OPERATIONS.index(value.op)
+        instructions.append(Instruction(operation, int(narrow[value]), to, a, b, c, *value.numbers))
     return Code((Instruction * len(instructions))(*instructions), tuple(places), tuple(matrices), registers)

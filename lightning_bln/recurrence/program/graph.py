@@ -1,14 +1,14 @@
-"""A cell's step recorded as a graph of elementwise operations and matrix products."""
+"""Graphs of elementwise operations, matrix products and norms, recorded by running code on their nodes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
-from copy import copy
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from lightning_bln.cells.cell import Cell
-from lightning_bln.recurrence.reference import identity
+import torch
+
+from lightning_bln._torch import is_autocast_enabled
 
 
 class NotRecordable(Exception):
@@ -19,8 +19,9 @@ class Value:
     """Node of the graph: an operation on other nodes, or a leaf, with one number for every unit.
 
     Leaves are a ``gate`` of the input, a ``state`` before the step, a ``constant`` (a vector of the cell's own), the
-    ``bias`` of one gate of a product, and the ``mask`` that is applied before products. A ``product`` computes all the
-    gates that it serves side by side; each ``part`` of it is one gate.
+    ``bias`` of one gate of a product, the ``mask`` that is applied before products, and for zoneout what is ``kept`` of
+    a state. A ``product`` computes all the gates that it serves side by side, and a ``norm`` takes them so; each
+    ``part`` of either is one gate.
 
     Torch functions and operators on nodes record an operation. ``numbers`` are its scalars ``s`` and ``u``; ``key``
     tells leaves, products and parts of a kind apart.
@@ -33,6 +34,8 @@ class Value:
     def __init__(
         self, op: str, inputs: Iterable[Value] = (), numbers: tuple[float, float] = (0.0, 0.0), key: Any = None
     ) -> None:
+        if not torch.is_grad_enabled() or is_autocast_enabled("cpu"):
+            raise NotRecordable("what a step does without gradients, or under autocast")
         self.op, self.inputs, self.numbers, self.key = op, tuple(inputs), numbers, key
 
     @classmethod
@@ -40,11 +43,11 @@ class Value:
         return operation(func.__name__)(*args, **(kwargs or {}))
 
     def __getattr__(self, name: str) -> Callable[..., Value]:
-        return partial(operation(name), self)
+        return partial(METHODS.get(name) or operation(name), self)
 
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, Value):
-            return self is other
+    def __eq__(self, other: object) -> Any:
+        if isinstance(other, int | float):
+            return Value("equals", (self,), (float(other), 0.0))
         raise NotRecordable("a comparison")
 
     __hash__ = object.__hash__
@@ -75,7 +78,43 @@ class Value:
     def __neg__(self) -> Value:
         return mul(self, -1.0)
 
+    def in_place(self, other: Any) -> Any:
+        """Raise: what else refers to the tensor would change, too."""
+        raise NotRecordable("a tensor changed in place")
+
     __radd__, __rmul__ = __add__, __mul__
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = __setitem__ = in_place
+
+
+class Line:
+    """A state of several times as many numbers as there are units, such as a delay line: its parts side by side."""
+
+    def __init__(self, parts: tuple[Value, ...]) -> None:
+        self.parts = parts
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return operation(func.__name__)(*args, **(kwargs or {}))
+
+    def __getitem__(self, index: Any) -> Any:
+        first = Value.shape[-1]
+        if index == (Ellipsis, slice(first)):
+            return self.parts[0]
+        if index == (Ellipsis, slice(first, None)):
+            return joined(self.parts[1:])
+        raise NotRecordable("an index into the units")
+
+
+def joined(parts: Sequence[Value]) -> Value | Line:
+    """Parts side by side; one is that part."""
+    return parts[0] if len(parts) == 1 else Line(tuple(parts))
+
+
+def cat(values: Sequence[Any], dim: int = 0) -> Value | Line:
+    """States side by side."""
+    if dim != -1:
+        raise NotRecordable("cat along another axis than the last")
+    return joined([part for value in values for part in (value.parts if isinstance(value, Line) else [value])])
 
 
 def is_value(x: Any) -> bool:
@@ -121,10 +160,43 @@ def lerp(x: Any, y: Any, weight: Any) -> Value:
 
 
 def softplus(x: Value, beta: float = 1.0, threshold: float = 20.0) -> Value:
-    """``log(1 + exp(x))``; above ``threshold``, where torch returns ``x``, it differs by rounding only."""
-    if beta != 1:
-        raise NotRecordable("softplus with beta other than 1")
+    """``log(1 + exp(x))``; above a threshold of 20, where torch returns ``x``, it differs by rounding only."""
+    if beta != 1 or threshold < 20:
+        raise NotRecordable("softplus with another beta or threshold")
     return Value("softplus", (x,))
+
+
+def log_sigmoid(x: Value) -> Value:
+    """``-log(1 + exp(-x))``."""
+    return -softplus(-x)
+
+
+def maximum(x: Any, y: Any) -> Value:
+    """The larger one."""
+    if is_value(x) and is_value(y):
+        return Value("maximum", (x, y))
+    raise NotRecordable("a maximum with a number")
+
+
+def where(condition: Any, x: Any, y: Any) -> Value:
+    """``x`` where a comparison holds, else ``y``."""
+    if is_value(condition) and is_value(x) and is_value(y):
+        return Value("where", (condition, x, y))
+    raise NotRecordable("a choice of numbers")
+
+
+def clamp(x: Value, min: float | None = None, max: float | None = None) -> Value:
+    """``x``, at most ``max``."""
+    if min is not None or max is None or is_value(max):
+        raise NotRecordable("clamp with another bound than max")
+    return Value("clamp_max", (x,), (float(max), 0.0))
+
+
+def as_dtype(x: Value, dtype: Any) -> Value:
+    """``x`` in the dtype that all nodes have."""
+    if dtype is not Value.dtype:
+        raise NotRecordable("another dtype")
+    return x
 
 
 def linear(x: Value, weight: Any, bias: Any = None) -> Value:
@@ -134,104 +206,37 @@ def linear(x: Value, weight: Any, bias: Any = None) -> Value:
     return Value("part", (Value("product", (x,), key=weight.key),), key=0)
 
 
-OPERATIONS: dict[str, Callable[..., Value]] = {
+OPERATIONS: dict[str, Callable[..., Any]] = {
     "sigmoid": lambda x: Value("sigmoid", (x,)),
     "tanh": lambda x: Value("tanh", (x,)),
-    "relu": lambda x, inplace=False: Value("relu", (x,)),
-    "hardsigmoid": lambda x, inplace=False: Value("hardsigmoid", (x,)),
-    "to": lambda x, dtype: x,
+    "relu": lambda x, inplace=False: x.in_place(x) if inplace else Value("relu", (x,)),
+    "hardsigmoid": lambda x, inplace=False: x.in_place(x) if inplace else Value("hardsigmoid", (x,)),
+    "exp": lambda x: Value("exp", (x,)),
+    "to": lambda x, dtype: as_dtype(x, dtype),
     "div": Value.__truediv__,
-    **{f.__name__: f for f in (add, sub, mul, addcmul, lerp, softplus, linear)},
+    **{
+        f.__name__: f for f in (add, sub, mul, addcmul, lerp, softplus, log_sigmoid, maximum, where, clamp, linear, cat)
+    },
 }
 
 
-def operation(name: str) -> Callable[..., Value]:
+METHODS: dict[str, Callable[..., Any]] = {"where": lambda x, condition, y: where(condition, x, y)}
+"""Methods that take their arguments in another order than the function of their name."""
+
+
+def operation(name: str) -> Callable[..., Any]:
     """The recording of a torch function or tensor method by its name."""
     if name not in OPERATIONS:
         raise NotRecordable(f"{name} has no instruction")
     return OPERATIONS[name]
 
 
-class NamedGates:
-    """Recorded stand-in for :class:`~lightning_bln.cells.Gates`."""
-
-    def __init__(self, parts: dict[str, Value]) -> None:
-        self._parts = parts
-
-    def __getattr__(self, name: str) -> Value:
-        return self._parts[name]
-
-    def __add__(self, other: NamedGates) -> NamedGates:
-        if tuple(self._parts)[: len(other._parts)] != tuple(other._parts):
-            raise NotRecordable("a sum of gates that are not the first")
-        return NamedGates({name: self._parts[name] + part for name, part in other._parts.items()})
-
-    def split(self) -> dict[str, Value]:
-        """Each gate on its own."""
-        return self._parts
-
-
-class Products:
-    """Recorded stand-in for :class:`~lightning_bln.recurrence.projection.Projection`."""
-
-    def __init__(self, cell: Cell, biased: bool, masked: bool) -> None:
-        self._cell, self._biased, self._mask = cell, biased, Value("mask") if masked else None
-        self._where = {name: index for index, names in enumerate(cell.products) for name in names}
-
-    def __call__(self, h: Value) -> NamedGates:
-        """The first product."""
-        return self._of(0, h)
-
-    def __getattr__(self, gate: str) -> Callable[[Value], Any]:
-        index = self._where[gate]
-
-        def of_gate(h: Value) -> Any:
-            gates = self._of(index, h)
-            return gates if len(self._cell.products[index]) > 1 else gates.split()[gate]
-
-        return of_gate
-
-    def _of(self, index: int, h: Value) -> NamedGates:
-        product = Value("product", (h if self._mask is None else h * self._mask,), key=index)
-        parts = {}
-        for k, name in enumerate(self._cell.products[index]):
-            parts[name] = Value("part", (product,), key=k)
-            if self._biased:
-                parts[name] = parts[name] + Value("bias", key=(index, k))
-        return NamedGates(parts)
-
-
 class Step(NamedTuple):
-    """A recorded step: nodes of the states before and after it."""
+    """A recorded step: nodes of the states before and after it, and every norm that it takes."""
 
     before: dict[str, Value]
     after: dict[str, Value]
-
-
-def record_step(cell: Cell, gates: Iterable[str], axes: Mapping[str, int], *, biased: bool, masked: bool) -> Step:
-    """Run ``cell.step`` on nodes in place of tensors.
-
-    Args:
-        cell: The cell, without its parameters.
-        gates: Names of the gates after ``cell.prepare``.
-        axes: Number of axes of each of the cell's parameters: 1 for a vector, 2 for a matrix.
-        biased: Whether hidden products have a bias.
-        masked: Whether a dropout mask is applied before hidden products.
-
-    Raises:
-        NotRecordable: The step does something that has no instruction.
-    """
-    cell = copy(cell)
-    cell.__dict__.update(
-        {name: Value("matrix" if number == 2 else "constant", key=name) for name, number in axes.items()}
-    )
-    cell.norm_cell = identity
-    before = {name: Value("state", key=name) for name in cell.states}
-    x: Any = NamedGates({name: Value("gate", key=name) for name in gates})
-    after = cell.step(x, cell.State(**before), Products(cell, biased, masked))._asdict()
-    if not all(isinstance(value, Value) for value in after.values()):
-        raise NotRecordable("a state that is no tensor")
-    return Step(before, after)
+    norms: list[Value]
 
 
 def ordered(roots: Iterable[Value], known: Container[Value] = ()) -> list[Value]:
@@ -268,6 +273,6 @@ def merge_sums(roots: Iterable[Value], known: Container[Value] = ()) -> None:
         for operand in value.inputs:
             is_free = operand.op == "sum" and operand not in known and uses[operand] == 1
             if is_free and len(terms) - 1 + len(operand.inputs) <= 3:
-                index = terms.index(operand)
+                index = next(place for place, one in enumerate(terms) if one is operand)
                 terms[index : index + 1] = operand.inputs
         value.inputs = tuple(terms)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 from copy import copy
 from functools import partial
 from typing import Any, cast
@@ -14,8 +14,9 @@ from lightning_bln._torch import is_observed, is_plain
 from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates
 from lightning_bln.kernels.dispatch import gradients_on_torch
-from lightning_bln.kernels.gate import reason_against
+from lightning_bln.kernels.gate import readable, reason_against
 from lightning_bln.kernels.matmul import multiply
+from lightning_bln.recurrence.gate_norm import SequenceNorm
 from lightning_bln.recurrence.program.buffers import (
     Buffers,
     Shape,
@@ -24,63 +25,128 @@ from lightning_bln.recurrence.program.buffers import (
     gradient_buffers,
     input_buffers,
     matrices,
-    readable,
     result_buffers,
     rows_of_all_steps,
 )
+from lightning_bln.recurrence.program.norms import Affine, NormCall, Norms
 from lightning_bln.recurrence.program.recording import RecordedCell, Signature, Tensors, options_of, record
+from lightning_bln.recurrence.program.step import NORM_CELL, NORM_INPUT, PROJECTION, Around
 from lightning_bln.recurrence.reference import HiddenWeights, Noise, Result, Sequences, identity, unroll
-from lightning_bln.recurrence.sequences import lengths_of
+from lightning_bln.recurrence.sequence_norm import normalize_steps
+from lightning_bln.recurrence.sequences import Running, lengths_of
 
 
-def recorded_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result | None:
-    """:func:`~lightning_bln.recurrence.reference.recurrence` by a recorded program; ``None`` if there is none."""
-    if not is_supported(cell, sequences, weights, noise):
+def recorded_recurrence(
+    cell: Cell,
+    sequences: Sequences,
+    weights: HiddenWeights,
+    noise: Noise,
+    norm_ih: SequenceNorm | None = None,
+    bias_ih: Tensor | None = None,
+) -> Result | None:
+    """:func:`~lightning_bln.recurrence.reference.recurrence` by a recorded program; ``None`` if there is none.
+
+    With ``norm_ih`` the input is still to be normalised, and ``bias_ih`` to be added.
+    """
+    norms = [norm for norm in (norm_ih, *weights.norm_hh, weights.norm_cell) if norm is not None]
+    if reason_against_program(cell, sequences, weights, norms, bias_ih) is not None:
         return None
-    x = cell.prepare(Gates(sequences.x.flatten(-2), cell.gates), cell.State(*sequences.state))
-    segments = x.segments()
-    dtype, units = sequences.x.dtype, sequences.x.shape[-1]
-    constants = {name: getattr(cell, name) for name in cell.parameters}
-    options = options_of(cell)
-    if options is None or any(value.shape not in ((1,), (units,), (units, units)) for value in constants.values()):
+    segments = segments_of(cell, sequences, is_prepared=norm_ih is None)
+    recorded = recorded_cell(cell, segments, around_of(cell, weights, noise, norm_ih is not None))
+    if isinstance(recorded, str):
         return None
-    signature = Signature(
-        tuple(segments),
-        tuple((name, value.ndim) for name, value in constants.items()),
-        weights.bias_hh is not None,
-        noise.hidden_mask is not None,
-    )
-    recorded = record(cast(Hashable, type(cell)), options, signature)
-    if recorded is None:
-        return None
+    dtype, (steps, _, _, units) = sequences.x.dtype, sequences.x.shape
+    constants, signature = {name: getattr(cell, name) for name in cell.parameters}, recorded.signature
     tensors = Tensors(
         tuple(value.to(dtype) for value in segments.values()),
-        sequences.state,
+        tuple(part for value in sequences.state for part in parts_in(value, units)),
         None if weights.weight_hh is None else cell.act(weights.weight_hh),
         weights.bias_hh,
+        weights.weight_hr,
         tuple((v.expand(units) if v.ndim == 1 else v).to(dtype) for v in constants.values()),
+        tuple(norm.equation.weight for norm in norms),
+        tuple(bias_ih if norm is norm_ih else norm.equation.bias for norm in norms),
         noise.hidden_mask,
+        () if noise.kept is None else tuple(noise.kept[name].to(dtype) for name in signature.around.zoned),
     )
-    outputs, *state = RecordedRecurrence.apply(recorded, sequences.sizes, *tensors.flat())
-    return Result(outputs, tuple(state), (), None)
+    calls = tuple(NormCall.of(norm, steps, dtype) for norm in norms)
+    needs_grad = torch.is_grad_enabled()  # which it is not within the function
+    outputs, *rest = RecordedRecurrence.apply(recorded, sequences.sizes, calls, needs_grad, *tensors.flat())
+    number = len(recorded.states)
+    state, moments = recorded.whole(rest[:number]), iter(rest[number:])
+    keys = signature.norms(cell)
+    seen = {key: next(moments) for key, _ in recorded.program.norms}
+    found = {key: seen.get(key) if norm.observes else None for key, norm in zip(keys, norms, strict=True)}
+    of_cell, of_input = (found.pop(key, None) for key in (NORM_CELL, NORM_INPUT))
+    return Result(outputs, state, tuple(found.values()), of_cell, of_input)
 
 
-def is_supported(cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> bool:
-    """Whether recorded programs run a recurrence of this kind: on the CPU, without norms, projection and zoneout."""
+def segments_of(cell: Cell, sequences: Sequences, *, is_prepared: bool) -> dict[tuple[str, ...], Tensor]:
+    """Gates of the input in as few tensors as possible, as :meth:`Cell.prepare` leaves them or before."""
+    x = Gates(sequences.x.flatten(-2), cell.gates)
+    return (cell.prepare(x, cell.State(*sequences.state)) if is_prepared else x).segments()
+
+
+def recorded_cell(cell: Cell, segments: Iterable[tuple[str, ...]], around: Around) -> RecordedCell | str:
+    """The program of a cell whose input comes in these segments; if its step cannot be recorded, why."""
+    options = options_of(cell)
+    assert options is not None
+    constants = tuple((name, getattr(cell, name).ndim) for name in cell.parameters)
+    return record(cast(Hashable, type(cell)), options, Signature(tuple(segments), constants, around))
+
+
+def around_of(cell: Cell, weights: HiddenWeights, noise: Noise, norm_input: bool) -> Around:
+    """Norms, bias, dropout and zoneout around the cell's equations in a call."""
+    zoned: tuple[str, ...] = ()
+    if noise.zoneout:
+        zoned = cell.states if cell.zoned is None else cell.zoned
+    return Around(
+        biased=weights.bias_hh is not None,
+        masked=noise.hidden_mask is not None,
+        norm_input=norm_input,
+        normalized=bool(weights.norm_hh),
+        norm_cell=weights.norm_cell is not None,
+        projected=weights.weight_hr is not None,
+        zoned=zoned,
+        zoneout=noise.zoneout if zoned and noise.kept is None else None,
+    )
+
+
+def reason_against_program(
+    cell: Cell,
+    sequences: Sequences,
+    weights: HiddenWeights,
+    norms: Iterable[SequenceNorm],
+    bias_ih: Tensor | None,
+) -> str | None:
+    """Obstacle to a recorded program besides the cell's equations; ``None`` if there is none."""
     x, state = sequences.x, sequences.state
-    parameters = [value for value in (weights.weight_hh, weights.bias_hh) if value is not None]
-    constants = [getattr(cell, name) for name in cell.parameters]
-    return (
-        x.ndim == 4
-        and not torch.compiler.is_compiling()
-        and not weights.norm_hh
-        and weights.norm_cell is None
-        and weights.weight_hr is None
-        and not noise.zoneout
-        and all(value.dtype == x.dtype for value in (*state, *parameters))
-        and all(value.shape == (x.shape[1], x.shape[3]) for value in state)
-        and reason_against(x.dtype, (x, *state, *parameters, *constants, noise.hidden_mask)) is None
-    )
+    if x.ndim != 4:
+        return "fan-out over statistics modes of this cell has no compiled kernel"
+    if torch.compiler.is_compiling():
+        return "torch.compile takes this cell on torch operations"
+    affine = [value for norm in norms for value in norm.equation[:2]]
+    own = weights.weight_hh, weights.bias_hh, weights.weight_hr
+    parameters = [value for value in (*own, bias_ih, *affine) if value is not None]
+    constants = {name: getattr(cell, name) for name in cell.parameters}
+    others = [value for value in (*state, *parameters) if value.dtype != x.dtype]
+    if others:
+        return f"a state or parameter has dtype {others[0].dtype}, and the input's products have {x.dtype}"
+    units = x.shape[-1]
+    if any(value.shape[-1] % units for value in state[weights.weight_hr is not None :]):
+        return "a state has a size that is no multiple of hidden_size"
+    odd = [name for name, value in constants.items() if value.shape not in ((1,), (units,), (units, units))]
+    if odd:
+        return f"the cell's parameter {odd[0]} is no number, vector or matrix of hidden_size"
+    if options_of(cell) is None:
+        return "an option of the cell is no number, string or tuple"
+    given = [norm.source.given.batch_mean for norm in norms]
+    return reason_against(x.dtype, (x, *state, *parameters, *constants.values(), *given))
+
+
+def parts_in(state: Tensor, units: int) -> Sequence[Tensor]:
+    """Parts of a state, of so many units each; a projected output is one."""
+    return state.split(units, -1) if state.shape[-1] > units else (state,)
 
 
 class RecordedRecurrence(torch.autograd.Function):
@@ -88,63 +154,88 @@ class RecordedRecurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, recorded: RecordedCell, running: list[int] | None, *flat: Tensor | None
+        ctx: Any,
+        recorded: RecordedCell,
+        running: list[int] | None,
+        calls: tuple[NormCall, ...],
+        needs_grad: bool,
+        *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        """Outputs and last states, from the running sequences of each step and :class:`Tensors`."""
+        """Outputs, last states and the norms' moments, from the running sequences of each step and :class:`Tensors`."""
         tensors, program = admitted(recorded, recorded.tensors(flat)), recorded.program
-        keep = any(ctx.needs_input_grad)
-        samples, units = tensors.state[0].shape
-        shape = Shape(tensors.x[0].shape[0], samples, units, running)
+        keep = needs_grad and any(ctx.needs_input_grad)
+        shape = Shape.of(recorded, tensors, running)
+        samples, units = shape.samples, shape.units
         buffers = input_buffers(recorded, tensors) | result_buffers(recorded, tensors, shape, keep)
-        execute(program.forward, buffers, matrices(recorded, tensors), shape, reverse=False)
-        states = [buffers["state", name] for name in recorded.cell.states]
+        norms = Norms.of(recorded, tensors, calls, units)
+        moments = norms.moments(tensors.state[0], units, keep, running is not None)
+        execute(
+            program.forward, buffers, matrices(recorded, tensors), norms.arrays(moments, units), shape, reverse=False
+        )
+        states = [buffers["state", name] for name in recorded.states]
         if keep:
             kept = {name: value for name, value in buffers.items() if name in program.reads}
-            ctx.recorded, ctx.shape = recorded, shape
+            ctx.recorded, ctx.shape, ctx.calls = recorded, shape, calls
             ctx.kept = {name: value.shape for name, value in kept.items()}
-            ctx.save_for_backward(*flat, *kept.values())
+            ctx.save_for_backward(*flat, *moments, *kept.values())
             ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*moments)
         if running is None:
-            return states[0][1:], *(value[-1].clone() for value in states)
+            return states[0][1:], *(value[-1].clone() for value in states), *moments
         lengths = lengths_of(torch.tensor(running, device="cpu"))
-        return states[0][1:], *(value[lengths, torch.arange(samples, device="cpu")] for value in states)
+        return states[0][1:], *(value[lengths, torch.arange(samples, device="cpu")] for value in states), *moments
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of all tensors."""
-        saved, recorded, shape = ctx.saved_tensors, ctx.recorded, ctx.shape
-        flat = saved[: len(saved) - len(ctx.kept)]
+        saved, recorded, shape, calls = ctx.saved_tensors, ctx.recorded, ctx.shape, ctx.calls
+        number = len(recorded.program.norms)
+        flat, rest = saved[: len(saved) - len(ctx.kept) - number], saved[len(saved) - len(ctx.kept) - number :]
+        gradients = gradients[: 1 + len(recorded.states)]
         if all(gradient is None for gradient in gradients):
-            return (None,) * (2 + len(flat))
+            return (None,) * (4 + len(flat))
         if torch.is_grad_enabled() or is_observed() or not all(map(is_plain, gradients)):
-            return None, None, *gradients_on_torch(partial(on_torch, recorded, shape.running), flat, gradients)
+            run = partial(on_torch, recorded, shape.running, calls)
+            return None, None, None, None, *gradients_on_torch(run, flat, gradients)
         tensors = admitted(recorded, recorded.tensors(flat))
-        dtype, kept = tensors.state[0].dtype, zip(ctx.kept.items(), saved[len(flat) :], strict=True)
+        dtype, kept = tensors.state[0].dtype, zip(ctx.kept.items(), rest[number:], strict=True)
         buffers = {name: readable(str(name), value, size, dtype) for (name, size), value in kept}
-        buffers |= gradient_buffers(recorded, tensors.state[0], shape, gradients)
-        execute(recorded.program.backward, buffers, matrices(recorded, tensors), shape, reverse=True)
-        return None, None, *collected_gradients(recorded, tensors, buffers, shape)
+        buffers |= gradient_buffers(recorded, tensors, shape, gradients)
+        norms = Norms.of(recorded, tensors, calls, shape.units)
+        found = norms.gradients()
+        arrays = norms.arrays(norms.admitted(rest[:number], tensors.state[0], shape.units), shape.units, found)
+        execute(recorded.program.backward, buffers, matrices(recorded, tensors), arrays, shape, reverse=True)
+        return None, None, None, None, *collected_gradients(recorded, tensors, buffers, shape, norms, found)
 
 
 def collected_gradients(
-    recorded: RecordedCell, tensors: Tensors, buffers: Buffers, shape: Shape
+    recorded: RecordedCell, tensors: Tensors, buffers: Buffers, shape: Shape, norms: Norms, found: Affine
 ) -> list[Tensor | None]:
-    """Gradients of all tensors from the buffers that the backward instructions have written."""
-    (program, signature), states = (recorded.program, recorded.signature), recorded.cell.states
+    """Gradients of all tensors from the buffers that the backward instructions have written, and those of norms."""
+    (program, signature), states = (recorded.program, recorded.signature), recorded.states
     constants = {
         name: buffers["constant_gradient", name].sum((0, 1)) if name in program.constants else None
         for name, _ in signature.constants
     }
     products = product_gradients(recorded, buffers, shape)
-    constants |= {name: weight for name, (weight, _) in products.items() if isinstance(name, str)}
+    constants |= {
+        name: weight for name, (weight, _) in products.items() if isinstance(name, str) and name != PROJECTION
+    }
     weight, bias = hidden_gradients(recorded, tensors, products, shape)
+    of_norms, keys = norms.by_key(found), recorded.signature.norms(recorded.cell)
+    if recorded.signature.around.normalized and recorded.signature.around.biased:
+        bias = hidden_bias_of_norms(recorded, tensors, of_norms, shape)
     return [
         *(buffers["gate_gradient", index] for index in range(len(signature.segments))),
         *(buffers["carry", name] if name in program.states else None for name in states),
         weight,
         bias,
+        products[PROJECTION][0] if PROJECTION in products else None,
         *constants.values(),
+        *(of_norms.get(key, (None, None))[0] for key in keys),
+        *(of_norms[key][1] if key in of_norms and not isinstance(key, int) else None for key in keys),
         None,
+        *(None for _ in tensors.kept),
     ]
 
 
@@ -152,8 +243,9 @@ def product_gradients(recorded: RecordedCell, buffers: Buffers, shape: Shape) ->
     """Gradients of each product's matrix and bias, each one matrix product over all steps."""
     found: dict[Any, tuple[Tensor, Tensor]] = {}
     for product in recorded.program.products:
-        gradient = rows_of_all_steps(product.gradient, product.width, buffers, shape)
-        parts = multiply(gradient.t(), rows_of_all_steps(product.input, 1, buffers, shape)), gradient.sum(0)
+        columns = shape.outputs if isinstance(product.matrix, int) else shape.units
+        gradient = rows_of_all_steps(product.gradient, shape.columns(product.width), buffers, shape)
+        parts = multiply(gradient.t(), rows_of_all_steps(product.input, columns, buffers, shape)), gradient.sum(0)
         if product.matrix in found:  # the step multiplies by this matrix more than once
             parts = parts[0] + found[product.matrix][0], parts[1] + found[product.matrix][1]
         found[product.matrix] = parts
@@ -169,25 +261,45 @@ def hidden_gradients(
     new = tensors.weight_hh.new_zeros
     for index, rows in enumerate(recorded.rows(shape.units)):
         if index not in products:
-            products[index] = new(rows, shape.units), new(rows)
+            products[index] = new(rows, shape.outputs), new(rows)
     weights, biases = zip(*(products[index] for index in range(len(recorded.cell.products))), strict=True)
-    return torch.cat(weights), torch.cat(biases) if recorded.signature.biased else None
+    return torch.cat(weights), torch.cat(biases) if recorded.signature.around.biased else None
 
 
-def on_torch(recorded: RecordedCell, running: list[int] | None, *flat: Tensor | None) -> tuple[Tensor, ...]:
+def hidden_bias_of_norms(recorded: RecordedCell, tensors: Tensors, found: dict[Any, Any], shape: Shape) -> Tensor:
+    """The hidden bias's gradient where norms add it, zero in products that the step does not take."""
+    assert tensors.bias_hh is not None
+    parts = tensors.bias_hh.split(recorded.rows(shape.units))
+    pairs = enumerate(parts)
+    return torch.cat([found[index][1] if index in found else torch.zeros_like(part) for index, part in pairs])
+
+
+def on_torch(
+    recorded: RecordedCell, running: list[int] | None, calls: tuple[NormCall, ...], *flat: Tensor | None
+) -> tuple[Tensor, ...]:
     """Outputs and last states step by step on torch operations."""
     tensors, signature = recorded.tensors(flat), recorded.signature
-    cell = copy(recorded.cell)
+    cell, units = copy(recorded.cell), Shape.of(recorded, tensors).units
     names = [name for name, _ in signature.constants]
     cell.__dict__.update(zip(names, tensors.constants, strict=True), act=identity)
     parts: dict[str, Tensor] = {}
     for gates, value in zip(signature.segments, tensors.x, strict=True):
         parts |= dict(zip(gates, value.chunk(len(gates), -1), strict=True))
+    around, keys = signature.around, signature.norms(cell)
+    columns = zip(keys, calls, tensors.norm_weights, tensors.norm_biases, strict=True)
+    made = {key: call.sequence(weight, bias) for key, call, weight, bias in columns}
+    norm_cell, norm_ih = made.pop(NORM_CELL, None), made.pop(NORM_INPUT, None)
+    x = Gates(None, cell.gates, parts)
+    if norm_ih is not None:
+        raw = tensors.x[0].unflatten(-1, (len(cell.gates), -1))
+        value, _ = normalize_steps(norm_ih, raw, Running.of(tensors.x[0], running), backend="reference")
+        x = cell.prepare(Gates(value.flatten(-2), cell.gates), cell.State(*recorded.whole(tensors.state)))
+    kept = dict(zip(around.zoned, (value > 0 for value in tensors.kept), strict=False)) if tensors.kept else None
     result = unroll(
         cell,
-        Gates(None, cell.gates, parts),
-        Sequences(tensors.x[0], tensors.state, running),
-        HiddenWeights(tensors.weight_hh, tensors.bias_hh, None, (), None),
-        Noise(tensors.mask, 0.0, None),
+        x,
+        Sequences(tensors.x[0], recorded.whole(tensors.state), running),
+        HiddenWeights(tensors.weight_hh, tensors.bias_hh, tensors.weight_hr, tuple(made.values()), norm_cell),
+        Noise(tensors.mask, float(bool(around.zoned)) if around.zoneout is None else around.zoneout, kept),
     )
-    return result.outputs, *result.state
+    return result.outputs, *(part for value in result.state for part in parts_in(value, units))

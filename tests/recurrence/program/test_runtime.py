@@ -13,7 +13,7 @@ from lightning_bln import Recurrent
 from lightning_bln.cells import Cell, Extra, LinearCell, registry
 from lightning_bln.kernels import library
 from lightning_bln.recurrence.backends import name_of
-from lightning_bln.recurrence.program.recording import reason_against_recording, record
+from lightning_bln.recurrence.program.recording import record
 from lightning_bln.recurrence.program.runtime import recorded_recurrence
 
 pytestmark = pytest.mark.skipif(not library.is_built(), reason="the C++ kernels are not built")
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not library.is_built(), reason="the C++ kernels 
 STEPWISE = [
     name for name in registry if not issubclass(registry[name], LinearCell) and name_of(registry[name]()) is None
 ]
-RECORDED = [name for name in STEPWISE if name != "slstm"]  # its stabiliser has operations without an instruction
+RECORDED = STEPWISE
 
 
 class Everything(Cell):
@@ -112,7 +112,7 @@ def test_cells_of_the_zoo_are_recorded(kind) -> None:
 def test_every_instruction_is_torchs_operation(cell, samples) -> None:
     fast, plain = pair(cell, num_layers=2)
     assert is_recorded(fast)
-    assert reason_against_recording(fast.cell) is None
+    assert fast.backend_reason is None
     x = torch.randn(6, samples, 3, dtype=torch.float64)
     for ours, theirs in zip(everything_of(fast, x), everything_of(plain, x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-8)  # torch's hardsigmoid has 1/6 as a float
@@ -121,7 +121,7 @@ def test_every_instruction_is_torchs_operation(cell, samples) -> None:
 def test_a_step_beyond_the_instructions_runs_on_torch_operations_and_says_why() -> None:
     fast, plain = pair(Unrecordable)
     assert not is_recorded(fast)
-    assert reason_against_recording(fast.cell) == "NotRecordable: sin has no instruction"
+    assert fast.backend_reason == "NotRecordable: sin has no instruction"
     x = torch.randn(6, 3, 3, dtype=torch.float64)
     for ours, theirs in zip(everything_of(fast, x), everything_of(plain, x), strict=True):
         torch.testing.assert_close(ours, theirs)
