@@ -41,7 +41,8 @@ struct DensePlan {
   DensePlan(const DenseArgs<T>& args, int members)
       : a(args), members(members), alone(members == 1 || args.positions >= members), shared(alone ? members : 1),
         totals(size_t(members) * 2 * args.features), barrier(members) {
-    for (auto& one : shared) Norm<T>::allocate(one, a.norm, int(a.groups), a.units(), int(a.rows), alone ? 1 : members, 1);
+    for (auto& one : shared)
+      Norm<T>::allocate(one, a.norm, int(a.groups), a.units(), int(a.rows), alone ? 1 : members, 1);
   }
 };
 

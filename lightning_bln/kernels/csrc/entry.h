@@ -137,7 +137,8 @@ int run_program(const ProgramArgs& args) {
   try {
     const int threads = int(args.threads);
     ProgramPlan<T> plan(args, threads);
-    std::deque<Program<T>> members_of_plan;  // made here, since memory that lacks inside the region would end the process
+    std::deque<Program<T>>
+        members_of_plan;  // made here, since memory that lacks inside the region would end the process
     for (int id = 0; id < threads; id++) members_of_plan.emplace_back(plan, id);
     std::atomic<int> granted{0};
     in_parallel(threads, [&](int id, int members) {

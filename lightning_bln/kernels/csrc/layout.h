@@ -85,10 +85,11 @@ constexpr uint64_t layout_hash() {
   ADD(GatherArgs, GatherArgs<float>, FIELD(steps), FIELD(groups), FIELD(width), FIELD(samples), FIELD(has_batch),
       FIELD(has_feature), FIELD(batch_sizes), FIELD(batch_moments), FIELD(feature_moments), FIELD(old_count),
       FIELD(old_mean), FIELD(old_m2), FIELD(count), FIELD(mean), FIELD(m2))
-  ADD(ProgramArgs, ProgramArgs, FIELD(steps), FIELD(batch), FIELD(units), FIELD(outputs), FIELD(threads), FIELD(reversed),
-      FIELD(instructions), FIELD(matrices), FIELD(norms), FIELD(batch_sizes), FIELD(code), FIELD(places), FIELD(matrix),
-      FIELD(norm_gates), FIELD(norm))
-  ADD(Instruction, Instruction, FIELD(operation), FIELD(narrow), FIELD(to), FIELD(a), FIELD(b), FIELD(c), FIELD(s), FIELD(u))
+  ADD(ProgramArgs, ProgramArgs, FIELD(steps), FIELD(batch), FIELD(units), FIELD(outputs), FIELD(threads),
+      FIELD(reversed), FIELD(instructions), FIELD(matrices), FIELD(norms), FIELD(batch_sizes), FIELD(code),
+      FIELD(places), FIELD(matrix), FIELD(norm_gates), FIELD(norm))
+  ADD(Instruction, Instruction, FIELD(operation), FIELD(narrow), FIELD(to), FIELD(a), FIELD(b), FIELD(c), FIELD(s),
+      FIELD(u))
   ADD(ProductArgs, ProductArgs, FIELD(rows), FIELD(columns), FIELD(depth), FIELD(threads), FIELD(a), FIELD(a_row),
       FIELD(a_column), FIELD(b), FIELD(b_row), FIELD(b_column), FIELD(c), FIELD(c_row), FIELD(bias))
   return hash.value;
