@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from functools import cache
 from typing import Any, cast
@@ -94,7 +94,7 @@ def reason_against_recorded(
     sequences: Sequences,
     weights: HiddenWeights,
     noise: Noise,
-    norms: Iterable[SequenceNorm],
+    norms: Sequence[SequenceNorm],
     bias_ih: Tensor | None,
     norm_input: bool,
 ) -> str | None:

@@ -116,7 +116,7 @@ def reason_against_program(
     cell: Cell,
     sequences: Sequences,
     weights: HiddenWeights,
-    norms: Iterable[SequenceNorm],
+    norms: Sequence[SequenceNorm],
     bias_ih: Tensor | None,
 ) -> str | None:
     """Obstacle to a recorded program besides the cell's equations; ``None`` if there is none."""
