@@ -6,7 +6,6 @@ import gc
 import itertools
 import os
 import platform
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -46,17 +45,14 @@ def cuda_events(job: Job) -> float:
 def medians(
     jobs: dict[str, Job], rounds: int, slow: float = 100.0, clock: Callable[[Job], float] = wall_clock
 ) -> dict[str, float]:
-    """Median milliseconds of each job; those slower than ``slow`` run in a quarter of the rounds.
-
-    The order changes from round to round, since a job pays for the memory that the one before it gave back.
-    """
+    """Median milliseconds of each job; those slower than ``slow`` run in a quarter of the rounds."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
     first = {}
     for name, job in jobs.items():
         job()
         first[name] = clock(job)
     for i in range(rounds):
-        for name, job in random.Random(i).sample(list(jobs.items()), len(jobs)):
+        for name, job in jobs.items():
             if first[name] < slow or i % 4 == 0:
                 times[name].append(clock(job))
     return {name: statistics.median(found) for name, found in times.items()}
