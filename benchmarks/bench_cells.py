@@ -53,7 +53,7 @@ def main() -> None:
     for cell in args.cells:
         clock = wall_clock if args.wall else cpu_clock
         contenders = jobs(cell, *args.size, args.compile)
-        table[cell] = medians(contenders, args.rounds, slow=float("inf"), clock=clock)
+        table[cell] = medians(contenders, args.rounds, slow=float("inf"), clock=clock, settles=True)
         memory[cell] = allocated(contenders["bln"]) / allocated(contenders["none"])
         print(row(cell, table[cell], memory[cell]), flush=True)
     text = render(table, memory, args, started)
