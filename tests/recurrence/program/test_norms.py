@@ -160,15 +160,17 @@ def test_a_delay_line(norm, delay) -> None:
         compare(layers, batch(lengths), form == "packed")
 
 
-@pytest.mark.parametrize("kind", ["mgu", "peepholelstm", "star", "tlstm"])
+@pytest.mark.parametrize("kind", [name for name in RECORDED if name not in ("sgu", "dsgu")])  # torch's hardsigmoid
 def test_gradients_of_norms_have_gradients(kind) -> None:
     results = []
     for layer in pair(kind, "bln", **NOISE):
         torch.manual_seed(2)
         parameters = list(layer.parameters())
         output, _ = layer(pack_sequence(batch([4, 3, 3, 1])))
-        first = torch.autograd.grad(output.data.square().sum(), parameters, create_graph=True)
-        results.append([*first, *torch.autograd.grad(sum(one.square().sum() for one in first), parameters)])
+        found = torch.autograd.grad(output.data.square().sum(), parameters, create_graph=True, allow_unused=True)
+        first = [one for one in found if one is not None]
+        second = torch.autograd.grad(sum(one.square().sum() for one in first), parameters, allow_unused=True)
+        results.append([*first, *(one for one in second if one is not None)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
 
