@@ -92,6 +92,7 @@ def is_recorded(layer: Recurrent) -> bool:
     return bool(found) and found[-1] is not None
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("kind", registry)
 @pytest.mark.parametrize("norm", [None, "layer", "batch", "bln"])
 def test_every_cell_in_training(kind, norm) -> None:
@@ -108,6 +109,7 @@ def test_every_cell_with_norms_is_one_call(kind) -> None:
         assert layer.backend_reason is None
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("kind", ["mgu", "peepholelstm", "slstm", "qrnn", "star"])
 @pytest.mark.parametrize("mode", ALL_MODES)
 def test_every_mode_in_evaluation(kind, mode) -> None:
