@@ -245,7 +245,7 @@ def test_compiled_kernels_or_an_error_for_any_cell() -> None:
     assert all(map(torch.equal, before, layer.buffers()))
 
 
-def test_moments_that_nobody_reads_are_not_kept() -> None:
+def test_inference_by_the_current_batch_without_gradients() -> None:
     fast, plain = pair("mgu", "bln")
     x = torch.randn(6, 9, INPUTS, dtype=torch.float64)
     with torch.no_grad():
