@@ -33,8 +33,8 @@ class Cell:
     - ``states``: names of the states, ``("h",)`` by default; the first is the output;
     - ``step(x, state, project)``: the next state, made with ``self.State(h=..., ...)``. ``x.gate`` is the input's
       projection for a gate, ``project(h).gate`` the hidden product, both with bias and norm, and ``state.name`` a
-      state, each ``(..., B, hidden_size)``. ``x + project(h)`` adds all gates at once. It is recorded once for each set of
-      options, so that it may depend on nothing else that changes, such as a counter or a random number.
+      state, each ``(..., B, hidden_size)``. ``x + project(h)`` adds all gates at once. The step is recorded once for
+      each set of options, so that it may depend on nothing else that changes, such as a counter or a random number.
 
     Where the equations need more, it also declares
 
