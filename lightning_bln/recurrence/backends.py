@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from functools import cache
 from typing import Any, cast
@@ -142,9 +142,12 @@ def run(
         bias_ih: Their bias.
     """
     if sequences.x.ndim == 5 and backend in ("auto", "cpu") and not torch.is_grad_enabled():
-        found = run_in_modes(backend, cell, sequences, weights, noise, norm_ih, bias_ih)
-        if found is not None:
-            return found
+        parts = list(parts_in_modes(sequences, weights, norm_ih))
+        own, hidden, norm = parts[0]
+        norms = [one for one in (norm, *hidden.norm_hh, hidden.norm_cell) if one is not None]
+        if reason_against_recorded(cell, own, hidden, noise, norms, bias_ih, norm is not None) is None:
+            # a recorded program repays to run one mode after the other
+            return stacked([run(backend, cell, own, hidden, noise, norm, bias_ih) for own, hidden, norm in parts])
     dtype, running = sequences.state[0].dtype, Running.of(sequences.x[..., 0], sequences.sizes)
     whole = sequences._replace(x=sequences.x.to(dtype))
     if norm_ih is None:
@@ -158,29 +161,21 @@ def run(
     return run_normalized(backend, cell, sequences, weights, noise)._replace(norm_ih=seen)
 
 
-def run_in_modes(
-    backend: str,
-    cell: Cell,
-    sequences: Sequences,
-    weights: HiddenWeights,
-    noise: Noise,
-    norm_ih: SequenceNorm | None,
-    bias_ih: Tensor | None,
-) -> Result | None:
-    """:func:`run` under a fan-out: one mode after the other by a recorded program; ``None`` if there is none."""
-    results = []
+def parts_in_modes(
+    sequences: Sequences, weights: HiddenWeights, norm_ih: SequenceNorm | None
+) -> Iterator[tuple[Sequences, HiddenWeights, SequenceNorm | None]]:
+    """Each mode of a fan-out: its input and states, the norms inside the recurrence, and that of the input."""
     for k in range(sequences.x.shape[1]):
         own = Sequences(sequences.x[:, k], tuple(value[k] for value in sequences.state), sequences.sizes)
-        if not k:
-            norms = [norm for norm in (norm_ih, *weights.norm_hh, weights.norm_cell) if norm is not None]
-            if reason_against_recorded(cell, own, weights, noise, norms, bias_ih, norm_ih is not None) is not None:
-                return None
         hidden = weights._replace(
             norm_hh=tuple(norm.of_mode(k) for norm in weights.norm_hh),
             norm_cell=None if weights.norm_cell is None else weights.norm_cell.of_mode(k),
         )
-        norm = None if norm_ih is None else norm_ih.of_mode(k)
-        results.append(run(backend, cell, own, hidden, noise, norm, bias_ih))
+        yield own, hidden, None if norm_ih is None else norm_ih.of_mode(k)
+
+
+def stacked(results: Sequence[Result]) -> Result:
+    """Results of all modes as one, the modes after the time."""
     states = zip(*(result.state for result in results), strict=True)
     return Result(torch.stack([result.outputs for result in results], 1), tuple(map(torch.stack, states)), (), None)
 

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_bln.cells.cell import Cell
 from lightning_bln.equation import Equation, Source, mixing_rows, number_of, weight_of
@@ -19,8 +20,9 @@ from lightning_bln.modes import FanOut, StatisticsMode
 from lightning_bln.recurrence.backends import name_of
 from lightning_bln.recurrence.gate_norm import SequenceNorm
 from lightning_bln.recurrence.parameters import Weights
-from lightning_bln.recurrence.reference import HiddenWeights, Noise, Sequences, project_input, recurrence
+from lightning_bln.recurrence.reference import HiddenWeights, Noise, Sequences, recurrence
 from lightning_bln.recurrence.regularization import Regularization
+from lightning_bln.recurrence.sequence_norm import normalize_steps
 from lightning_bln.recurrence.sequences import Running
 from lightning_bln.recurrence.statistics import gather
 
@@ -103,7 +105,10 @@ def on_torch(cell: Cell, inputs: Inputs, constants: Constants, settings: Setting
     norm_ih, norm_hh, norm_cell = norms_of(inputs, constants, settings)
     x = running.padded(inputs.x, rows)
     assert inputs.weight_ih is not None
-    gates, _ = project_input(x, inputs.weight_ih, inputs.bias_ih, norm_ih, running, len(cell.gates))
+    gates = F.linear(x, inputs.weight_ih, inputs.bias_ih if norm_ih is None else None)
+    gates = gates.unflatten(-1, (len(cell.gates), -1))
+    if norm_ih is not None:
+        gates, _ = normalize_steps(norm_ih, gates, running, inputs.bias_ih, backend="reference")
     kept = None
     if constants.zoneout_mask is not None:
         kept = {name: running.padded(mask, rows) > 0 for name, mask in zip("hc", constants.zoneout_mask, strict=True)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ from lightning_bln.cells.gates import Gates, Steps
 from lightning_bln.equation import Statistics
 from lightning_bln.recurrence.gate_norm import SequenceNorm
 from lightning_bln.recurrence.projection import Projection
-from lightning_bln.recurrence.sequences import Running, is_running
 
 
 class Sequences(NamedTuple):
@@ -66,28 +65,6 @@ class Result(NamedTuple):
     norm_cell: Statistics | Tensor | None
     norm_ih: Statistics | Tensor | None = None
     """Where the recurrence normalises its input."""
-
-
-def project_input(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: SequenceNorm | None,
-    running: Running,
-    gates: int,
-    product: Callable[..., Tensor] = F.linear,
-) -> tuple[Tensor, Statistics | None]:
-    """Normalised products of all steps with the input weights and their bias, ``(T, ..., B, G, H)``.
-
-    Returns:
-        The products, and the statistics of each step where the norm observes them.
-    """
-    if norm is None:
-        return product(x, weight, bias).unflatten(-1, (gates, -1)), None
-    value = product(x, weight, None).unflatten(-1, (gates, -1))
-    is_data = None if running.sizes is None else is_running(running.sizes, value)
-    value, observed = norm(value, slice(None), is_data)
-    return value if bias is None else value + bias.view(gates, -1), observed
 
 
 def recurrence(
