@@ -16,10 +16,9 @@ from lightning_bln.cells.registry import build
 from lightning_bln.modes import FanOut, Stacked
 from lightning_bln.per_mode import holds
 from lightning_bln.recurrence.backends import BACKENDS, reason_on_torch, runs_fused
-from lightning_bln.recurrence.direction import run_direction
 from lightning_bln.recurrence.fan_out import run_along_batch, run_each_mode, run_each_part
 from lightning_bln.recurrence.parameters import HasCells
-from lightning_bln.recurrence.regularization import Regularization
+from lightning_bln.recurrence.prepared.directions import Directions
 from lightning_bln.recurrence.sequences import Form, LayerState, State, first_states, flip, reversal
 from lightning_bln.recurrence.streaming import check_start, follow
 
@@ -235,9 +234,9 @@ class Recurrent(HasCells):
         self, x: Tensor, state: list[LayerState], sizes: list[int] | None, fan: FanOut | None, start: int
     ) -> tuple[Tensor, list[LayerState]]:
         """All layers in both directions, over ``(T, ..., B, input_size)``."""
-        regularization = Regularization(self.input_dropout, self.recurrent_dropout, self.zoneout, self.training)
         back = reversal(sizes, x) if self.bidirectional and sizes is not None else None
-        weights = {suffix: self._weights(suffix) for n in range(self.num_layers) for suffix in self._suffixes(n)}
+        suffixes = [suffix for n in range(self.num_layers) for suffix in self._suffixes(n)]
+        directions, first = Directions(self, suffixes, x, sizes, fan, start), x
         last: list[LayerState] = []
         for layer in range(self.num_layers):
             if layer and self.dropout:
@@ -245,20 +244,11 @@ class Recurrent(HasCells):
             outputs = []
             for suffix in self._suffixes(layer):
                 reverse = suffix.endswith("reverse")
-                output, final = run_direction(
-                    flip(x, back) if reverse else x,
-                    state[len(last)],
-                    weights[suffix],
-                    sizes,
-                    backend=self.backend,
-                    regularization=regularization,
-                    recompute=self.recompute,
-                    fan=fan,
-                    start=start,
-                )
+                output, final = directions.run(suffix, flip(x, back) if reverse else x, state[len(last)])
                 outputs.append(flip(output, back) if reverse else output)
                 last.append(final)
             x = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+        directions.keep(first)
         return x, last
 
     def _runs_fused(self, x: Tensor) -> bool:

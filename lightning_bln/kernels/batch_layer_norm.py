@@ -13,7 +13,7 @@ from lightning_bln._torch import HAS_CUSTOM_OPS, is_autocast_enabled
 from lightning_bln.equation import Equation, Source, Statistics, normalize_by, weight_of
 from lightning_bln.kernels.dispatch import AnyOperator, EagerFunction, Operator, present
 from lightning_bln.kernels.gate import admit, checked, reason_against
-from lightning_bln.kernels.library import DenseArgs, call, pointer, set_norm
+from lightning_bln.kernels.library import DenseArgs, call, pointer, set_moments, set_norm
 from lightning_bln.masks import blank
 
 
@@ -171,7 +171,8 @@ def arguments(inputs: DenseInputs, constants: StepsConstants, settings: StepsSet
     args.x, args.batch_sizes = pointer(x), pointer(constants.batch_sizes)
     norm, mixing = args.norm, constants.mixing.data_ptr()
     norm.scale, norm.eps, norm.bias = settings.scale, settings.eps, pointer(bias)
-    set_norm(norm, weight, mixing, constants.given, settings.uses, moments, positions, features, settings.groups)
+    set_norm(norm, weight, mixing, constants.given, settings.uses, positions, features, settings.groups)
+    set_moments(norm, moments, positions * features)
     return args
 
 

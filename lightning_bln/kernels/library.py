@@ -183,7 +183,6 @@ def set_norm(
     mixing: int,
     given: Tensor | None,
     uses: int,
-    moments: Tensor,
     steps: int,
     width: int,
     groups: int,
@@ -197,16 +196,12 @@ def set_norm(
         given: The population's statistics one after the other, flat: batch mean and variance, ``(steps, width)``, then
             feature mean and variance, ``(steps, groups)``.
         uses: A bit for each of them that is used, as from :func:`bits_of`.
-        moments: Where those of the current input lie, the batch's before the features'; none without elements.
         steps: Number of steps.
         width: Number of features.
         groups: Number of groups of features that are normalised by themselves.
     """
     norm.enabled, norm.weight = 1, pointer(weight)
     norm.w_feature, norm.w_batch = mixing, mixing + steps * 8
-    norm.batch_moments = address = pointer(moments)
-    if address:
-        norm.feature_moments = address + steps * 2 * width * moments.element_size()
     if given is None:
         return
     address = given.data_ptr()
@@ -215,6 +210,15 @@ def set_norm(
     ):
         setattr(norm, name, address if uses >> bit & 1 else None)
         address += steps * size * given.element_size()
+
+
+def set_moments(norm: NormArgs, moments: Tensor, size: int) -> None:
+    """Let a norm keep its moments: the batch's means and variances, ``size`` of each, then those of the features.
+
+    Without elements it keeps none.
+    """
+    norm.batch_moments = address = pointer(moments)
+    norm.feature_moments = address + 2 * size * moments.element_size() if address else None
 
 
 def open_library(variant: str) -> ctypes.CDLL | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_bln.kernels.dispatch import EagerFunction, Operator, present
 from lightning_bln.kernels.gate import admit
-from lightning_bln.kernels.library import CELLS, RecurrenceArgs, call, pointer, set_norm
+from lightning_bln.kernels.library import CELLS, RecurrenceArgs, call, pointer, set_moments, set_norm
 
 
 class Inputs(NamedTuple):
@@ -188,13 +188,11 @@ def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs:
     args = RecurrenceArgs(
         settings.cell, steps, samples, rows, features, units, torch.get_num_threads(), *TEAMS, 0, settings.keep,
         settings.zoneout, settings.zoneout,
-        pointer(constants.batch_sizes), pointer(inputs.x), pointer(inputs.weight_ih), pointer(inputs.weight_hh),
-        pointer(inputs.h), pointer(inputs.c), pointer(constants.hidden_mask),
+        pointer(constants.batch_sizes), None, pointer(inputs.weight_ih), pointer(inputs.weight_hh),
+        None, None, pointer(constants.hidden_mask),
         None if masks is None else pointer(masks[0]), None if masks is None else pointer(masks[1]),
-        pointer(outputs.output), pointer(outputs.h), pointer(outputs.c), pointer(outputs.input_part),
-        pointer(outputs.hidden_part), pointer(outputs.cells),
     )  # fmt: skip
-    for index, (norm, weight, bias, scale, given, uses, moments, places) in enumerate(
+    for index, (norm, weight, bias, scale, given, uses, places) in enumerate(
         zip(
             (args.norm_ih, args.norm_hh, args.norm_cell),
             (inputs.weight_norm_ih, inputs.weight_norm_hh, inputs.weight_norm_cell),
@@ -202,7 +200,6 @@ def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs:
             (settings.scale_ih, settings.scale_hh, settings.scale_cell),
             (constants.given_ih, constants.given_hh, constants.given_cell),
             (settings.uses_ih, settings.uses_hh, settings.uses_cell),
-            (outputs.moments_ih, outputs.moments_hh, outputs.moments_cell),
             ((columns, groups), (columns, groups), (units, 1)),
             strict=True,
         )
@@ -212,8 +209,23 @@ def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs:
             assert constants.mixing is not None
             norm.joint, norm.scale, norm.eps = settings.joint, scale, settings.eps
             mixing = constants.mixing.data_ptr() + index * 2 * steps * 8
-            set_norm(norm, weight, mixing, given, uses, moments, steps, *places)
+            set_norm(norm, weight, mixing, given, uses, steps, *places)
+    place(args, inputs, outputs)
     return args
+
+
+def place(args: RecurrenceArgs, inputs: Inputs, outputs: Outputs) -> None:
+    """Let ``args`` point at the input, the first states and the outputs."""
+    args.input, args.h0, args.c0 = pointer(inputs.x), pointer(inputs.h), pointer(inputs.c)
+    args.output, args.hn, args.cn = pointer(outputs.output), pointer(outputs.h), pointer(outputs.c)
+    args.input_part, args.hidden_part = pointer(outputs.input_part), pointer(outputs.hidden_part)
+    args.cells = pointer(outputs.cells)
+    for norm, moments, width in (
+        (args.norm_ih, outputs.moments_ih, inputs.weight_hh.shape[0]),
+        (args.norm_hh, outputs.moments_hh, inputs.weight_hh.shape[0]),
+        (args.norm_cell, outputs.moments_cell, args.units),
+    ):
+        set_moments(norm, moments, args.steps * width)
 
 
 def forward(inputs: Inputs, constants: Constants, settings: Settings) -> Outputs:
@@ -234,9 +246,21 @@ def backward(
 ) -> Inputs:
     """Gradients of ``inputs`` from those of output, h and c; one that does not exist has no elements."""
     inputs, constants = admitted(inputs, constants, settings)
+    outputs = admitted_outputs(saved, inputs, settings)
+    return differentiate(arguments(inputs, constants, settings, outputs), grads, inputs, settings, needs_x)
+
+
+def admitted_outputs(saved: Sequence[Tensor], inputs: Inputs, settings: Settings) -> Outputs:
+    """Outputs of a forward pass as the library reads them."""
+    shapes = output_shapes(inputs, settings)
+    return Outputs(*map(admit, Outputs._fields, saved, shapes, repeat(inputs.weight_hh.dtype)))  # type: ignore[arg-type]
+
+
+def differentiate(
+    args: RecurrenceArgs, grads: Sequence[Tensor | None], inputs: Inputs, settings: Settings, needs_x: bool
+) -> Inputs:
+    """:func:`backward` by the arguments of the forward pass, whose tensors are those of ``inputs``."""
     dtype, shapes = inputs.weight_hh.dtype, output_shapes(inputs, settings)
-    outputs = Outputs(*map(admit, Outputs._fields, saved, shapes, repeat(dtype)))  # type: ignore[arg-type]
-    args = arguments(inputs, constants, settings, outputs)
     # kept until the call, since a pointer keeps nothing alive
     of_outputs = [*map(admit, ("grad_output", "grad_h", "grad_c"), grads, shapes, repeat(dtype))]
     args.grad_output, args.grad_hn, args.grad_cn = map(pointer, of_outputs)
@@ -249,7 +273,7 @@ def backward(
         (args.norm_cell, result.weight_norm_cell, result.bias_norm_cell),
     ):
         norm.grad_weight, norm.grad_bias = pointer(weight), pointer(bias)
-    call("backward", args, inputs.weight_hh.dtype)
+    call("backward", args, dtype)
     return result
 
 

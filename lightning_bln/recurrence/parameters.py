@@ -57,6 +57,9 @@ class HasCells(nn.Module):
             among them.
     """
 
+    backend = "auto"
+    recompute = False
+    input_dropout = recurrent_dropout = zoneout = 0.0
     _shapes: dict[str, tuple[int, ...]] = {}
     """Shape of each parameter."""
 

@@ -57,8 +57,8 @@ def merge_fused(population: Population, norm: SequenceNorm, moments: Tensor, run
     """Merge into the population's own buffers, or into new ones for the first batch."""
     if not population.takes_batch:
         return
-    equation, width, dtype = norm.equation, population.num_features, moments.dtype
-    (steps, samples, sizes, _), groups = running, norm.groups
+    width, dtype = population.num_features, moments.dtype
+    (steps, _, sizes, _), groups = running, norm.groups
     batch_sizes = None if sizes is None else torch.tensor(sizes, device="cpu")
     before = Moments(*map(own_buffers(population).__getitem__, Moments._fields))  # type: ignore[arg-type]
     places = tuple(before.count.shape)
@@ -68,15 +68,28 @@ def merge_fused(population: Population, norm: SequenceNorm, moments: Tensor, run
     is_own = places == (steps, groups) and all(map(is_, old, before))
     size = (steps, groups, width + 3)
     new = old if is_own else Moments(old.count.new_empty(size[:2]), old.mean.new_empty(size), old.m2.new_empty(size))
-    args = GatherArgs(
-        steps, groups, width, samples, int(equation.w_batch is not None), int(equation.w_feature is not None),
-        pointer(batch_sizes), pointer(moments),
-        moments.data_ptr() + steps * 2 * groups * width * moments.element_size(),
-        *map(pointer, old), *map(pointer, new),
-    )  # fmt: skip
-    call("gather", args, dtype)
+    args = gather_arguments(norm, width, running, old, new)
+    args.batch_sizes = pointer(batch_sizes)
+    merge(args, moments)
     if not is_own:
         population.assign(new)
+
+
+def gather_arguments(norm: SequenceNorm, width: int, running: Running, old: Moments, new: Moments) -> GatherArgs:
+    """The library's structure for a population's moments, old and new, without those of a batch."""
+    equation, (steps, samples, _, _), groups = norm.equation, running, norm.groups
+    has_batch, has_feature = int(equation.w_batch is not None), int(equation.w_feature is not None)
+    args = GatherArgs(steps, groups, width, samples, has_batch, has_feature)
+    args.old_count, args.old_mean, args.old_m2 = map(pointer, old)
+    args.count, args.mean, args.m2 = map(pointer, new)
+    return args
+
+
+def merge(args: GatherArgs, moments: Tensor) -> None:
+    """Merge a batch's moments."""
+    args.batch_moments = address = moments.data_ptr()
+    args.feature_moments = address + args.steps * 2 * args.groups * args.width * moments.element_size()
+    call("gather", args, moments.dtype)
 
 
 def observed(moments: Tensor, norm: SequenceNorm, running: Running) -> Statistics:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_bln.equation import Equation, Source, mixing_rows, weight_of
 from lightning_bln.kernels.gate import admit, readable
-from lightning_bln.kernels.library import NormArgs, bits_of, pointer, set_norm
+from lightning_bln.kernels.library import NormArgs, bits_of, pointer, set_moments, set_norm
 from lightning_bln.recurrence.gate_norm import SequenceNorm
 from lightning_bln.recurrence.program.recording import RecordedCell, Tensors
 
@@ -123,7 +123,8 @@ class Norms(NamedTuple):
             assert mixing is not None
             held += [mixing, given, weight, bias, moments[k]]
             norm.joint, norm.scale, norm.eps, norm.bias = int(call.groups == 1), call.scale, call.eps, pointer(bias)
-            set_norm(norm, weight, mixing.data_ptr(), given, call.uses, moments[k], steps, columns, call.groups)
+            set_norm(norm, weight, mixing.data_ptr(), given, call.uses, steps, columns, call.groups)
+            set_moments(norm, moments[k], steps * columns)
             if gradients is not None:
                 norm.grad_weight, norm.grad_bias = pointer(gradients.weights[k]), pointer(gradients.biases[k])
         return NormArrays(number, args, gates, held)

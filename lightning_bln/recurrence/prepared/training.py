@@ -1,0 +1,190 @@
+"""Training of one direction of a layer: whole sequences without dropout, as many and as long as in the call before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from lightning_bln._torch import own_buffers
+from lightning_bln._writing import one_at_a_time
+from lightning_bln.kernels.dispatch import Operator, Reference
+from lightning_bln.kernels.library import GatherArgs, RecurrenceArgs, call
+from lightning_bln.kernels.recurrent import (
+    RECURRENCE,
+    Constants,
+    Inputs,
+    Outputs,
+    Settings,
+    admitted_outputs,
+    arguments,
+    backward,
+    differentiate,
+    output_shapes,
+    place,
+)
+from lightning_bln.moments import Moments
+from lightning_bln.population import Population
+from lightning_bln.recurrence.fused import contiguous, inputs_of, mixings, on_torch, settings_of
+from lightning_bln.recurrence.gate_norm import GateNorm, SequenceNorm
+from lightning_bln.recurrence.parameters import HasCells, Weights
+from lightning_bln.recurrence.prepared.watched import PARAMETERS, Watched, WatchedLayer, admitted, norms_of
+from lightning_bln.recurrence.sequences import LayerState, Running
+from lightning_bln.recurrence.statistics import can_merge, gather, gather_arguments, merge
+
+
+class Passes(NamedTuple):
+    """Forward and backward pass by arguments that are kept."""
+
+    args: RecurrenceArgs
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the outputs."""
+    addresses: list[int]
+    """Of the parameters."""
+
+    @classmethod
+    def of(cls, inputs: Inputs, constants: Constants, settings: Settings) -> Passes:
+        """The passes for arguments of this shape, whose parameters the library reads as they lie."""
+        outputs = Outputs(*[inputs.weight_hh.new_empty(0)] * len(Outputs._fields))
+        args = arguments(inputs, constants, settings, outputs)
+        return cls(args, output_shapes(inputs, settings), addresses_of(inputs))
+
+    def forward(self, inputs: Inputs, constants: Constants, settings: Settings) -> Outputs:
+        """:func:`~lightning_bln.kernels.recurrent.forward`."""
+        outputs = Outputs(*map(inputs.weight_hh.new_empty, self.shapes))
+        call("forward", self.placed(inputs, outputs), outputs.output.dtype)
+        return outputs
+
+    def backward(
+        self,
+        grads: Sequence[Tensor | None],
+        inputs: Inputs,
+        constants: Constants,
+        settings: Settings,
+        saved: Sequence[Tensor],
+        needs_x: bool,
+    ) -> Inputs:
+        """:func:`~lightning_bln.kernels.recurrent.backward`."""
+        if addresses_of(inputs) != self.addresses:  # moved since the forward pass
+            return backward(grads, inputs, constants, settings, saved, needs_x)
+        dtype = inputs.weight_hh.dtype
+        c = None if inputs.c is None else admitted(inputs.c, dtype)
+        inputs = inputs._replace(x=admitted(inputs.x, dtype), h=admitted(inputs.h, dtype), c=c)
+        outputs = admitted_outputs(saved, inputs, settings)
+        return differentiate(self.placed(inputs, outputs), grads, inputs, settings, needs_x)
+
+    def placed(self, inputs: Inputs, outputs: Outputs) -> RecurrenceArgs:
+        """The arguments with the places of what is new in each call."""
+        args = RecurrenceArgs.from_buffer_copy(self.args)
+        args.threads = torch.get_num_threads()
+        place(args, inputs, outputs)
+        return args
+
+
+def addresses_of(inputs: Inputs) -> list[int]:
+    """Places of the parameters among the arguments."""
+    return [0 if value is None else value.data_ptr() for value in (*inputs[1:5], *inputs[7:])]
+
+
+class Gathering:
+    """A norm's population, which takes in the moments of each batch."""
+
+    def __init__(self, module: GateNorm, norm: SequenceNorm, running: Running) -> None:
+        equation = norm.equation._replace(weight=None, bias=None)
+        self.module, self.running = ref(module), running
+        self.norm = norm._replace(equation=equation)
+        self.watched: list[Watched] = []
+        self.args = GatherArgs()
+
+    def take(self, moments: Tensor) -> None:
+        """Take in a batch, as :func:`~lightning_bln.recurrence.statistics.gather` does."""
+        module = self.module()
+        assert module is not None
+        with one_at_a_time():
+            if self.watched and all(one.stays() for one in self.watched):
+                if module.population.takes_batch:
+                    merge(self.args, moments)
+                return
+            gather(module, self.norm, moments, self.running)
+            self.watch(module.population, moments)
+
+    def watch(self, population: Population, moments: Tensor) -> None:
+        """Prepare for batches that are merged into the buffers as they lie."""
+        places, self.watched = (self.running.steps, self.norm.groups), []
+        if not self.running.start and population.is_gathering and can_merge(population, moments, places):
+            found = [Watched.of(own_buffers, population, name) for name in Moments._fields]
+            dtypes = torch.int64, moments.dtype, moments.dtype
+            if all(one.is_readable(dtype) for one, dtype in zip(found, dtypes, strict=True)):
+                own = Moments(*(one.now() for one in found))  # type: ignore[arg-type]
+                self.args = gather_arguments(self.norm, population.num_features, self.running, own, own)
+                self.watched = found
+
+
+class Training(NamedTuple):
+    """A training step of one direction but for the input and its first states."""
+
+    watched: WatchedLayer
+    running: Running
+    constants: Constants
+    settings: Settings
+    operator: Operator[Any, Any, Any]
+    reference: Reference
+    gatherings: list[Gathering | None]
+    """Of each norm."""
+
+    @classmethod
+    def of(cls, layer: HasCells, suffix: str, weights: Weights, running: Running) -> Training | None:
+        """A direction that runs on the kernels; ``None`` where not all is plain."""
+        watched = WatchedLayer.of(layer, suffix, weights, ())
+        if watched is None or layer.input_dropout or layer.recurrent_dropout or layer.zoneout:
+            return None
+        modules = norms_of(layer, suffix).values()
+        if any(module is not None and module.population.training_sizes is not None for module in modules):
+            return None
+        norms = [None if module is None else module.sequence(running) for module in modules]
+        row = weights.weight_ih.new_empty(1, layer.hidden_size)
+        x = weights.weight_ih.new_empty(1).expand(running.steps * running.samples, weights.weight_ih.shape[1])
+        state = (row.expand(running.samples, -1),) * len(weights.cell.states)
+        inputs = inputs_of(x, state, weights, norms)
+        constants = Constants(None, None, None, mixings(norms, running.steps), None, None, None)
+        settings = settings_of(weights, norms, inputs, running.steps, 0.0, layer.recompute)
+        passes = Passes.of(inputs, constants, settings)
+        gatherings = [
+            None if module is None or norm is None else Gathering(module, norm, running)
+            for module, norm in zip(modules, norms, strict=True)
+        ]
+        return cls(
+            watched,
+            running,
+            constants,
+            settings,
+            replace(RECURRENCE, forward=passes.forward, backward=passes.backward),
+            partial(on_torch, weights.cell),
+            gatherings,
+        )
+
+    def serves(self, layer: HasCells, suffix: str, dtype: torch.dtype, running: Running) -> bool:
+        """Whether nothing has changed, and the batch is as large."""
+        weight = self.watched.tensors[0].now()
+        is_usual = weight is not None and weight.requires_grad and weight.dtype == dtype
+        return is_usual and running == self.running and self.watched.stays(layer, suffix)
+
+    def run(self, x: Tensor, state: LayerState, start: int) -> tuple[Tensor, LayerState]:
+        """Outputs and last states from ``x``, ``(T, B, input_size)``, and first states."""
+        found = iter([one.now() for one in self.watched.tensors])
+        parameters: list[Any] = [next(found) for _ in PARAMETERS]
+        norms = [(None, None) if norm is None else (next(found), next(found)) for norm in self.gatherings]
+        h, c = state[0], state[1] if len(state) > 1 else None
+        (ih, _), (hh, _), cell = norms
+        weight_ih, weight_hh, bias_ih, bias_hh = parameters
+        inputs = Inputs(x.flatten(0, 1), weight_ih, weight_hh, bias_ih, bias_hh, h, c, ih, hh, *cell)
+        output, *last = self.operator.run(contiguous(inputs), self.constants, self.settings, self.reference)
+        for gathering, moments in zip(self.gatherings, last[2:], strict=True):
+            if gathering is not None:
+                gathering.take(moments)
+        return output.view(*x.shape[:2], -1), tuple(last[: len(state)])
