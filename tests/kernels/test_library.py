@@ -13,6 +13,8 @@ from lightning_bln.kernels.library import VARIANTS, DenseArgs, NormArgs, find, l
 from tests.kernels.helpers import LAYERS, built, compare
 
 pytestmark = built
+ENDS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 47, 64, 65)
+"""Widths on both sides of those of vectors and of panels."""
 FIELDS = list(DenseArgs._fields_)
 
 
@@ -33,6 +35,8 @@ def test_every_variant_that_this_processor_runs(other, monkeypatch) -> None:
     for dtype in (torch.float64, torch.float32):
         for kind in LAYERS:
             compare(kind, torch.randn(4, 14, 21, dtype=dtype), 14, (21, 35))
+        for units in ENDS:
+            compare("lstm", torch.randn(3, 6, units, dtype=dtype), 6, (units, units + 1))
 
 
 def with_fields(fields: list[tuple[str, type]], monkeypatch: pytest.MonkeyPatch) -> None:

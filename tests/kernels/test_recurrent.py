@@ -107,6 +107,20 @@ def test_every_mode_of_evaluation(kind, norm, mode, lengths) -> None:
     )
 
 
+@pytest.mark.parametrize("mode", ALL_MODES)
+@pytest.mark.parametrize("norm", ["layer", "batch", "bln"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_batch_of_one_in_every_mode(kind, norm, mode) -> None:
+    """It lies at its own mean, not at the population's."""
+    oracle, layer = pair(kind, 3, 9, norm=norm, momentum=0.5)
+    oracle(torch.randn(4, 8, 3, dtype=torch.float64))
+    layer.load_state_dict(oracle.state_dict())
+    for one in (oracle, layer):
+        set_mode(one.eval(), mode)
+    x, hx = torch.randn(6, 1, 3, dtype=torch.float64), states_of(oracle, 1)
+    assert_close(evaluate(layer, x, hx), evaluate(oracle, x, hx), 1e-10)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("lengths", [None, RAGGED], ids=["full", "packed"])
 @pytest.mark.parametrize("kind", LAYERS)

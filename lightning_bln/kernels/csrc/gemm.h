@@ -4,16 +4,12 @@
 #include <vector>
 
 #include "approx.h"
+#include "lanes.h"
 #include "team.h"
 
 #if defined(__AVX512F__)
-#define BLN_VECTOR_BYTES 64
 #define BLN_TILE_ROWS 12
-#elif defined(__AVX2__)
-#define BLN_VECTOR_BYTES 32
-#define BLN_TILE_ROWS 6
 #else
-#define BLN_VECTOR_BYTES 16
 #define BLN_TILE_ROWS 6
 #endif
 
@@ -22,24 +18,17 @@ namespace bln {
 constexpr int tile_rows = BLN_TILE_ROWS;
 
 template <class T>
-struct Vector {
-  typedef T type __attribute__((vector_size(BLN_VECTOR_BYTES), may_alias));
-  typedef T loose __attribute__((vector_size(BLN_VECTOR_BYTES), aligned(alignof(T)), may_alias));
-  static constexpr int size = BLN_VECTOR_BYTES / sizeof(T);
-};
-
-template <class T>
 constexpr int panel_width = 2 * Vector<T>::size;
 
-// c[M, width] (+)= a[M, depth] b[depth, panel_width], element (i, k) of a lying at i * row + k * column.
-template <class T, int M>
+// c[M, width] (+)= a[M, depth] b[depth, panel_width], element (i, k) of a lying at i * row + k * column. Of a panel no
+// wider than one vector (Both = false), the second vector is left alone.
+template <class T, int M, bool Both>
 BLN_INLINE void tile(const T* a, ptrdiff_t row, ptrdiff_t column, const T* b, int depth, T* c, ptrdiff_t ldc, int width,
                      bool add) {
   using V = typename Vector<T>::type;
-  using Loose = typename Vector<T>::loose;
   constexpr int W = Vector<T>::size;
   // A few rows alone would wait for the latency of one addition after the other: they run several chains.
-  constexpr int chains = M >= 4 ? 1 : M >= 2 ? 2 : 4;
+  constexpr int chains = M >= (Both ? 4 : 8) ? 1 : M >= 2 ? 2 : 4;
   constexpr int anchors = (M + 3) / 4;
   V left[chains][M], right[chains][M];
 #pragma GCC unroll 4
@@ -54,7 +43,7 @@ BLN_INLINE void tile(const T* a, ptrdiff_t row, ptrdiff_t column, const T* b, in
   for (; k + chains <= depth; k += chains) {
 #pragma GCC unroll 4
     for (int u = 0; u < chains; u++) {
-      const V b0 = *reinterpret_cast<const Loose*>(b), b1 = *reinterpret_cast<const Loose*>(b + W);
+      const V b0 = load(b), b1 = Both ? load(b + W) : V{};
       b += 2 * W;
 #pragma GCC unroll 16
       for (int i = 0; i < M; i++) {
@@ -62,7 +51,7 @@ BLN_INLINE void tile(const T* a, ptrdiff_t row, ptrdiff_t column, const T* b, in
         const T x = i % 4 == 0 ? p[0] : i % 4 == 1 ? p[row] : i % 4 == 2 ? p[2 * row] : p[row3];
         const V wide = x - V{};
         left[u][i] += wide * b0;
-        right[u][i] += wide * b1;
+        if (Both) right[u][i] += wide * b1;
       }
 #pragma GCC unroll 4
       for (int i = 0; i < anchors; i++) at[i] += column;
@@ -73,31 +62,31 @@ BLN_INLINE void tile(const T* a, ptrdiff_t row, ptrdiff_t column, const T* b, in
 #pragma GCC unroll 16
       for (int i = 0; i < M; i++) {
         const V wide = a[i * row + k * column] - V{};
-        left[0][i] += wide * *reinterpret_cast<const Loose*>(b);
-        right[0][i] += wide * *reinterpret_cast<const Loose*>(b + W);
+        left[0][i] += wide * load(b);
+        if (Both) right[0][i] += wide * load(b + W);
       }
 #pragma GCC unroll 4
     for (int u = 1; u < chains; u++)
 #pragma GCC unroll 16
       for (int i = 0; i < M; i++) {
         left[0][i] += left[u][i];
-        right[0][i] += right[u][i];
+        if (Both) right[0][i] += right[u][i];
       }
   }
-  if (width == 2 * W) {
+  if (width == (Both ? 2 * W : W)) {
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++) {
-      Loose* out = reinterpret_cast<Loose*>(c + i * ldc);
-      out[0] = add ? out[0] + left[0][i] : left[0][i];
-      out[1] = add ? out[1] + right[0][i] : right[0][i];
+      T* out = c + i * ldc;
+      store(out, add ? load(out) + left[0][i] : left[0][i]);
+      if (Both) store(out + W, add ? load(out + W) + right[0][i] : right[0][i]);
     }
     return;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < M; i++) {
     T narrow[2 * W];
-    *reinterpret_cast<Loose*>(narrow) = left[0][i];
-    *reinterpret_cast<Loose*>(narrow + W) = right[0][i];
+    store(narrow, left[0][i]);
+    store(narrow + W, right[0][i]);
     for (int j = 0; j < width; j++) c[i * ldc + j] = add ? c[i * ldc + j] + narrow[j] : narrow[j];
   }
 }
@@ -106,10 +95,12 @@ template <class T, int M>
 void any_tile(int rows, const T* a, ptrdiff_t row, ptrdiff_t column, const T* b, int depth, T* c, ptrdiff_t ldc,
               int width, bool add) {
   if constexpr (M > 0) {
-    if (rows == M)
-      tile<T, M>(a, row, column, b, depth, c, ldc, width, add);
-    else
+    if (rows != M)
       any_tile<T, M - 1>(rows, a, row, column, b, depth, c, ldc, width, add);
+    else if (width > Vector<T>::size)
+      tile<T, M, true>(a, row, column, b, depth, c, ldc, width, add);
+    else
+      tile<T, M, false>(a, row, column, b, depth, c, ldc, width, add);
   }
 }
 
@@ -151,11 +142,18 @@ struct Packed {
 
   // Element (k, j) of the right-hand side lies at w[k * row + j * column].
   void fill(size_t i, const T* w, ptrdiff_t row, ptrdiff_t column) {
+    constexpr int W = Vector<T>::size;
     T* to = data.get() + i * size();
     const Panel& panel = panels[i];
+    w += panel.begin * column;
+    // blocks of a matrix that lies the other way round are turned as a whole
+    const int whole = row == 1 ? depth / W * W : 0, columns = panel.width / W * W;
+    for (int k = 0; k < whole; k += W)
+      for (int j = 0; j < columns; j += W)
+        transpose(w + k + j * column, column, to + k * panel_width<T> + j, panel_width<T>);
     for (int k = 0; k < depth; k++, to += panel_width<T>) {
-      const T* from = w + k * row + panel.begin * column;
-      for (int j = 0; j < panel.width; j++) to[j] = from[j * column];
+      const T* from = w + k * row;
+      for (int j = k < whole ? columns : 0; j < panel.width; j++) to[j] = from[j * column];
       for (int j = panel.width; j < panel_width<T>; j++) to[j] = T(0);
     }
   }

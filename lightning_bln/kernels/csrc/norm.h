@@ -3,10 +3,8 @@
 #include <cmath>
 #include <vector>
 
+#include "lanes.h"
 #include "team.h"
-
-// For the bodies of loops that would not vectorise around a call.
-#define BLN_INLINED __attribute__((always_inline))
 
 namespace bln {
 
@@ -46,6 +44,8 @@ struct Normalized {
 
 template <class T>
 class Norm {
+  using V = typename Vector<T>::type;
+
  public:
   struct Shared {  // where members leave their part of a sum; two slots, so that one meeting a step is enough
     Buffer<T> columns, rows;
@@ -53,8 +53,9 @@ class Norm {
 
   Norm(const NormArgs<T>& args, Shared& shared, const Member& member, int gates, int units, int batch, Range own_units)
       : a(args), shared_(shared), member_(member), gates_(gates), units_(units), batch_(batch), own_(own_units),
-        groups_(args.joint ? 1 : gates), D(gates * units), row_size_(size_t(groups_) * batch), columns_(size_t(D) * 11),
-        rows_(row_size_ * 6) {
+        groups_(args.joint ? 1 : gates), D(gates * units),
+        lone_(batch == 1 && args.enabled && !args.batch_mean && !args.batch_var && args.w_feature[0] != 0),
+        row_size_(size_t(groups_) * batch), columns_(size_t(D) * 11), rows_(row_size_ * 6) {
     T* at = columns_.get();
     for (T** to : {&weight_, &slope_, &mean_, &var_, &used_mean_, &inverse_, &scratch_, &c2_, &c3_, &bias_sum_, &bias_})
       *to = at, at += D;
@@ -63,9 +64,9 @@ class Norm {
     weight_sum_.allocate(D);
     for (int j = 0; j < D; j++) {
       weight_[j] = a.enabled ? T(a.scale) * (a.weight ? a.weight[j] : T(1)) : T(0);
-      slope_[j] = T(1);
+      slope_[j] = lone_ ? T(0) : T(1);
       bias_[j] = a.bias ? a.bias[j] : T(0);
-      mean_[j] = used_mean_[j] = bias_sum_[j] = weight_sum_[j] = T(0);
+      mean_[j] = used_mean_[j] = inverse_[j] = bias_sum_[j] = weight_sum_[j] = T(0);
     }
     for (size_t i = 0; i < row_size_; i++) row_slope_[i] = row_mean_[i] = row_used_[i] = T(0);
   }
@@ -99,6 +100,7 @@ class Norm {
     if (!a.enabled) return;
     slot_ ^= 1;
     const bool batch = current_batch(t), feature = current_feature(t);
+    if (lone_ && a.batch_moments && rows.size() > 0) keep_lone(t, x);
     if (batch && feature)
       measure<true, true>(x, ld, rows);
     else if (batch)
@@ -166,7 +168,7 @@ class Norm {
   void begin_sums(int t, Range rows) {
     if (!a.enabled) return;
     slot_ ^= 1;
-    has_batch_ = a.w_batch[t] != 0, has_feature_ = a.w_feature[t] != 0;
+    has_batch_ = a.w_batch[t] != 0 && !lone_, has_feature_ = a.w_feature[t] != 0;
     T* sum = column_slot(member_.row);
     for_own([&](int j0, int j1) {
       clear(sum, j0, j1), clear(sum + D, j0, j1), clear(c3_, j0, j1);
@@ -206,7 +208,7 @@ class Norm {
     const T *own_dot = own + D, *other_dot = other + D;
     for_own([&](int j0, int j1) {
       // nobody has waited for the other members' sums where nothing needs them
-      if (wb == T(0) || (a.batch_mean && a.batch_var))
+      if (!current_batch(t))
         column_gradients(t, j0, j1, T(0), T(0), [](int, T& sum, T& dot) BLN_INLINED { sum = dot = T(0); });
       else {
         const T share = T(1) / T(running);
@@ -320,7 +322,7 @@ class Norm {
   int group(int gate) const { return groups_ == 1 ? 0 : gate; }
   int features() const { return groups_ == 1 ? D : units_; }
   int own_features() const { return (groups_ == 1 ? gates_ : 1) * own_.size(); }
-  bool current_batch(int t) const { return a.enabled && a.w_batch[t] != 0 && !(a.batch_mean && a.batch_var); }
+  bool current_batch(int t) const { return a.enabled && a.w_batch[t] != 0 && !(a.batch_mean && a.batch_var) && !lone_; }
   bool current_feature(int t) const { return a.enabled && a.w_feature[t] != 0 && !(a.feature_mean && a.feature_var); }
   T* column_slot(int k) const { return shared_.columns.get() + (size_t(slot_) * member_.rows + k) * 3 * D; }
   T* row_slot(int k) const { return shared_.rows.get() + (size_t(slot_) * member_.columns + k) * 3 * row_size_; }
@@ -353,15 +355,15 @@ class Norm {
       centre(mean, spread, rows.size());
     }
     if (Feature)
-      for (int g = 0; g < groups_; g++) {
-        const size_t at = size_t(g) * batch_;
-        const T share = T(1) / T(own_features());
-        for (int b = rows.begin; b < rows.end; b++) {
-          const T* row = x + b * ld + g * units_ + own_.begin;
-          T &mean = row_mean[at + b], &spread = row_spread[at + b];
-          if (centre(row_anchor(row), share, mean, spread)) centre_again(row, mean, spread);
-        }
-      }
+      for (int g = 0; g < groups_; g++) centre_rows(g, x + g * units_ + own_.begin, ld, rows);
+  }
+
+  // The moments of a batch of one.
+  void keep_lone(int t, const T* x) const {
+    T* saved = a.batch_moments + size_t(t) * 2 * D;
+    for_own([&](int j0, int j1) {
+      for (int j = j0; j < j1; j++) saved[j] = x[j], saved[D + j] = T(0);
+    });
   }
 
   void set_anchor(const T* x, ptrdiff_t ld, int rows) {
@@ -402,12 +404,27 @@ class Norm {
     return any;
   }
 
-  // The same for a row of a group.
-  static bool centre(T anchor, T share, T& mean, T& spread) {
+  // The same for the rows of a group, of which some may have to be taken again.
+  void centre_rows(int g, const T* x, ptrdiff_t ld, Range rows) const {
+    const size_t at = size_t(g) * batch_;
+    T *means = row_slot(member_.column) + at, *spreads = means + row_size_, *anchors = r2_ + at;
+    const T share = T(1) / T(own_features());
+    for (int b = rows.begin; b < rows.end; b++) anchors[b] = row_anchor(x + b * ld);
+    int far = 0;
+#pragma omp simd reduction(| : far)
+    for (int b = rows.begin; b < rows.end; b++) far |= centre(anchors[b], share, means[b], spreads[b], r3_[at + b]);
+    if (!far) return;
+    for (int b = rows.begin; b < rows.end; b++)
+      if (r3_[at + b] != T(0)) centre_again(x + b * ld, means[b], spreads[b]);
+  }
+
+  // The same for one row, noted in `again` too.
+  BLN_INLINED static bool centre(T anchor, T share, T& mean, T& spread, T& again) {
     const T distance = mean * share, rest = spread - mean * distance;
     const bool far = spread > T(4) * rest;
     mean = anchor + distance;
     spread = rest < T(0) ? T(0) : rest;
+    again = far ? T(1) : T(0);
     return far;
   }
 
@@ -427,7 +444,8 @@ class Norm {
       }
     }
     mean = sum, spread = squares;
-    centre(anchor, T(1) / T(own_features()), mean, spread);
+    T again;
+    centre(anchor, T(1) / T(own_features()), mean, spread, again);
   }
 
   // Distances, and their squares, of all rows.
@@ -444,51 +462,55 @@ class Norm {
       }
   }
 
-  // Adds the distances, and their squares, of some rows of a gate's columns.
+  // Adds the distances, and their squares, of some rows of a gate's columns. Where lanes are taken a second time at
+  // the end of a row, they count for nothing.
   template <bool Batch, bool Feature>
   void total(const T* x, ptrdiff_t ld, Range rows, int n, const T* anchor, T* column, T* squares, const T* first,
              T* row, T* row_squares) const {
     int b = rows.begin;
     for (; b + 4 <= rows.end; b += 4) {
-      const T *x0 = x + b * ld, *x1 = x0 + ld, *x2 = x1 + ld, *x3 = x2 + ld;
-      const T m0 = row_anchor(first + b * ld), m1 = row_anchor(first + (b + 1) * ld);
-      const T m2 = row_anchor(first + (b + 2) * ld), m3 = row_anchor(first + (b + 3) * ld);
-      T s0 = 0, s1 = 0, s2 = 0, s3 = 0, q0 = 0, q1 = 0, q2 = 0, q3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3, q0, q1, q2, q3)
-      for (int j = 0; j < n; j++) {
+      const T* at[4];
+      T m[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) at[i] = x + (b + i) * ld, m[i] = row_anchor(first + (b + i) * ld);
+      V sums[8] = {};
+      in_vectors<T>(n, [&](int j, auto edge) {
+        V from[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) from[i] = edge.load(at[i] + j);
         if (Batch) {
-          const T m = anchor[j], d0 = x0[j] - m, d1 = x1[j] - m, d2 = x2[j] - m, d3 = x3[j] - m;
-          column[j] += (d0 + d1) + (d2 + d3);
-          squares[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+          const V shift = edge.load(anchor + j);
+          V d[4];
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; i++) d[i] = edge.counts(from[i] - shift);
+          edge.store(column + j, edge.load(column + j) + ((d[0] + d[1]) + (d[2] + d[3])));
+          edge.store(squares + j, edge.load(squares + j) + ((d[0] * d[0] + d[1] * d[1]) + (d[2] * d[2] + d[3] * d[3])));
         }
         if (Feature) {
-          const T d0 = x0[j] - m0, d1 = x1[j] - m1, d2 = x2[j] - m2, d3 = x3[j] - m3;
-          s0 += d0, s1 += d1, s2 += d2, s3 += d3;
-          q0 += d0 * d0, q1 += d1 * d1, q2 += d2 * d2, q3 += d3 * d3;
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; i++) {
+            const V d = edge.counts(from[i] - m[i]);
+            sums[i] += d, sums[4 + i] += d * d;
+          }
         }
-      }
-      if (!Feature) continue;
-      row[b] += s0, row[b + 1] += s1, row[b + 2] += s2, row[b + 3] += s3;
-      row_squares[b] += q0, row_squares[b + 1] += q1, row_squares[b + 2] += q2, row_squares[b + 3] += q3;
+      });
+      if (Feature) add_lanes<T>(sums, row + b, row_squares + b);
     }
     for (; b < rows.end; b++) {
-      const T* x0 = x + b * ld;
-      const T m0 = row_anchor(first + b * ld);
-      T s0 = 0, q0 = 0;
-#pragma omp simd reduction(+ : s0, q0)
-      for (int j = 0; j < n; j++) {
+      const T* at = x + b * ld;
+      const T m = row_anchor(first + b * ld);
+      V sum{}, square{};
+      in_vectors<T>(n, [&](int j, auto edge) {
+        const V from = edge.load(at + j);
         if (Batch) {
-          const T distance = x0[j] - anchor[j];
-          column[j] += distance;
-          squares[j] += distance * distance;
+          const V d = edge.counts(from - edge.load(anchor + j));
+          edge.store(column + j, edge.load(column + j) + d);
+          edge.store(squares + j, edge.load(squares + j) + d * d);
         }
-        if (Feature) {
-          const T distance = x0[j] - m0;
-          s0 += distance;
-          q0 += distance * distance;
-        }
-      }
-      if (Feature) row[b] += s0, row_squares[b] += q0;
+        const V d = edge.counts(from - m);
+        sum += d, square += d * d;
+      });
+      if (Feature) row[b] += sum_of<T>(sum), row_squares[b] += sum_of<T>(square);
     }
   }
 
@@ -503,47 +525,42 @@ class Norm {
       const int j0 = g * units_ + own_.begin, n = own_.size();
       const size_t at = size_t(group(g)) * batch_;
       T *S = sum + j0, *E = dot + j0, *F = c3_ + j0;
-      const T *w = weight_ + j0, *mu = used_mean_ + j0;
+      const T *w = weight_ + j0, *mu = used_mean_ + j0, *m = row_used_ + at, *r = row_inverse_ + at;
       int b = rows.begin;
       for (; b + 4 <= rows.end; b += 4) {
-        const T *y0 = grad + b * ldg + j0, *y1 = y0 + ldg, *y2 = y1 + ldg, *y3 = y2 + ldg;
-        const T *x0 = x + b * ldx + j0, *x1 = x0 + ldx, *x2 = x1 + ldx, *x3 = x2 + ldx;
-        const T *m = row_used_ + at + b, *r = row_inverse_ + at + b;
-        const T m0 = m[0], m1 = m[1], m2 = m[2], m3 = m[3], r0 = r[0], r1 = r[1], r2 = r[2], r3 = r[3];
-        T s0 = 0, s1 = 0, s2 = 0, s3 = 0, d0 = 0, d1 = 0, d2 = 0, d3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3, d0, d1, d2, d3)
-        for (int j = 0; j < n; j++) {
-          S[j] += (y0[j] + y1[j]) + (y2[j] + y3[j]);
-          if (Batch)
-            E[j] += (y0[j] * (x0[j] - mu[j]) + y1[j] * (x1[j] - mu[j])) +
-                    (y2[j] * (x2[j] - mu[j]) + y3[j] * (x3[j] - mu[j]));
-          if (!Feature) continue;
-          const T f0 = y0[j] * ((x0[j] - m0) * r0), f1 = y1[j] * ((x1[j] - m1) * r1);
-          const T f2 = y2[j] * ((x2[j] - m2) * r2), f3 = y3[j] * ((x3[j] - m3) * r3);
-          F[j] += (f0 + f1) + (f2 + f3);
-          s0 += y0[j] * w[j], s1 += y1[j] * w[j], s2 += y2[j] * w[j], s3 += y3[j] * w[j];
-          d0 += f0 * w[j], d1 += f1 * w[j], d2 += f2 * w[j], d3 += f3 * w[j];
-        }
-        if (!Feature) continue;
-        T *to = row_sum + at + b, *to_dot = row_dot + at + b;
-        to[0] += s0, to[1] += s1, to[2] += s2, to[3] += s3;
-        to_dot[0] += d0, to_dot[1] += d1, to_dot[2] += d2, to_dot[3] += d3;
+        V sums[8] = {};
+        in_vectors<T>(n, [&](int j, auto edge) {
+          const V weight = edge.load(w + j), mean = edge.load(mu + j);
+          V y[4], d[4], f[4];
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; i++) {
+            y[i] = edge.counts(edge.load(grad + (b + i) * ldg + j0 + j));
+            const V from = edge.load(x + (b + i) * ldx + j0 + j);
+            if (Batch) d[i] = y[i] * (from - mean);
+            if (Feature) {
+              f[i] = y[i] * ((from - m[b + i]) * r[b + i]);
+              sums[i] += y[i] * weight, sums[4 + i] += f[i] * weight;
+            }
+          }
+          edge.store(S + j, edge.load(S + j) + ((y[0] + y[1]) + (y[2] + y[3])));
+          if (Batch) edge.store(E + j, edge.load(E + j) + ((d[0] + d[1]) + (d[2] + d[3])));
+          if (Feature) edge.store(F + j, edge.load(F + j) + ((f[0] + f[1]) + (f[2] + f[3])));
+        });
+        if (Feature) add_lanes<T>(sums, row_sum + at + b, row_dot + at + b);
       }
       for (; b < rows.end; b++) {
-        const T *y0 = grad + b * ldg + j0, *x0 = x + b * ldx + j0;
-        const T m0 = row_used_[at + b], r0 = row_inverse_[at + b];
-        T s0 = 0, d0 = 0;
-#pragma omp simd reduction(+ : s0, d0)
-        for (int j = 0; j < n; j++) {
-          S[j] += y0[j];
-          if (Batch) E[j] += y0[j] * (x0[j] - mu[j]);
-          if (!Feature) continue;
-          const T f0 = y0[j] * ((x0[j] - m0) * r0);
-          F[j] += f0;
-          s0 += y0[j] * w[j];
-          d0 += f0 * w[j];
-        }
-        if (Feature) row_sum[at + b] += s0, row_dot[at + b] += d0;
+        V own_sum{}, own_dot{};
+        in_vectors<T>(n, [&](int j, auto edge) {
+          const V y = edge.counts(edge.load(grad + b * ldg + j0 + j)), from = edge.load(x + b * ldx + j0 + j),
+                  weight = edge.load(w + j);
+          edge.store(S + j, edge.load(S + j) + y);
+          if (Batch) edge.store(E + j, edge.load(E + j) + y * (from - edge.load(mu + j)));
+          if (!Feature) return;
+          const V f = y * ((from - m[b]) * r[b]);
+          edge.store(F + j, edge.load(F + j) + f);
+          own_sum += y * weight, own_dot += f * weight;
+        });
+        if (Feature) row_sum[at + b] += sum_of<T>(own_sum), row_dot[at + b] += sum_of<T>(own_dot);
       }
     }
   }
@@ -691,6 +708,7 @@ class Norm {
 
   // Coefficients of columns of which nothing current is used.
   void given_columns(int t, int j0, int j1) {
+    if (lone_) return;
     if (a.w_batch[t] != 0)
       return column_coefficients(t, j0, j1, [](int, T& mean, T& var) BLN_INLINED { mean = var = T(0); });
     for (int j = j0; j < j1; j++) used_mean_[j] = mean_[j] = inverse_[j] = slope_[j] = T(0);
@@ -773,7 +791,9 @@ class Norm {
   Member member_;
   int gates_, units_, batch_;
   Range own_;
-  int groups_, D, slot_ = 0;
+  int groups_, D;
+  bool lone_;  // one sequence lies at its batch's mean: that part is zero, and so is its gradient
+  int slot_ = 0;
   size_t row_size_;
   bool has_batch_ = false, has_feature_ = false;  // parts that the step's gradient has
   bool far_columns_ = false, far_rows_ = false;   // whether some means of the step are far from zero

@@ -251,25 +251,36 @@ class Walker {
   // One gate, to rows `ldo` apart.
   template <bool Feature, class F>
   void activate(int g, const T* x, const T* v, T* out, ptrdiff_t ldo, Range some, F activation) const {
-    for (int b = some.begin; b < some.end; b++) {
+    const auto row = [=](int b) BLN_INLINED {
       const auto from_x = ih.template normalized<Feature>(g, b, x + size_t(b) * D + g * H);
       const auto from_v = hh.template normalized<Feature>(g, b, v + size_t(b) * D + g * H);
-      T* to = out + b * ldo;
-#pragma omp simd
-      for (int j = units.begin; j < units.end; j++) to[j] = activation(from_x[j] + from_v[j]);
-    }
+      return [=](int j) BLN_INLINED { return activation(from_x[j] + from_v[j]); };
+    };
+    write_rows(some, out, ldo, row);
   }
 
   // The new gate of a GRU: its hidden part is multiplied by the reset gate after the normalisation.
   template <bool Feature>
   void activate_new(const T* x, const T* v, T* gates, Range some) const {
-    for (int b = some.begin; b < some.end; b++) {
+    const auto row = [=](int b) BLN_INLINED {
       const auto from_x = ih.template normalized<Feature>(2, b, x + size_t(b) * D + 2 * H);
       const auto from_v = hh.template normalized<Feature>(2, b, v + size_t(b) * D + 2 * H);
       const T* reset = gates + size_t(b) * D;
-      T* to = gates + size_t(b) * D + 2 * H;
+      return [=](int j) BLN_INLINED { return hyperbolic_tangent(from_x[j] + reset[j] * from_v[j]); };
+    };
+    write_rows(some, gates + 2 * H, D, row);
+  }
+
+  // row(b)(j) for own units of some rows, to rows `ldo` apart.
+  template <class F>
+  void write_rows(Range some, T* out, ptrdiff_t ldo, F row) const {
+    for (int b = some.begin; b < some.end; b++) {
+      const auto y = row(b);
+      T* to = out + b * ldo;
+      in_whole_vectors<T>(units.begin, units.end, [=](int begin, int end) BLN_INLINED {
 #pragma omp simd
-      for (int j = units.begin; j < units.end; j++) to[j] = hyperbolic_tangent(from_x[j] + reset[j] * from_v[j]);
+        for (int j = begin; j < end; j++) to[j] = y(j);
+      });
     }
   }
 
