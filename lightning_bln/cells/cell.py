@@ -155,6 +155,10 @@ class LinearCell(Cell):
         """All states, from the linear one."""
         return self.State(s)
 
+    def whole(self, x: Gates, state: Any) -> Gates:
+        """Gates of all steps for the scan, where ``step`` adds to a step's gates from the state."""
+        return x
+
     def step(self, x: Gates, state: Any, project: Any) -> Any:
         """One step of the recurrence, for where no scan runs."""
         a, b = self.coefficients(x)

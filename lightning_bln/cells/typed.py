@@ -42,11 +42,18 @@ class TwoInputs(LinearCell):
     def state_size(self, state: str, hidden_size: int) -> int:
         return 3 * hidden_size if state == "before" else hidden_size
 
-    def prepare(self, x: Gates, state: Any) -> Gates:
-        names = self.gates[:3]
-        first = state.before.unflatten(-1, (3, -1)).unbind(-2)
-        last = (cat([f[None], getattr(x, f"{name}_before")[:-1]]) for name, f in zip(names, first, strict=True))
-        return x.replace(**{name: getattr(x, name) + part for name, part in zip(names, last, strict=True)})
+    def step(self, x: Gates, state: Any, project: Any) -> Any:
+        return super().step(self.with_before(x, state.before), state, project)
+
+    def whole(self, x: Gates, state: Any) -> Gates:
+        return self.with_before(x, cat([state.before[None], self.before(x)[:-1]]))
+
+    def with_before(self, x: Gates, before: Tensor) -> Gates:
+        """The gates with their shares of the input before."""
+        size = x.hidden.shape[-1]
+        hidden, others = before[..., :size], before[..., size:]
+        forget, output = others[..., :size], others[..., size:]
+        return x.replace(hidden=x.hidden + hidden, forget=x.forget + forget, output=x.output + output)
 
     def before(self, x: Gates) -> Tensor:
         """The share of the next step's gates that comes from this step's input."""

@@ -78,7 +78,7 @@ class SequentialScan(torch.autograd.Function):
 def scan_recurrence(cell: LinearCell, sequences: Sequences, weights: HiddenWeights) -> Result:
     """:func:`~lightning_bln.recurrence.reference.recurrence` of a linear cell without zoneout."""
     first = cell.State(*sequences.state)
-    x = cell.prepare(Gates(sequences.x.flatten(-2), cell.gates), first)
+    x = cell.whole(cell.prepare(Gates(sequences.x.flatten(-2), cell.gates), first), first)
     a, b = cell.coefficients(x)
     running = None
     if sequences.sizes is not None:

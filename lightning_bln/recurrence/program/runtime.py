@@ -217,20 +217,19 @@ def collected_gradients(
         name: buffers["constant_gradient", name].sum((0, 1)) if name in program.constants else None
         for name, _ in signature.constants
     }
-    products = product_gradients(recorded, buffers, shape)
-    constants |= {
-        name: weight for name, (weight, _) in products.items() if isinstance(name, str) and name != PROJECTION
-    }
-    weight, bias = hidden_gradients(recorded, tensors, products, shape)
+    products, biases = product_gradients(recorded, buffers, shape), dict[Any, Tensor]()
+    constants |= {name: weight for name, weight in products.items() if isinstance(name, str) and name != PROJECTION}
     of_norms, keys = norms.by_key(found), recorded.signature.norms(recorded.cell)
-    if recorded.signature.around.normalized and recorded.signature.around.biased:
-        bias = hidden_bias_of_norms(recorded, tensors, of_norms, shape)
+    if recorded.signature.around.normalized:  # norms add it
+        biases = {key: bias for key, (_, bias) in of_norms.items() if bias is not None}
+    elif tensors.bias_hh is not None:
+        biases = bias_gradients(recorded, buffers, shape)
     return [
         *(buffers["gate_gradient", index] for index in range(len(signature.segments))),
         *(buffers["carry", name] if name in program.states else None for name in states),
-        weight,
-        bias,
-        products[PROJECTION][0] if PROJECTION in products else None,
+        joined(tensors.weight_hh, products, recorded, shape),
+        joined(tensors.bias_hh, biases, recorded, shape),
+        products.get(PROJECTION),
         *constants.values(),
         *(of_norms.get(key, (None, None))[0] for key in keys),
         *(of_norms[key][1] if key in of_norms and not isinstance(key, int) else None for key in keys),
@@ -239,39 +238,34 @@ def collected_gradients(
     ]
 
 
-def product_gradients(recorded: RecordedCell, buffers: Buffers, shape: Shape) -> dict[Any, tuple[Tensor, Tensor]]:
-    """Gradients of each product's matrix and bias, each one matrix product over all steps."""
-    found: dict[Any, tuple[Tensor, Tensor]] = {}
+def product_gradients(recorded: RecordedCell, buffers: Buffers, shape: Shape) -> dict[Any, Tensor]:
+    """Gradients of each product's matrix, each one matrix product over all steps."""
+    found: dict[Any, Tensor] = {}
     for product in recorded.program.products:
         columns = shape.outputs if isinstance(product.matrix, int) else shape.units
         gradient = rows_of_all_steps(product.gradient, shape.columns(product.width), buffers, shape)
-        parts = multiply(gradient.t(), rows_of_all_steps(product.input, columns, buffers, shape)), gradient.sum(0)
-        if product.matrix in found:  # the step multiplies by this matrix more than once
-            parts = parts[0] + found[product.matrix][0], parts[1] + found[product.matrix][1]
-        found[product.matrix] = parts
+        part = multiply(gradient.t(), rows_of_all_steps(product.input, columns, buffers, shape))
+        # a step may multiply by a matrix more than once
+        found[product.matrix] = found[product.matrix] + part if product.matrix in found else part
     return found
 
 
-def hidden_gradients(
-    recorded: RecordedCell, tensors: Tensors, products: dict[Any, tuple[Tensor, Tensor]], shape: Shape
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the hidden weights and their bias, zero in products that the step does not take."""
-    if tensors.weight_hh is None:
-        return None, None
-    new = tensors.weight_hh.new_zeros
-    for index, rows in enumerate(recorded.rows(shape.units)):
-        if index not in products:
-            products[index] = new(rows, shape.outputs), new(rows)
-    weights, biases = zip(*(products[index] for index in range(len(recorded.cell.products))), strict=True)
-    return torch.cat(weights), torch.cat(biases) if recorded.signature.around.biased else None
+def bias_gradients(recorded: RecordedCell, buffers: Buffers, shape: Shape) -> dict[Any, Tensor]:
+    """Gradients of the bias of each hidden product."""
+    found: dict[Any, Tensor] = {}
+    for product in recorded.program.products:
+        if isinstance(product.matrix, int):
+            part = rows_of_all_steps(product.gradient, shape.columns(product.width), buffers, shape).sum(0)
+            found[product.matrix] = found[product.matrix] + part if product.matrix in found else part
+    return found
 
 
-def hidden_bias_of_norms(recorded: RecordedCell, tensors: Tensors, found: dict[Any, Any], shape: Shape) -> Tensor:
-    """The hidden bias's gradient where norms add it, zero in products that the step does not take."""
-    assert tensors.bias_hh is not None
-    parts = tensors.bias_hh.split(recorded.rows(shape.units))
-    pairs = enumerate(parts)
-    return torch.cat([found[index][1] if index in found else torch.zeros_like(part) for index, part in pairs])
+def joined(whole: Tensor | None, found: dict[Any, Tensor], recorded: RecordedCell, shape: Shape) -> Tensor | None:
+    """The gradient of the hidden weights or of their bias, zero in products that the step does not take."""
+    if whole is None:
+        return None
+    parts = enumerate(whole.split(recorded.rows(shape.units)))
+    return torch.cat([found[index] if index in found else torch.zeros_like(part) for index, part in parts])
 
 
 def on_torch(
