@@ -6,6 +6,7 @@
 #include "forward.h"
 #include "gather.h"
 #include "layout.h"
+#include "planes.h"
 #include "product.h"
 #include "program.h"
 
@@ -99,7 +100,7 @@ int run_dense(const DenseArgs<T>& args) {
   if (args.batch_sizes && !fits(args.batch_sizes, args.positions, args.rows)) return kBadSizes;
   try {
     const int threads = dense_members(args);
-    DensePlan<T> plan(args, threads);
+    typename Pass<T>::Plan plan(args, threads);
     std::atomic<int> granted{0};
     in_parallel(threads, [&](int id, int members) {
       if (members != threads) {
@@ -109,7 +110,7 @@ int run_dense(const DenseArgs<T>& args) {
       Pass<T>(plan, id).run();
     });
     if (granted) {
-      DensePlan<T> alone(args, 1);
+      typename Pass<T>::Plan alone(args, 1);
       Pass<T>(alone, 0).run();
     }
     return kDone;
@@ -193,6 +194,12 @@ BLN_EXPORT uint64_t bln_layout_hash() {
   }                                                                                                          \
   BLN_EXPORT int bln_dense_backward_##T(const bln::DenseArgs<T>* args) {                                     \
     return bln::run_dense<T, bln::DenseBackward>(*args);                                                     \
+  }                                                                                                          \
+  BLN_EXPORT int bln_planes_forward_##T(const bln::DenseArgs<T>* args) {                                     \
+    return bln::run_dense<T, bln::PlanesForward>(*args);                                                     \
+  }                                                                                                          \
+  BLN_EXPORT int bln_planes_backward_##T(const bln::DenseArgs<T>* args) {                                    \
+    return bln::run_dense<T, bln::PlanesBackward>(*args);                                                    \
   }                                                                                                          \
   BLN_EXPORT int bln_gather_##T(const bln::GatherArgs<T>* args) { return bln::run_gather(*args); }           \
   BLN_EXPORT int bln_program_##T(const bln::ProgramArgs* args) { return bln::run_program<T>(*args); }        \
