@@ -48,10 +48,8 @@ def normalize_fused(
     """
     batch_axis, is_shared = over[0], over[-1] == x.ndim - 2
     is_planar = has_planes(x, batch_axis + 1)
-    if is_shared and not is_planar:
-        flat = x.flatten(batch_axis, -2).unsqueeze(-2)
-    else:
-        flat = x.flatten(batch_axis + 1, -2)
+    is_one = is_shared and not is_planar  # position, at which the batch is all that there are
+    flat = x.flatten(batch_axis, -2).unsqueeze(-2) if is_one else x.flatten(batch_axis + 1, -2)
     if rows is None:
         rows = mixing_rows(equation.w_feature, equation.w_batch, 1 if is_shared else flat.shape[-2])
     inputs = DenseInputs(flat, equation.weight, equation.bias)

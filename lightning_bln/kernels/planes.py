@@ -80,12 +80,12 @@ def planes_in_modes(
 
     Groups differ in ``uses``. One array expanded to all groups is not repeated in memory.
     """
-    x = checked("x", inputs.x, inputs.x.shape, inputs.x.dtype)
-    output, moments = torch.empty_like(x.mT, memory_format=torch.contiguous_format).mT, x.new_empty(0)
-    parts = [contiguous_planes(x[0], output[0])] * len(uses) if x.stride(0) == 0 else x
+    x = checked("x", inputs.x, inputs.x.shape, inputs.x.dtype).mT
+    parts = [x[0].contiguous()] * len(uses) if x.stride(0) == 0 else list(x.contiguous())
+    output, moments = x.new_empty(x.shape).mT, x.new_empty(0)
+    first, given = admitted(inputs._replace(x=parts[0].mT), constants, settings)
     for part, one, bits in zip(parts, output, uses, strict=True):
-        first, given = admitted(inputs._replace(x=contiguous_planes(part, one)), constants, settings)
-        args = arguments(first, given, settings._replace(uses=bits), moments)
+        args = arguments(first._replace(x=part.mT), given, settings._replace(uses=bits), moments)
         args.output = pointer(one)
         call("planes_forward", args, x.dtype)
     return output
@@ -105,17 +105,11 @@ def places_of(x: Tensor, settings: PlanesSettings) -> int:
     return 1 if settings.shared else x.shape[1]
 
 
-def contiguous_planes(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """``x`` with contiguous positions, and rows and features that neither overlap nor lie apart.
-
-    Args:
-        x: ``(rows, positions, features)``.
-        like: An array to whose strides ``x`` is brought.
-    """
-    if x.mT.is_contiguous():
+def contiguous_planes(x: Tensor) -> Tensor:
+    """``x`` with contiguous positions, and rows and features that neither overlap nor lie apart."""
+    if x.mT.is_contiguous() or (x.stride(1) == 1 and torch.empty_like(x).stride() == x.stride()):
         return x
-    wanted = torch.empty_like(x) if like is None else like
-    return x if x.stride(1) == 1 and wanted.stride() == x.stride() else x.mT.contiguous().mT
+    return x.mT.contiguous().mT
 
 
 def admitted(
@@ -135,9 +129,7 @@ def admitted(
     return DenseInputs(x, weight, bias), DenseConstants(mixing, given)
 
 
-def arguments(
-    inputs: DenseInputs, constants: DenseConstants, settings: PlanesSettings, moments: Tensor
-) -> DenseArgs:
+def arguments(inputs: DenseInputs, constants: DenseConstants, settings: PlanesSettings, moments: Tensor) -> DenseArgs:
     """The library's structure, without the arrays that only one of the passes reads or writes."""
     x, weight, bias = inputs
     args, places = DenseArgs(), places_of(x, settings)
@@ -190,7 +182,7 @@ def backward(
     grad = checked("grad", grad, inputs.x.shape, dtype)
     if grad.stride(1) != 1 or 0 in grad.stride():
         grad = grad.mT.contiguous().mT
-    found = empty_gradients(inputs, settings, needs_x)
+    found = empty_gradients(inputs, None, needs_x)
     args = arguments(inputs, constants, settings, moments)
     args.grad = pointer(grad)
     args.grad_row_stride, args.grad_position_stride, args.grad_feature_stride = grad.stride()

@@ -6,7 +6,8 @@
 #include "forward.h"
 #include "gather.h"
 #include "layout.h"
-#include "planes.h"
+#include "planes_backward.h"
+#include "planes_forward.h"
 #include "product.h"
 #include "program.h"
 
