@@ -115,7 +115,7 @@ def contiguous_planes(x: Tensor) -> Tensor:
 def admitted(
     inputs: DenseInputs, constants: DenseConstants, settings: PlanesSettings
 ) -> tuple[DenseInputs, DenseConstants]:
-    """The tensors as the library reads them: statistics of all positions of a feature before the next one's."""
+    """The tensors as the library reads them."""
     x, weight, bias = inputs
     dtype, features, places = x.dtype, x.shape[-1], places_of(x, settings)
     x = contiguous_planes(checked("x", x, x.shape, dtype))
@@ -123,9 +123,6 @@ def admitted(
     mixing = admit("mixing", constants.mixing, (2, places), torch.float64)
     given = admit("given", constants.given, (places * (2 * features + 2),), dtype)
     assert mixing is not None
-    if given is not None and places > 1:
-        batch, feature = given.split([places * 2 * features, places * 2])
-        given = torch.cat([batch.view(2, places, features).mT.reshape(-1), feature])
     return DenseInputs(x, weight, bias), DenseConstants(mixing, given)
 
 

@@ -92,11 +92,17 @@ class Planes {
   double count() const { return double(a.rows) * double(Shared ? a.positions : 1); }  // numbers of a batch statistic
   T weight(int c) const { return T(n.scale) * (n.weight ? n.weight[c] : T(1)); }
 
-  // Between an array of all places and one of the sweep's.
+  // Between an array of all places, of a feature beside each other, and one of the sweep's.
   template <class From>
   void load(const From* from, T* to, int features) const {
     for (int c = 0; c < features; c++, from += places(), to += L)
       for (int j = 0; j < lanes(); j++) to[j] = T(from[(Shared ? 0 : sweep.begin) + j]);
+  }
+  // Of given statistics, the features of a place lie beside each other.
+  void load_given(const T* from, T* to) const {
+    from += Shared ? 0 : int64_t(sweep.begin) * C;
+    for (int j = 0; j < lanes(); j++, from += C)
+      for (int c = 0; c < C; c++) to[c * L + j] = from[c];
   }
   void store(const T* from, T* to) const {
     for (int c = 0; c < C; c++) std::copy_n(from + c * L, lanes(), to + c * places() + (Shared ? 0 : sweep.begin));
@@ -128,12 +134,14 @@ class Planes {
   // body(rows, tile) for all tiles of the sweep; a second pass goes the other way, from what still lies in the cache.
   template <int R, class F>
   void for_tiles(bool backwards, F body) const {
-    const int chunks = (sweep.size() + W - 1) / W, full = rows.size() / R;
+    // a line array has room for as many rows, or for one that is as much longer
+    const int width = Shared ? Plan::block * Plan::widest / R : W;
+    const int chunks = (sweep.size() + width - 1) / width, full = rows.size() / R;
     const int blocks = full + rows.size() % R, tiles = blocks * chunks;
     for (int i = 0; i < tiles; i++) {
-      const int k = backwards ? tiles - 1 - i : i, b = k / chunks, begin = sweep.begin + k % chunks * W;
+      const int k = backwards ? tiles - 1 - i : i, b = k / chunks, begin = sweep.begin + k % chunks * width;
       const int row = rows.begin + (b < full ? b * R : full * (R - 1) + b);
-      const Tile tile{row, begin, std::min(W, sweep.end - begin)};
+      const Tile tile{row, begin, std::min(width, sweep.end - begin)};
       if (b < full)
         body(std::integral_constant<int, R>{}, tile);
       else
@@ -171,8 +179,8 @@ class Planes {
   // Coefficients of the columns from mean and var, or given statistics.
   void column_coefficients() const {
     if (!has_batch()) return clear({used, inverse, slope});
-    n.batch_mean ? load(n.batch_mean, used, C) : void(std::copy_n(mean, plan.column_size, used));
-    n.batch_var ? load(n.batch_var, inverse, C) : void(std::copy_n(var, plan.column_size, inverse));
+    n.batch_mean ? load_given(n.batch_mean, used) : void(std::copy_n(mean, plan.column_size, used));
+    n.batch_var ? load_given(n.batch_var, inverse) : void(std::copy_n(var, plan.column_size, inverse));
     const T eps = T(n.eps);
     for (int c = 0; c < C; c++) {
       T *inv = inverse + c * L, *s = slope + c * L, w = weight(c);
