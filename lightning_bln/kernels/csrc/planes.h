@@ -36,7 +36,10 @@ struct PlanesPlan {
         barrier(members) {}
 
   // Arrays [rows, positions]: what the gradient of a row needs, or moments that nobody else keeps.
-  static int row_arrays(const DenseArgs<T>& args) { return args.grad ? 4 : args.norm.feature_moments ? 0 : 2; }
+  static int row_arrays(const DenseArgs<T>& args) {
+    const bool given = args.norm.feature_mean && args.norm.feature_var;
+    return args.grad ? 4 : given || args.norm.feature_moments ? 0 : 2;
+  }
 
   // As wide as the arrays of all features may be in the second-level cache: the longer the runs in memory, the better.
   static int tile_width(const DenseArgs<T>& args) {
@@ -190,6 +193,18 @@ class Planes {
         s[j] = w * w_batch[j] * inv[j];
       }
     }
+  }
+
+  // Coefficients of the rows from given statistics alone, which are the same for all.
+  void given_rows() const {
+    const T eps = T(n.eps);
+    for (int r = 0; r < Plan::block; r++)
+#pragma omp simd
+      for (int j = 0; j < int(next); j++) {
+        const int lane = Shared ? 0 : j;
+        row_used[r * next + j] = given_mean[lane];
+        row_slope[r * next + j] = w_feature[lane] * (T(1) / std::sqrt(given_var[lane] + eps));
+      }
   }
 
   // Where the current moments over features lie: means, then variances.

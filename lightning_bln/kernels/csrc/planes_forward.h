@@ -25,10 +25,11 @@ class PlanesForward : Planes<T, Shared> {
       } else
         this->clear({mean, var});
       this->column_coefficients();
+      if (this->has_feature() && !feature) this->given_rows();
       this->choose(this->has_feature(), [&, this](auto has_feature) {
         this->template for_tiles<written>(batch, [&, this](auto rows, Tile tile) {
           if (feature && !batch) measure_tile<rows(), false, true>(tile);
-          if (has_feature()) this->template row_coefficients<rows()>(tile);
+          if (feature) this->template row_coefficients<rows()>(tile);
           write<rows(), has_feature()>(tile);
         });
       });
