@@ -8,8 +8,8 @@ from setuptools import Extension, setup
 
 SOURCES = "lightning_bln/kernels/csrc"
 HEADERS = (
-    "approx", "backward", "dense", "entry", "forward", "gather", "gemm", "lanes", "layout", "norm", "product",
-    "program", "recurrence", "team",
+    "approx", "backward", "dense", "entry", "forward", "gather", "gemm", "lanes", "layout", "norm", "planes",
+    "planes_backward", "planes_forward", "product", "program", "recurrence", "team",
 )  # fmt: skip
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 # Set by `make asan`: errors in memory access and in arithmetic end the program.

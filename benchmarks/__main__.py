@@ -26,6 +26,23 @@ BARS = [
     ("LayerNorm-LSTM train / nn.LSTM train", "lstm train", "ours layer", "torch", 1.0, 1.25),
     ("BLN-LSTM infer cccc / nn.LSTM infer", "lstm infer", "ours cccc", "torch", 1.6, 2.5),
     ("BLN-LSTM infer pppp / nn.LSTM infer", "lstm infer", "ours pppp", "torch", 1.3, 2.0),
+    (
+        "BatchLayerNorm train, shared positions / BatchNorm2d",
+        "images train",
+        "shared",
+        "BatchNorm2d",
+        1.2,
+        None,
+    ),
+    ("the same, separate positions", "images train", "separate", "BatchNorm2d", 1.5, None),
+    (
+        "small ResNet train, shared positions / BatchNorm2d",
+        "network train",
+        "shared",
+        "BatchNorm2d",
+        1.15,
+        None,
+    ),
     ("peak memory of a BLN-LSTM training step / nn.LSTM's", "lstm memory", "ours bln", "torch", 1.3, None),
 ]
 Table = dict[str, dict[str, dict[str, float]]]
@@ -81,6 +98,12 @@ def measure(args: argparse.Namespace, table: Table) -> None:
     clock = processor_time if args.processor_time else wall_clock
     for shape in contenders.ARRAYS:
         note(table, "array train", shape, medians(contenders.arrays(shape), 5 * args.rounds, clock=clock))
+    for size in contenders.IMAGES:
+        for layout, memory_format in (("", torch.contiguous_format), (", channels last", torch.channels_last)):
+            jobs = contenders.images(size, memory_format)
+            note(table, f"images train{layout}", size, medians(jobs, args.rounds, clock=clock))
+    jobs = contenders.networks(contenders.NETWORK)
+    note(table, "network train", contenders.NETWORK, medians(jobs, args.rounds, clock=clock))
     for kind in args.kinds:
         for size in sizes:
             in_full = kind != "rnn" and not args.short

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +26,8 @@ SIZES = [
 ]
 GPU_SIZES = [*SIZES, (128, 64, 256, 256), (512, 32, 512, 512)]
 ARRAYS = [(256, 1024), (64, 80, 128), (4096, 256), (32, 512, 64)]
+IMAGES = [(50, 64, 32, 32), (50, 16, 32, 32), (50, 3, 32, 32), (8, 16, 64, 64), (128, 32, 8, 8), (4, 128, 14, 14)]
+NETWORK = (50, 3, 32, 32)
 Size = tuple[int, int, int, int]
 
 
@@ -144,3 +149,59 @@ def arrays(shape: tuple[int, ...]) -> dict[str, Job]:
         F.layer_norm(x, (features,), *parameters[2:]).sum().backward()
 
     return {"BatchLayerNorm": ours, "F.batch_norm": batch, "F.layer_norm": norm}
+
+
+NORMS_OF_IMAGES: dict[str, Callable[[int], nn.Module]] = {
+    "BatchNorm2d": nn.BatchNorm2d,
+    "shared": partial(BatchLayerNorm, channel_dim=1, positions="shared"),
+    "separate": partial(BatchLayerNorm, channel_dim=1, positions="separate"),
+}
+
+
+def step(model: nn.Module, x: Tensor) -> Job:
+    """Forward and backward of one training step on images, with a gradient as the next layer has."""
+    grad = torch.randn_like(model(x))
+
+    def job() -> None:
+        x.grad = None
+        model.zero_grad()
+        model(x).backward(grad)
+
+    return job
+
+
+def images(shape: Size, memory_format: torch.memory_format = torch.contiguous_format) -> dict[str, Job]:
+    """Training steps of torch's norm and of ours with either kind of positions on the same images."""
+    x = torch.randn(shape).to(memory_format=memory_format).requires_grad_()
+    return {name: step(norm(shape[1]), x) for name, norm in NORMS_OF_IMAGES.items()}
+
+
+def networks(shape: Size) -> dict[str, Job]:
+    """Training steps of a small ResNet with each norm."""
+    return {name: step(residual_network(norm), torch.randn(shape)) for name, norm in NORMS_OF_IMAGES.items()}
+
+
+class Residual(nn.Module):
+    """Two convolutions, each with a norm, around which the input goes."""
+
+    def __init__(self, inputs: int, channels: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        stride = 1 if inputs == channels else 2
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, channels, 3, stride, 1, bias=False), norm(channels), nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, 1, 1, bias=False), norm(channels),
+        )  # fmt: skip
+        self.around = nn.Identity() if stride == 1 else nn.Conv2d(inputs, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.around(x))
+
+
+def residual_network(norm: Callable[[int], nn.Module]) -> nn.Module:
+    """A ResNet for small images: three stages of two blocks."""
+    sizes = [16, 16, 16, 32, 32, 64, 64]
+    stages = [Residual(inputs, channels, norm) for inputs, channels in itertools.pairwise(sizes)]
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 1, 1, bias=False), norm(16), nn.ReLU(), *stages,
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
+    )  # fmt: skip

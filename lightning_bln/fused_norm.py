@@ -17,6 +17,7 @@ from lightning_bln.kernels.batch_layer_norm import (
     has_adjacent_features,
 )
 from lightning_bln.kernels.library import bits_of
+from lightning_bln.kernels.planes import PlanesSettings, has_planes, planes, planes_in_modes
 from lightning_bln.modes import StatisticsMode
 
 
@@ -46,19 +47,29 @@ def normalize_fused(
         rows: The mixing weights as kernels read them, where they are known.
     """
     batch_axis, is_shared = over[0], over[-1] == x.ndim - 2
-    flat = x.flatten(batch_axis, -2).unsqueeze(-2) if is_shared else x.flatten(batch_axis + 1, -2)
+    is_planar = has_planes(x, batch_axis + 1)
+    is_one = is_shared and not is_planar  # position, at which the batch is all that there are
+    flat = x.flatten(batch_axis, -2).unsqueeze(-2) if is_one else x.flatten(batch_axis + 1, -2)
     if rows is None:
-        rows = mixing_rows(equation.w_feature, equation.w_batch, flat.shape[-2])
+        rows = mixing_rows(equation.w_feature, equation.w_batch, 1 if is_shared else flat.shape[-2])
     inputs = DenseInputs(flat, equation.weight, equation.bias)
-    constants = DenseConstants(rows, source.flat(x.dtype))
+    constants, numbers = DenseConstants(rows, source.flat(x.dtype)), (equation.scale, equation.eps)
     if modes is not None:
         each = [bits_of(mode.uses_population) for mode in modes]
-        settings = DenseSettings(0, 0, equation.scale, equation.eps)
-        return in_layout_of(x, dense_in_modes(inputs, constants, settings, each).view(x.shape)), None
-    keeps = observes or (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in inputs))
-    settings = DenseSettings(int(keeps), bits_of(source.uses), equation.scale, equation.eps)
-    y, seen = dense(inputs, constants, settings)
+        if is_planar:
+            y = planes_in_modes(inputs, constants, PlanesSettings(0, 0, int(is_shared), *numbers), each)
+            return y.view(x.shape), None
+        y = dense_in_modes(inputs, constants, DenseSettings(0, 0, *numbers), each)
+        return in_layout_of(x, y.view(x.shape)), None
+    keeps = int(observes or (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in inputs)))
+    uses = bits_of(source.uses)
+    if is_planar:
+        y, seen = planes(inputs, constants, PlanesSettings(keeps, uses, int(is_shared), *numbers))
+        y = y.view(x.shape)
+    else:
+        y, seen = dense(inputs, constants, DenseSettings(keeps, uses, *numbers))
+        y = in_layout_of(x, y.view(x.shape))
     if observes:
         assert seen is not None
         seen = observation(seen, equation, (1,) if is_shared else tuple(x.shape[1:-1]), x)
-    return in_layout_of(x, y.view(x.shape)), seen if observes else None
+    return y, seen if observes else None

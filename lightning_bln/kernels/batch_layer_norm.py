@@ -227,7 +227,7 @@ def backward(
     return found
 
 
-def empty_gradients(inputs: DenseInputs, settings: StepsSettings, needs_x: bool) -> DenseInputs:
+def empty_gradients(inputs: DenseInputs, _: Any, needs_x: bool) -> DenseInputs:
     """Tensors that the backward pass fills in."""
     x, weight, bias = inputs
     empty = x.new_empty

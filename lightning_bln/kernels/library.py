@@ -61,8 +61,8 @@ class DenseArgs(ctypes.Structure):
     """``DenseArgs`` of ``csrc/dense.h``."""
 
     _fields_ = (
-        *fields(_INTEGER, "rows positions features groups threads row_stride position_stride"),
-        *fields(_INTEGER, "grad_row_stride grad_position_stride"),
+        *fields(_INTEGER, "rows positions features groups threads shared row_stride position_stride feature_stride"),
+        *fields(_INTEGER, "grad_row_stride grad_position_stride grad_feature_stride"),
         *fields(_POINTER, "x output grad grad_x batch_sizes"),
         ("norm", NormArgs),
     )

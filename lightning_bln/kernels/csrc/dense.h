@@ -5,12 +5,13 @@
 namespace bln {
 
 // Statistics of the batch run over rows, one set for each position; features are contiguous, the other axes strided.
-// Groups of features are normalised by themselves.
+// Groups of features are normalised by themselves. Of planes (planes.h) positions are contiguous instead.
 template <class T>
 struct DenseArgs {
   int64_t rows, positions, features, groups, threads;
-  int64_t row_stride, position_stride;            // of x, output and grad_x
-  int64_t grad_row_stride, grad_position_stride;  // of grad
+  int64_t shared;                                                      // of planes: statistics run over positions too
+  int64_t row_stride, position_stride, feature_stride;                 // of x, output and grad_x
+  int64_t grad_row_stride, grad_position_stride, grad_feature_stride;  // of grad
   const T* x;
   T* output;
   const T* grad;
@@ -71,6 +72,7 @@ class DenseForward : Dense<T> {
   using Dense<T>::a, Dense<T>::me, Dense<T>::positions, Dense<T>::running, Dense<T>::norm;
 
  public:
+  using Plan = DensePlan<T>;
   using Dense<T>::Dense;
   void run() {
     for (int t = positions.begin; t < positions.end; t++) {
@@ -106,6 +108,7 @@ class DenseBackward : Dense<T> {
   int id_;
 
  public:
+  using Plan = DensePlan<T>;
   DenseBackward(DensePlan<T>& plan, int id) : Dense<T>(plan, id), id_(id) {}
   void run() {
     const int features = int(a.features);

@@ -6,6 +6,8 @@
 #include "forward.h"
 #include "gather.h"
 #include "layout.h"
+#include "planes_backward.h"
+#include "planes_forward.h"
 #include "product.h"
 #include "program.h"
 
@@ -94,23 +96,23 @@ int run_each(const RecurrenceArgs<T>* calls, int64_t count, int64_t threads) {
   return failed;
 }
 
-template <class T, template <class> class Pass>
+template <class Pass, class T>
 int run_dense(const DenseArgs<T>& args) {
   if (args.batch_sizes && !fits(args.batch_sizes, args.positions, args.rows)) return kBadSizes;
   try {
     const int threads = dense_members(args);
-    DensePlan<T> plan(args, threads);
+    typename Pass::Plan plan(args, threads);
     std::atomic<int> granted{0};
     in_parallel(threads, [&](int id, int members) {
       if (members != threads) {
         if (id == 0) granted = members;
         return;
       }
-      Pass<T>(plan, id).run();
+      Pass(plan, id).run();
     });
     if (granted) {
-      DensePlan<T> alone(args, 1);
-      Pass<T>(alone, 0).run();
+      typename Pass::Plan alone(args, 1);
+      Pass(alone, 0).run();
     }
     return kDone;
   } catch (const std::bad_alloc&) {
@@ -189,10 +191,18 @@ BLN_EXPORT uint64_t bln_layout_hash() {
     return bln::run<T, bln::Backward, bln::BackwardBuffers>(*args);                                          \
   }                                                                                                          \
   BLN_EXPORT int bln_dense_forward_##T(const bln::DenseArgs<T>* args) {                                      \
-    return bln::run_dense<T, bln::DenseForward>(*args);                                                      \
+    return bln::run_dense<bln::DenseForward<T>>(*args);                                                      \
   }                                                                                                          \
   BLN_EXPORT int bln_dense_backward_##T(const bln::DenseArgs<T>* args) {                                     \
-    return bln::run_dense<T, bln::DenseBackward>(*args);                                                     \
+    return bln::run_dense<bln::DenseBackward<T>>(*args);                                                     \
+  }                                                                                                          \
+  BLN_EXPORT int bln_planes_forward_##T(const bln::DenseArgs<T>* args) {                                     \
+    return args->shared ? bln::run_dense<bln::PlanesForward<T, true>>(*args)                                 \
+                        : bln::run_dense<bln::PlanesForward<T, false>>(*args);                               \
+  }                                                                                                          \
+  BLN_EXPORT int bln_planes_backward_##T(const bln::DenseArgs<T>* args) {                                    \
+    return args->shared ? bln::run_dense<bln::PlanesBackward<T, true>>(*args)                                \
+                        : bln::run_dense<bln::PlanesBackward<T, false>>(*args);                              \
   }                                                                                                          \
   BLN_EXPORT int bln_gather_##T(const bln::GatherArgs<T>* args) { return bln::run_gather(*args); }           \
   BLN_EXPORT int bln_program_##T(const bln::ProgramArgs* args) { return bln::run_program<T>(*args); }        \

@@ -80,8 +80,9 @@ constexpr uint64_t layout_hash() {
       FIELD(grad_cn), FIELD(grad_input), FIELD(grad_weight_ih), FIELD(grad_weight_hh), FIELD(grad_h0), FIELD(grad_c0),
       FIELD(norm_ih), FIELD(norm_hh), FIELD(norm_cell))
   ADD(DenseArgs, DenseArgs<float>, FIELD(rows), FIELD(positions), FIELD(features), FIELD(groups), FIELD(threads),
-      FIELD(row_stride), FIELD(position_stride), FIELD(grad_row_stride), FIELD(grad_position_stride), FIELD(x),
-      FIELD(output), FIELD(grad), FIELD(grad_x), FIELD(batch_sizes), FIELD(norm))
+      FIELD(shared), FIELD(row_stride), FIELD(position_stride), FIELD(feature_stride), FIELD(grad_row_stride),
+      FIELD(grad_position_stride), FIELD(grad_feature_stride), FIELD(x), FIELD(output), FIELD(grad), FIELD(grad_x),
+      FIELD(batch_sizes), FIELD(norm))
   ADD(GatherArgs, GatherArgs<float>, FIELD(steps), FIELD(groups), FIELD(width), FIELD(samples), FIELD(has_batch),
       FIELD(has_feature), FIELD(batch_sizes), FIELD(batch_moments), FIELD(feature_moments), FIELD(old_count),
       FIELD(old_mean), FIELD(old_m2), FIELD(count), FIELD(mean), FIELD(m2))

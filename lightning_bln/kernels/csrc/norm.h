@@ -29,6 +29,30 @@ struct NormArgs {
   T* grad_bias;             // [D] or null
 };
 
+// The equation's parts of one number x, and their gradients from that of y at x's distance to the current mean.
+template <class T>
+BLN_INLINED inline T batch_part(T x, T mean, T slope, T bias) {
+  return (x - mean) * slope + bias;
+}
+template <class T>
+BLN_INLINED inline T feature_part(T x, T mean, T slope) {
+  return (x - mean) * slope;
+}
+template <class T>
+BLN_INLINED inline T batch_gradient(T y, T slope, T of_mean, T distance, T of_var) {
+  return (y * slope - of_mean) - distance * of_var;
+}
+template <class T>
+BLN_INLINED inline T feature_gradient(T y, T of_mean, T distance, T of_var, T slope) {
+  return ((y - of_mean) - distance * of_var) * slope;
+}
+
+// Whether a mean lies so far from zero that the distances to it, rounded as it is, have a mean of their own.
+template <class T>
+BLN_INLINED inline bool is_far(T mean, T var) {
+  return mean * mean > T(16) * var;
+}
+
 // One gate of a row x, normalised. Each mean is taken away before anything is multiplied: an affine map of x itself, or
 // one distance for both parts, would lose as many digits as the means are larger than the deviations.
 template <class T, bool Feature>
@@ -37,8 +61,8 @@ struct Normalized {
   T row_slope, row_mean;
 
   BLN_INLINED T operator[](int j) const {
-    const T y = (x[j] - mean[j]) * slope[j] + bias[j];
-    return Feature ? (x[j] - row_mean) * (weight[j] * row_slope) + y : y;
+    const T y = batch_part(x[j], mean[j], slope[j], bias[j]);
+    return Feature ? feature_part(x[j], row_mean, weight[j] * row_slope) + y : y;
   }
 };
 
@@ -283,8 +307,8 @@ class Norm {
         const T row_slope = row_slope_[at + b], row_mean = row_mean_[at + b], r2 = r2_[at + b], r3 = r3_[at + b];
 #pragma omp simd
         for (int j = 0; j < n; j++) {
-          const T of_batch = Batch ? (y[j] * slope[j] - c2[j]) - (v[j] - mean[j]) * c3[j] : T(0);
-          const T of_row = Feature ? ((y[j] * w[j] - r2) - (v[j] - row_mean) * r3) * row_slope : T(0);
+          const T of_batch = Batch ? batch_gradient(y[j], slope[j], c2[j], v[j] - mean[j], c3[j]) : T(0);
+          const T of_row = Feature ? feature_gradient(y[j] * w[j], r2, v[j] - row_mean, r3, row_slope) : T(0);
           const T value = of_batch + of_row;
           to[j] = Add ? to[j] + value : value;
         }
@@ -568,7 +592,6 @@ class Norm {
   // A mean far from zero is rounded, and the distances to it have a mean of their own. The gradient takes that away
   // too: else a column's gradient would not add up to zero, and its product with an input far from zero would show it.
   void note_far_means(int t, Range rows) {
-    const auto is_far = [](T mean, T var) BLN_INLINED { return mean * mean > T(16) * var; };
     int far = 0;
     if (current_batch(t)) {
       const T *mean = a.batch_moments + size_t(t) * 2 * D, *var = mean + D;
