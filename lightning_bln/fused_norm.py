@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +17,40 @@ from lightning_bln.kernels.batch_layer_norm import (
     dense,
     dense_in_modes,
     has_adjacent_features,
+    statistics_of,
 )
-from lightning_bln.kernels.library import bits_of
-from lightning_bln.kernels.planes import PlanesSettings, has_planes, planes, planes_in_modes
+from lightning_bln.kernels.library import GatherArgs, bits_of
+from lightning_bln.kernels.planes import PlanesSettings, has_planes, planes, planes_in_modes, statistics_of_planes
+from lightning_bln.merging import merge
 from lightning_bln.modes import StatisticsMode
+from lightning_bln.population import Population
+
+
+class Seen(NamedTuple):
+    """A training batch as the kernels saw it."""
+
+    moments: Tensor
+    positions: tuple[int, ...]
+    rows: int
+    """How many rows of features each position's statistics are taken over."""
+    is_planar: bool
+    equation: Equation
+    x: Tensor
+
+    def merge_into(self, population: Population) -> bool:
+        """Let a population take it in by one call of the kernels; return False where torch operations have to."""
+        places, has_batch, has_feature = math.prod(self.positions), self.equation.w_batch, self.equation.w_feature
+        if self.is_planar and places > 1:
+            return False
+        sizes = places, 1, self.x.shape[-1], self.rows, self.x.shape[0]
+        args = GatherArgs(*sizes, int(has_batch is not None), int(has_feature is not None))
+        return merge(population, self.moments, self.positions, args)
+
+    def statistics(self) -> Statistics:
+        """Its statistics as :func:`~lightning_bln.equation.observation` gives them."""
+        read = statistics_of_planes if self.is_planar else statistics_of
+        found = read(self.moments, math.prod(self.positions), self.rows, self.x.shape[-1])
+        return observation(found, self.equation, self.positions, self.x)
 
 
 def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
@@ -34,7 +66,7 @@ def normalize_fused(
     observes: bool,
     modes: Sequence[StatisticsMode] | None = None,
     rows: Tensor | None = None,
-) -> tuple[Tensor, Statistics | None]:
+) -> tuple[Tensor, Seen | None]:
     """:func:`~lightning_bln.equation.normalize_by` on the fused kernels.
 
     Args:
@@ -42,7 +74,7 @@ def normalize_fused(
         equation: Parameters and mixing weights.
         source: A population, and which of its statistics to use.
         over: The batch axis, or all axes but the features'.
-        observes: Whether to return the statistics.
+        observes: Whether to return what the batch's statistics are read from.
         modes: The statistics mode of each group of samples, without gradients.
         rows: The mixing weights as kernels read them, where they are known.
     """
@@ -64,12 +96,13 @@ def normalize_fused(
     keeps = int(observes or (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in inputs)))
     uses = bits_of(source.uses)
     if is_planar:
-        y, seen = planes(inputs, constants, PlanesSettings(keeps, uses, int(is_shared), *numbers))
+        y, moments = planes(inputs, constants, PlanesSettings(keeps, uses, int(is_shared), *numbers))
         y = y.view(x.shape)
     else:
-        y, seen = dense(inputs, constants, DenseSettings(keeps, uses, *numbers))
+        y, moments = dense(inputs, constants, DenseSettings(keeps, uses, *numbers))
         y = in_layout_of(x, y.view(x.shape))
-    if observes:
-        assert seen is not None
-        seen = observation(seen, equation, (1,) if is_shared else tuple(x.shape[1:-1]), x)
-    return y, seen if observes else None
+    if not observes:
+        return y, None
+    positions = (1,) if is_shared else tuple(x.shape[1:-1])
+    rows_of_each = math.prod(x.shape[:-1]) // math.prod(positions)
+    return y, Seen(moments.detach(), positions, rows_of_each, is_planar, equation, x)

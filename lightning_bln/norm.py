@@ -183,7 +183,8 @@ class Normalization(HasMode):
             return blank(y, mask)
         if not (fan is not None and torch.is_grad_enabled()) and self._runs_fused(x, source):
             modes = None if fan is None else fan.modes
-            y, observed = normalize_fused(x, equation, source, over, self.training, modes, mixing.rows)
+            y, batch = normalize_fused(x, equation, source, over, self.training, modes, mixing.rows)
+            observed = None if batch is None or batch.merge_into(self.population) else batch.statistics()
         else:
             y, observed = normalize_by(x, equation, source, over, observes=self.training)
         if observed is not None:

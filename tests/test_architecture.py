@@ -24,7 +24,7 @@ FLOORS = (
     ("per_mode",),
     ("functional", "moments", "modes", "traced"),
     ("kernels",),
-    ("distributed", "population", "recomputation", "joining", "together", "averaging", "mixing"),
+    ("distributed", "population", "merging", "recomputation", "joining", "together", "averaging", "mixing"),
     ("fused_norm", "norm_warnings", "norm"),
     ("cells",),
     ("recurrence",),

@@ -79,7 +79,7 @@ def dense(
     inputs: DenseInputs,
     constants: DenseConstants,
     settings: DenseSettings,
-) -> tuple[Tensor, Statistics | None]:
+) -> tuple[Tensor, Tensor]:
     """Normalise an input.
 
     Args:
@@ -88,17 +88,19 @@ def dense(
         settings: Numbers.
 
     Returns:
-        The output, and if kept the current statistics: ``(positions, features)`` of the batch, ``(positions,)`` of the
-        features, averaged over the rows.
+        The output, and if kept the current moments: ``(positions, 2, features)`` of the batch, then ``(positions, 2,
+        rows)`` of the features, flat.
     """
-    x = contiguous_features(inputs.x)
-    output, moments = DENSE.run(DenseInputs(x, inputs.weight, inputs.bias), constants, settings, of_array(on_torch))
-    if not settings.keep:
-        return output, None
-    rows, positions, features = x.shape
-    batch, feature = moments.detach().split([positions * 2 * features, positions * 2 * rows])
+    inputs = inputs._replace(x=contiguous_features(inputs.x))
+    output, moments = DENSE.run(inputs, constants, settings, of_array(on_torch))
+    return output, moments
+
+
+def statistics_of(moments: Tensor, positions: int, rows: int, features: int) -> Statistics:
+    """Moments as statistics of each position, those of the features averaged over the rows."""
+    batch, feature = moments.split([positions * 2 * features, positions * 2 * rows])
     batch, feature = batch.view(positions, 2, features), feature.view(positions, 2, rows).mean(-1)
-    return output, Statistics(batch[:, 0], batch[:, 1], feature[:, 0], feature[:, 1])
+    return Statistics(batch[:, 0], batch[:, 1], feature[:, 0], feature[:, 1])
 
 
 def on_torch(inputs: DenseInputs, constants: StepsConstants, settings: StepsSettings) -> tuple[Tensor]:

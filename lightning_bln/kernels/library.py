@@ -72,7 +72,7 @@ class GatherArgs(ctypes.Structure):
     """``GatherArgs`` of ``csrc/gather.h``."""
 
     _fields_ = (
-        *fields(_INTEGER, "steps groups width samples has_batch has_feature"),
+        *fields(_INTEGER, "steps groups width samples batch has_batch has_feature"),
         *fields(_POINTER, "batch_sizes batch_moments feature_moments old_count old_mean old_m2 count mean m2"),
     )
 

@@ -49,9 +49,7 @@ def has_planes(x: Tensor, first: int) -> bool:
     return stride > 1
 
 
-def planes(
-    inputs: DenseInputs, constants: DenseConstants, settings: PlanesSettings
-) -> tuple[Tensor, Statistics | None]:
+def planes(inputs: DenseInputs, constants: DenseConstants, settings: PlanesSettings) -> tuple[Tensor, Tensor]:
     """Normalise an input, ``(rows, positions, features)``, whose positions are contiguous.
 
     Args:
@@ -60,17 +58,19 @@ def planes(
         settings: Numbers.
 
     Returns:
-        The output in the input's layout, and if kept the current statistics: ``(positions, features)`` of the batch,
-        ``(positions,)`` of the features, averaged over the rows.
+        The output in the input's layout, and if kept the current moments: ``(2, features, places)`` of the batch, then
+        ``(2, rows, places)`` of the features, flat, where shared positions are one place and rows of it.
     """
     output, moments = PLANES.run(inputs._replace(x=contiguous_planes(inputs.x)), constants, settings, on_torch)
-    if not settings.keep:
-        return output, None
-    (rows, positions, features), places = inputs.x.shape, places_of(inputs.x, settings)
-    batch, feature = moments.detach().split([2 * features * places, 2 * rows * positions])
+    return output, moments
+
+
+def statistics_of_planes(moments: Tensor, places: int, rows: int, features: int) -> Statistics:
+    """Moments as statistics of each place, those of the features averaged over the rows."""
+    batch, feature = moments.split([2 * features * places, 2 * rows * places])
     means, variances = batch.view(2, features, places).mT.contiguous()
-    feature_means, feature_variances = feature.view(2, rows * positions // places, places).mean(1)
-    return output, Statistics(means, variances, feature_means, feature_variances)
+    feature_means, feature_variances = feature.view(2, rows, places).mean(1)
+    return Statistics(means, variances, feature_means, feature_variances)
 
 
 def planes_in_modes(

@@ -9,6 +9,7 @@ namespace bln {
 template <class T>
 struct GatherArgs {
   int64_t steps, groups, width, samples;
+  int64_t batch;                   // samples of the batch, where several count as one; 0: as many
   int64_t has_batch, has_feature;  // 0: that half was not computed, and counts as mean 0 and variance 1
   const int64_t* batch_sizes;      // [steps] or null: all samples at every step
   const T* batch_moments;          // [steps, 2, groups * width]
@@ -57,7 +58,7 @@ void gather(const GatherArgs<T>& a) {
       }
       merge(a.width, sums[0], T(0));
       merge(a.width + 1, sums[1], T(0));
-      merge(a.width + 2, T(1) / T(size), T(0));
+      merge(a.width + 2, T(1) / T(a.batch ? a.batch : size), T(0));
     }
   }
 }

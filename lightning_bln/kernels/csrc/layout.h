@@ -83,9 +83,9 @@ constexpr uint64_t layout_hash() {
       FIELD(shared), FIELD(row_stride), FIELD(position_stride), FIELD(feature_stride), FIELD(grad_row_stride),
       FIELD(grad_position_stride), FIELD(grad_feature_stride), FIELD(x), FIELD(output), FIELD(grad), FIELD(grad_x),
       FIELD(batch_sizes), FIELD(norm))
-  ADD(GatherArgs, GatherArgs<float>, FIELD(steps), FIELD(groups), FIELD(width), FIELD(samples), FIELD(has_batch),
-      FIELD(has_feature), FIELD(batch_sizes), FIELD(batch_moments), FIELD(feature_moments), FIELD(old_count),
-      FIELD(old_mean), FIELD(old_m2), FIELD(count), FIELD(mean), FIELD(m2))
+  ADD(GatherArgs, GatherArgs<float>, FIELD(steps), FIELD(groups), FIELD(width), FIELD(samples), FIELD(batch),
+      FIELD(has_batch), FIELD(has_feature), FIELD(batch_sizes), FIELD(batch_moments), FIELD(feature_moments),
+      FIELD(old_count), FIELD(old_mean), FIELD(old_m2), FIELD(count), FIELD(mean), FIELD(m2))
   ADD(ProgramArgs, ProgramArgs, FIELD(steps), FIELD(batch), FIELD(units), FIELD(outputs), FIELD(threads),
       FIELD(reversed), FIELD(instructions), FIELD(matrices), FIELD(norms), FIELD(batch_sizes), FIELD(code),
       FIELD(places), FIELD(matrix), FIELD(norm_gates), FIELD(norm))

@@ -28,6 +28,7 @@ from lightning_bln.kernels.recurrent import (
     output_shapes,
     place,
 )
+from lightning_bln.merging import can_merge, merge_by, point
 from lightning_bln.moments import Moments
 from lightning_bln.population import Population
 from lightning_bln.recurrence.fused import contiguous, inputs_of, mixings, on_torch, settings_of
@@ -35,7 +36,7 @@ from lightning_bln.recurrence.gate_norm import GateNorm, SequenceNorm
 from lightning_bln.recurrence.parameters import HasCells, Weights
 from lightning_bln.recurrence.prepared.watched import PARAMETERS, Watched, WatchedLayer, admitted, norms_of
 from lightning_bln.recurrence.sequences import LayerState, Running
-from lightning_bln.recurrence.statistics import can_merge, gather, gather_arguments, merge
+from lightning_bln.recurrence.statistics import gather, sizes_of
 
 
 class Passes(NamedTuple):
@@ -108,7 +109,7 @@ class Gathering:
         with one_at_a_time():
             if self.watched and all(one.stays() for one in self.watched):
                 if module.population.takes_batch:
-                    merge(self.args, moments)
+                    merge_by(self.args, moments)
                 return
             gather(module, self.norm, moments, self.running)
             self.watch(module.population, moments)
@@ -121,7 +122,8 @@ class Gathering:
             dtypes = torch.int64, moments.dtype, moments.dtype
             if all(one.is_readable(dtype) for one, dtype in zip(found, dtypes, strict=True)):
                 own = Moments(*(one.now() for one in found))  # type: ignore[arg-type]
-                self.args = gather_arguments(self.norm, population.num_features, self.running, own, own)
+                self.args = sizes_of(self.norm, population.num_features, self.running)
+                point(self.args, own, own)
                 self.watched = found
 
 
