@@ -16,7 +16,7 @@ from benchmarks.measure import Job
 from lightning_bln import BLNGRU, BLNLSTM, BLNRNN, BatchLayerNorm, set_mode
 
 KINDS: dict[str, tuple[type, type]] = {"lstm": (nn.LSTM, BLNLSTM), "gru": (nn.GRU, BLNGRU), "rnn": (nn.RNN, BLNRNN)}
-SIZES = [
+LARGE = [
     (80, 25, 512, 128),
     (80, 64, 128, 128),
     (100, 64, 256, 256),
@@ -24,7 +24,11 @@ SIZES = [
     (512, 16, 128, 256),
     (80, 1, 128, 128),
 ]
-GPU_SIZES = [*SIZES, (128, 64, 256, 256), (512, 32, 512, 512)]
+SIZES = [*LARGE, (16, 512, 16, 32), (8, 32, 8, 64), (100, 16, 40, 100)]
+"""The last three have few units and few inputs, where norms cost most."""
+GPU_SIZES = [*LARGE, (128, 64, 256, 256), (512, 32, 512, 512)]
+ONE_STEP = (1, 1, 64, 128)
+"""Of one sequence, as in a loop that generates."""
 ARRAYS = [(256, 1024), (64, 80, 128), (4096, 256), (32, 512, 64)]
 IMAGES = [(50, 64, 32, 32), (50, 16, 32, 32), (50, 3, 32, 32), (8, 16, 64, 64), (128, 32, 8, 8), (4, 128, 14, 14)]
 NETWORK = (50, 3, 32, 32)
