@@ -36,9 +36,7 @@ class Forward : Walker<T> {
   ForwardBuffers<T>& buffers;
 
  public:
-  Forward(Plan<T>& plan, ForwardBuffers<T>& buffers, int id) : Base(plan, id), buffers(buffers) {
-    for (Norm<T>* norm : {&ih, &hh, &cell}) norm->fold();
-  }
+  Forward(Plan<T>& plan, ForwardBuffers<T>& buffers, int id) : Base(plan, id), buffers(buffers) {}
 
   void run() {
     const Range panels_hh = this->own_panels(plan.forward_hh, G), panels_ih = panels_hh;

@@ -108,15 +108,11 @@ class Norm {
   template <bool Feature = true>
   Normalized<T, Feature> normalized(int gate, int b, const T* x) const {
     const size_t j = size_t(gate) * units_, i = size_t(group(gate)) * batch_ + b;
-    return {x, weight_ + j, slope_ + j, used_mean_ + j, (folds_ ? scratch_ : bias_) + j, row_slope_[i], row_used_[i]};
+    return {x, weight_ + j, slope_ + j, used_mean_ + j, bias_ + j, row_slope_[i], row_used_[i]};
   }
 
   // Whether the step has a part over features; without one, numbers that overflowed are not to become NaN.
-  bool has_feature(int t) const { return a.enabled && a.w_feature[t] != 0 && !folds_; }
-
-  // Lets steps of which all statistics are given be one affine map of x, for inference on sums of products: those are
-  // rounded to as many digits as this loses.
-  void fold() { folds_ = a.enabled && a.batch_mean && a.batch_var && a.feature_mean && a.feature_var; }
+  bool has_feature(int t) const { return a.enabled && a.w_feature[t] != 0; }
 
   // Whether the step needs the other members' moments, and so a meeting between measure() and settle().
   bool meets(int t) const {
@@ -157,7 +153,6 @@ class Norm {
       for (int g = 0; g < groups_; g++) merge_rows(t, g, rows);
     }
     row_coefficients(t, rows);
-    if (folds_ && rows.size() > 0) fold_columns(rows);
   }
 
   // The step's coefficients from the moments that the forward pass saved.
@@ -385,24 +380,6 @@ class Norm {
     }
     if (Feature)
       for (int g = 0; g < groups_; g++) centre_rows(g, x + g * units_ + own_.begin, ld, rows);
-  }
-
-  // Both parts as one: scale and shift of each column.
-  void fold_columns(Range rows) {
-    for (int g = 0; g < gates_; g++) {
-      const size_t first = size_t(group(g)) * batch_ + rows.begin;
-      const T row_slope = row_slope_[first], row_mean = row_used_[first];
-      const int j0 = g * units_ + own_.begin, j1 = g * units_ + own_.end;
-#pragma omp simd
-      for (int j = j0; j < j1; j++) {
-        const T of_row = weight_[j] * row_slope;
-        scratch_[j] = bias_[j] - used_mean_[j] * slope_[j] - row_mean * of_row;
-        slope_[j] += of_row;
-        used_mean_[j] = T(0);
-      }
-    }
-    for (int g = 0; g < groups_; g++)
-      for (int b = rows.begin; b < rows.end; b++) row_slope_[size_t(g) * batch_ + b] = T(0);
   }
 
   // The moments of a batch of one.
@@ -839,7 +816,6 @@ class Norm {
   Range own_;
   int groups_, D;
   bool lone_;  // one sequence lies at its batch's mean: that part is zero, and so is its gradient
-  bool folds_ = false;
   int slot_ = 0;
   size_t row_size_;
   bool has_batch_ = false, has_feature_ = false;  // parts that the step's gradient has
