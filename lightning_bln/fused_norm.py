@@ -19,7 +19,7 @@ from lightning_bln.kernels.batch_layer_norm import (
     has_adjacent_features,
     statistics_of,
 )
-from lightning_bln.kernels.library import GatherArgs, bits_of
+from lightning_bln.kernels.library import bits_of
 from lightning_bln.kernels.planes import PlanesSettings, has_planes, planes, planes_in_modes, statistics_of_planes
 from lightning_bln.merging import merge
 from lightning_bln.modes import StatisticsMode
@@ -43,8 +43,8 @@ class Seen(NamedTuple):
         if self.is_planar and places > 1:
             return False
         sizes = places, 1, self.x.shape[-1], self.rows, self.x.shape[0]
-        args = GatherArgs(*sizes, int(has_batch is not None), int(has_feature is not None))
-        return merge(population, self.moments, self.positions, args)
+        halves = int(has_batch is not None), int(has_feature is not None)
+        return merge(population, self.moments, self.positions, (*sizes, *halves))
 
     def statistics(self) -> Statistics:
         """Its statistics as :func:`~lightning_bln.equation.observation` gives them."""

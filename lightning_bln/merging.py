@@ -15,14 +15,21 @@ from lightning_bln.moments import Moments
 from lightning_bln.population import Population
 
 
-def merge(population: Population, moments: Tensor, positions: tuple[int, ...], args: GatherArgs) -> bool:
+def merge(
+    population: Population,
+    moments: Tensor,
+    positions: tuple[int, ...],
+    sizes: tuple[int, ...],
+    batch_sizes: Tensor | None = None,
+) -> bool:
     """Let a population take in a batch; return False, and do nothing, where torch operations have to.
 
     Args:
         population: It merges into its own buffers, or into new ones for the first batch.
         moments: Means and variances of the batch, then those of the features, flat, as :class:`GatherArgs` has them.
         positions: Their shape.
-        args: Sizes, and which halves there are.
+        sizes: The first fields of :class:`GatherArgs`: sizes, and which halves there are.
+        batch_sizes: Samples at each step, where these differ.
     """
     with one_at_a_time():
         if not can_merge(population, moments, positions):
@@ -38,6 +45,7 @@ def merge(population: Population, moments: Tensor, positions: tuple[int, ...], a
         is_own = places == positions and all(map(is_, old, before))
         empty, size = old.mean.new_empty, (*positions, width + 3)
         new = old if is_own else Moments(old.count.new_empty(positions), empty(size), empty(size))
+        args = GatherArgs(*sizes, pointer(batch_sizes))
         point(args, old, new)
         merge_by(args, moments)
         if not is_own:

@@ -236,7 +236,7 @@ class Recurrent(HasCells):
         """All layers in both directions, over ``(T, ..., B, input_size)``."""
         back = reversal(sizes, x) if self.bidirectional and sizes is not None else None
         suffixes = [suffix for n in range(self.num_layers) for suffix in self._suffixes(n)]
-        directions, first = Directions(self, suffixes, x, sizes, fan, start), x
+        directions = Directions(self, suffixes, x, state, sizes, fan, start)
         last: list[LayerState] = []
         for layer in range(self.num_layers):
             if layer and self.dropout:
@@ -248,7 +248,7 @@ class Recurrent(HasCells):
                 outputs.append(flip(output, back) if reverse else output)
                 last.append(final)
             x = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
-        directions.keep(first)
+        directions.keep()
         return x, last
 
     def _runs_fused(self, x: Tensor) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_bln.kernels.dispatch import EagerFunction, Operator, present
 from lightning_bln.kernels.gate import admit
-from lightning_bln.kernels.library import CELLS, RecurrenceArgs, call, pointer, set_moments, set_norm
+from lightning_bln.kernels.library import CELLS, NormArgs, RecurrenceArgs, call, pointer, set_moments, set_norm
 
 
 class Inputs(NamedTuple):
@@ -183,23 +183,48 @@ def admitted(inputs: Inputs, constants: Constants, settings: Settings) -> tuple[
 
 def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs: Outputs) -> RecurrenceArgs:
     """The library's structure, complete for the forward pass."""
-    rows, samples, features, units, columns, groups = Sizes.of(inputs, settings)
-    steps, masks = settings.steps, constants.zoneout_mask
+    args = sizes_and_numbers(inputs, settings)
+    place(args, inputs, constants, settings, outputs)
+    return args
+
+
+def sizes_and_numbers(inputs: Inputs, settings: Settings) -> RecurrenceArgs:
+    """The library's structure without a pointer."""
+    rows, samples, features, units, _, _ = Sizes.of(inputs, settings)
     args = RecurrenceArgs(
-        settings.cell, steps, samples, rows, features, units, torch.get_num_threads(), *TEAMS, 0, settings.keep,
+        settings.cell, settings.steps, samples, rows, features, units, 0, *TEAMS, 0, settings.keep,
         settings.zoneout, settings.zoneout,
-        pointer(constants.batch_sizes), None, pointer(inputs.weight_ih), pointer(inputs.weight_hh),
-        None, None, pointer(constants.hidden_mask),
-        None if masks is None else pointer(masks[0]), None if masks is None else pointer(masks[1]),
     )  # fmt: skip
-    for index, (norm, weight, bias, scale, given, uses, places) in enumerate(
+    for norm, scale in zip(norms_of(args), (settings.scale_ih, settings.scale_hh, settings.scale_cell), strict=True):
+        norm.joint, norm.scale, norm.eps = settings.joint, scale, settings.eps
+    return args
+
+
+def norms_of(args: RecurrenceArgs) -> tuple[NormArgs, NormArgs, NormArgs]:
+    """The norms of the input's product, of the state's and of the cell state."""
+    return args.norm_ih, args.norm_hh, args.norm_cell
+
+
+def place(args: RecurrenceArgs, inputs: Inputs, constants: Constants, settings: Settings, outputs: Outputs) -> None:
+    """Set the number of threads, and let ``args`` point at all tensors."""
+    _, _, _, units, columns, groups = Sizes.of(inputs, settings)
+    steps, masks, args.threads = settings.steps, constants.zoneout_mask, torch.get_num_threads()
+    args.batch_sizes, args.hidden_mask = pointer(constants.batch_sizes), pointer(constants.hidden_mask)
+    if masks is not None:
+        args.zoneout_mask_h, args.zoneout_mask_c = pointer(masks[0]), pointer(masks[1])
+    args.input, args.h0, args.c0 = pointer(inputs.x), pointer(inputs.h), pointer(inputs.c)
+    args.weight_ih, args.weight_hh = pointer(inputs.weight_ih), pointer(inputs.weight_hh)
+    args.output, args.hn, args.cn = pointer(outputs.output), pointer(outputs.h), pointer(outputs.c)
+    args.input_part, args.hidden_part = pointer(outputs.input_part), pointer(outputs.hidden_part)
+    args.cells = pointer(outputs.cells)
+    for index, (norm, weight, bias, given, uses, moments, places) in enumerate(
         zip(
-            (args.norm_ih, args.norm_hh, args.norm_cell),
+            norms_of(args),
             (inputs.weight_norm_ih, inputs.weight_norm_hh, inputs.weight_norm_cell),
             (inputs.bias_ih, inputs.bias_hh, inputs.bias_norm_cell),
-            (settings.scale_ih, settings.scale_hh, settings.scale_cell),
             (constants.given_ih, constants.given_hh, constants.given_cell),
             (settings.uses_ih, settings.uses_hh, settings.uses_cell),
+            (outputs.moments_ih, outputs.moments_hh, outputs.moments_cell),
             ((columns, groups), (columns, groups), (units, 1)),
             strict=True,
         )
@@ -207,25 +232,9 @@ def arguments(inputs: Inputs, constants: Constants, settings: Settings, outputs:
         norm.bias = pointer(bias)
         if weight is not None:
             assert constants.mixing is not None
-            norm.joint, norm.scale, norm.eps = settings.joint, scale, settings.eps
             mixing = constants.mixing.data_ptr() + index * 2 * steps * 8
             set_norm(norm, weight, mixing, given, uses, steps, *places)
-    place(args, inputs, outputs)
-    return args
-
-
-def place(args: RecurrenceArgs, inputs: Inputs, outputs: Outputs) -> None:
-    """Let ``args`` point at the input, the first states and the outputs."""
-    args.input, args.h0, args.c0 = pointer(inputs.x), pointer(inputs.h), pointer(inputs.c)
-    args.output, args.hn, args.cn = pointer(outputs.output), pointer(outputs.h), pointer(outputs.c)
-    args.input_part, args.hidden_part = pointer(outputs.input_part), pointer(outputs.hidden_part)
-    args.cells = pointer(outputs.cells)
-    for norm, moments, width in (
-        (args.norm_ih, outputs.moments_ih, inputs.weight_hh.shape[0]),
-        (args.norm_hh, outputs.moments_hh, inputs.weight_hh.shape[0]),
-        (args.norm_cell, outputs.moments_cell, args.units),
-    ):
-        set_moments(norm, moments, args.steps * width)
+            set_moments(norm, moments, steps * places[0])
 
 
 def forward(inputs: Inputs, constants: Constants, settings: Settings) -> Outputs:

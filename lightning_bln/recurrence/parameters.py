@@ -57,6 +57,7 @@ class HasCells(nn.Module):
             among them.
     """
 
+    weight_ih_l0: Tensor
     backend = "auto"
     recompute = False
     input_dropout = recurrent_dropout = zoneout = 0.0

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lightning_bln.equation import Statistics, observation
-from lightning_bln.kernels.library import GatherArgs, pointer
 from lightning_bln.merging import merge
 from lightning_bln.recurrence.gate_norm import GateNorm, SequenceNorm
 from lightning_bln.recurrence.sequences import Running
@@ -22,16 +21,15 @@ def gather(module: GateNorm, norm: SequenceNorm, moments: Tensor, running: Runni
         running: Running sequences at each step.
     """
     sizes = None if running.sizes is None else torch.tensor(running.sizes, device="cpu")
-    args = sizes_of(norm, module.population.num_features, running)
-    args.batch_sizes = pointer(sizes)
-    if running.start or not merge(module.population, moments, (running.steps, norm.groups), args):
+    own = sizes_of(norm, module.population.num_features, running)
+    if running.start or not merge(module.population, moments, (running.steps, norm.groups), own, sizes):
         module.gather_steps(observed(moments, norm, running), running)
 
 
-def sizes_of(norm: SequenceNorm, width: int, running: Running) -> GatherArgs:
-    """Sizes of a batch's moments, and which halves there are."""
+def sizes_of(norm: SequenceNorm, width: int, running: Running) -> tuple[int, ...]:
+    """Sizes of a batch's moments and which halves there are, as :func:`~lightning_bln.merging.merge` takes them."""
     has_batch, has_feature = int(norm.equation.w_batch is not None), int(norm.equation.w_feature is not None)
-    return GatherArgs(running.steps, norm.groups, width, running.samples, 0, has_batch, has_feature)
+    return running.steps, norm.groups, width, running.samples, 0, has_batch, has_feature
 
 
 def observed(moments: Tensor, norm: SequenceNorm, running: Running) -> Statistics:

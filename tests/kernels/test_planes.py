@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_bln import ALL_MODES, BatchLayerNorm, ConvBLN2d, Normalization, set_mode
+from lightning_bln import ALL_MODES, BatchLayerNorm, ConvBLN2d, Normalization, recompute_population, set_mode
 from lightning_bln.modes import FanOut
 from tests.kernels.helpers import TOLERANCE, assert_close, built, graph_of
 from tests.kernels.test_accuracy import DATA, TIMES, assert_as_accurate, draw, threads
@@ -200,3 +200,23 @@ def test_gradients_of_some_alone(norm, positions, needs) -> None:
 def test_blocks_of_images_take_no_copy() -> None:
     block = ConvBLN2d(3, 8, 3, positions="shared")
     assert "DensePlanesBackward" in graph_of(block(torch.randn(4, 3, 10, 10)))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("mode", ["pppp", "ccpp", "ppcc", "cccc"])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_what_is_no_number_spreads_no_further_than_on_torch_operations(positions, mode, value) -> None:
+    oracle = BatchLayerNorm(5, channel_dim=1, positions=positions, backend="reference")
+    recompute_population(oracle, [torch.randn(3, 5, 4, 6)])
+    set_mode(oracle.eval(), mode)
+    layer, data = copy.deepcopy(oracle), torch.randn(2, 5, 4, 6)
+    layer.backend, data[0, 2, 1, 3] = "cpu", value
+    wrong = []
+    for one in (oracle, layer):
+        x = data.clone().requires_grad_()
+        y = one(x)
+        y.sum().backward()
+        wrong.append((~y.isfinite(), ~x.grad.isfinite()))
+    for expected, found in zip(*wrong, strict=True):
+        expected[0, 2, 1, 3] = True
+        assert not (found & ~expected).any()

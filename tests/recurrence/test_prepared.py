@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from lightning_bln import ALL_MODES, BLNGRU, BLNLSTM, BLNRNN, recompute_population, set_mode
 from lightning_bln.kernels import available
 from lightning_bln.recurrence.gate_norm import GateNorm
 from lightning_bln.recurrence.prepared.directions import KEPT
+from lightning_bln.recurrence.prepared.inference import Inference
 
 pytestmark = pytest.mark.skipif(available()["cpu"] is None, reason="the compiled kernels are not installed")
 
@@ -212,7 +214,7 @@ def test_a_change_is_seen_in_inference(change: str, mode: str) -> None:
     set_mode(layer.eval(), mode)
     for _ in range(3):
         assert_same(layer, x)
-    assert KEPT[layer].inference
+    assert KEPT[layer][False].calls
     CHANGES[change](layer)
     for _ in range(3):
         assert_same(layer, x)
@@ -222,7 +224,7 @@ def test_a_change_is_seen_in_inference(change: str, mode: str) -> None:
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_seen_in_training(change: str) -> None:
     layer, x = build(), torch.randn(6, 4, 3, dtype=torch.float64)
-    assert KEPT[layer].training
+    assert KEPT[layer][True].calls
     assert_same(layer, x, train)
     torch.manual_seed(1)
     CHANGES[change](layer)
@@ -306,6 +308,112 @@ def test_memory_that_is_given_back_between_the_passes() -> None:
         found.append(weight.grad)
         del hold
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_first_states_of_another_dtype_under_autocast() -> None:
+    """Few units, so that a state of half the size would be written beyond its end."""
+    layer, x = BLNLSTM(3, 64, norm=None), torch.randn(6, 64, 3)
+    hx = tuple(torch.randn(1, 64, 64).bfloat16() for _ in range(2))
+    for training in (False, True):
+        layer.train(training)
+        steps = train if training else infer
+        for _ in range(3):
+            steps(layer, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(3):
+                assert_same(layer, x, steps, hx=hx)
+
+
+@pytest.mark.parametrize("size", [0, 4])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_input_without_memory_is_refused(training: bool, size: int) -> None:
+    layer, x = build().train(training), torch.randn(6, 4, 3, dtype=torch.float64)
+    x.untyped_storage().resize_(size)
+    with pytest.raises((ValueError, RuntimeError)), torch.set_grad_enabled(training):
+        layer(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_negated_input(training: bool) -> None:
+    layer, steps = build().train(training), train if training else infer
+    x = (torch.randn(6, 4, 3, dtype=torch.float64) * 1j).conj().imag
+    assert x.is_neg()
+    fresh = deepcopy(layer)
+    for one, two in zip(steps(layer, x), steps(fresh, x.clone().resolve_neg()), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_checkpoints_that_outlive_what_is_kept() -> None:
+    layer = build()
+    lengths = (200, 200, 200, 3, 3)
+
+    def gradients(layer: nn.Module) -> Tensor:
+        torch.manual_seed(3)
+        layer.zero_grad()
+        parts = []
+        for length in lengths:
+            x = torch.randn(length, 4, 3, dtype=torch.float64)
+            parts.append(checkpoint(lambda x: layer(x)[0], x, use_reentrant=False).square().sum())
+        junk = [torch.full((3, 2, 200), float("nan"), dtype=torch.float64) for _ in range(20)]
+        sum(parts).backward()
+        assert len(junk) == 20
+        return layer.weight_hh_l0.grad
+
+    plain = deepcopy(layer)
+    plain.backend = "reference"
+    torch.testing.assert_close(gradients(layer), gradients(plain), rtol=1e-8, atol=1e-8)
+
+
+def test_tensors_may_be_swapped() -> None:
+    layer, x = build().eval(), torch.randn(6, 4, 3, dtype=torch.float64)
+    infer(layer, x), infer(layer, x)
+    torch.utils.swap_tensors(layer.weight_hh_l0, nn.Parameter(layer.weight_hh_l0.detach() * 2))
+    assert_same(layer, x)
+
+
+class Quantized(BLNLSTM):
+    """Its weights are not what its parameters are."""
+
+    coarse = False
+
+    def __getattr__(self, name: str) -> object:
+        value = super().__getattr__(name)
+        return (value * 4).round() / 4 if self.coarse and name.startswith("weight") else value
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_layer_that_reads_its_parameters_in_another_way(training: bool) -> None:
+    layer, steps = build(Quantized).train(training), train if training else infer
+    layer.coarse, x = True, torch.randn(6, 4, 3, dtype=torch.float64)
+    assert_same(layer, x, steps)
+    other = build().train(training)
+    other.__dict__["weight_hh_l0"] = other.weight_hh_l0.detach() * 2
+    assert_same(other, x, steps)
+
+
+def test_states_of_a_subclass_are_seen() -> None:
+    class Seen(Tensor):
+        pass
+
+    layer, x = build(BLNGRU).eval(), torch.randn(6, 4, 3, dtype=torch.float64)
+    hx = torch.zeros(1, 4, 5, dtype=torch.float64).as_subclass(Seen)
+    with torch.no_grad():
+        assert type(layer(x, hx)[0]) is type(deepcopy(layer)(x, hx)[0])
+
+
+def test_what_is_of_no_use_is_prepared_more_and_more_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = build().eval(), torch.randn(6, 4, 3, dtype=torch.float64)
+    prepared: list[None] = []
+    of = Inference.of
+    monkeypatch.setattr(Inference, "of", lambda *args: prepared.append(None) or of(*args))
+    for count in range(100):
+        set_mode(layer, ALL_MODES[count % 16])
+        infer(layer, x)
+    assert 3 <= len(prepared) <= 25
+    for _ in range(100):
+        infer(layer, x)
+    assert len(prepared) <= 30
+    assert KEPT[layer][False].served
 
 
 def test_it_keeps_no_layer_alive() -> None:

@@ -44,6 +44,7 @@ struct PlanesPlan {
   // As wide as the arrays of all features may be in the second-level cache: the longer the runs in memory, the better.
   static int tile_width(const DenseArgs<T>& args) {
     if (args.shared) return widest;
+    if (args.positions < 16) return int(args.positions);
     const int64_t fit = cache / int64_t(column_arrays * sizeof(T)) / args.features;
     return int(std::min((args.positions + 15) / 16 * 16, std::clamp<int64_t>(fit / 16 * 16, 64, widest)));
   }

@@ -87,8 +87,9 @@ class PlanesBackward : Planes<T, Shared> {
     T *mean = this->plan.rows.get(), *slope = mean + numbers, *of_mean = slope + numbers, *of_var = of_mean + numbers;
     this->template for_lines<R>(tile, [=](int, size_t i, size_t k) BLN_INLINED {
       mean[k] = row_mean[i], slope[k] = row_slope[i];
-      of_var[k] = row_inverse[i] * row_dot[i] * var_share;
-      of_mean[k] = row_sum[i] * mean_share - of_var[k] * row_rest[i] * share;
+      // not times a share of zero: sums may be no numbers
+      of_var[k] = var_share > T(0) ? row_inverse[i] * row_dot[i] * var_share : T(0);
+      of_mean[k] = (mean_share > T(0) ? row_sum[i] * mean_share : T(0)) - of_var[k] * row_rest[i] * share;
     });
   }
 
@@ -166,7 +167,8 @@ class PlanesBackward : Planes<T, Shared> {
         of_bias += c2[j];
         of_gain += w_batch[j] * (inv[j] * (c3[j] - c2[j] * left[j] * gain_rest)) + w_feature[j] * F[j];
         const T r = left[j] * rest_share, square = inv[j] * inv[j];
-        const T of_mean = s[j] * c2[j] * mean_share, of_var = s[j] * square * c3[j] * var_share;
+        const T of_mean = mean_share > T(0) ? s[j] * c2[j] * mean_share : T(0);
+        const T of_var = var_share > T(0) ? s[j] * square * c3[j] * var_share : T(0);
         c3[j] = of_var - (var_share > T(0) ? square * of_mean * r : T(0));
         c2[j] = of_mean - c3[j] * r;
       }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,20 +25,20 @@ class Kept:
     """A layer's prepared directions by the endings of their parameters' names."""
 
     def __init__(self) -> None:
-        self.inference: dict[str, Inference] = {}
-        self.training: dict[str, Training] = {}
+        self.calls: dict[str, Inference | Training] = {}
         self.running: Running | None = None
         """The batch that training saw last."""
-
-    def calls(self, layer: HasCells) -> dict[str, Any]:
-        """Those for what the layer does now: train with gradients, or evaluate without."""
-        if layer.training is not torch.is_grad_enabled():
-            return {}
-        return self.training if layer.training else self.inference
+        self.served = True
+        """Whether what was prepared last has been of use."""
+        self.pause = self.wait = 0
+        """How many calls go by before the next is prepared, twice as many each time that it is of no use."""
 
 
-KEPT: WeakKeyDictionary[HasCells, Kept] = WeakKeyDictionary()
-"""No attribute of layers, whose copies and files have nothing to do with it."""
+KEPT: WeakKeyDictionary[HasCells, dict[bool, Kept]] = WeakKeyDictionary()
+"""By whether layers train. No attribute of theirs, whose copies and files have nothing to do with it."""
+
+MOST = 64
+"""Longest pause."""
 
 
 class Directions:
@@ -47,6 +48,7 @@ class Directions:
         layer: The layer.
         suffixes: Endings of the names of their parameters.
         x: The layer's input, ``(T, ..., B, input_size)``.
+        state: First states of each.
         sizes: Running sequences at each step; ``None`` if all run to the end.
         fan: The statistics modes along the second axis of ``x``.
         start: Steps before the first one.
@@ -57,28 +59,45 @@ class Directions:
         layer: HasCells,
         suffixes: Iterable[str],
         x: Tensor,
+        state: Sequence[LayerState],
         sizes: list[int] | None,
         fan: FanOut | None,
         start: int,
     ) -> None:
-        self.layer, self.sizes, self.fan = layer, sizes, fan
+        self.layer, self.x, self.sizes, self.fan = layer, x, sizes, fan
         self.running = Running.of(x, sizes, start)
-        # arguments are kept of plain tensors where nothing looks on
-        usual = fan is None and sizes is None and not torch.compiler.is_compiling() and not is_observed()
-        self.may_keep = usual and is_plain(x)
-        self.known = self._known(suffixes, x) if self.may_keep else {}
+        self.kept = self._kept([x, *(value for states in state for value in states)])
+        self.known = {} if self.kept is None else self._known(self.kept, suffixes)
         self.weights = {name: layer._weights(name) for name in suffixes if name not in self.known}
 
-    def _known(self, suffixes: Iterable[str], x: Tensor) -> dict[str, Any]:
-        kept = KEPT.get(self.layer)
-        calls = {} if kept is None else kept.calls(self.layer)
-        own = {name: calls[name] for name in suffixes if name in calls}
-        return {name: call for name, call in own.items() if call.serves(self.layer, name, x.dtype, self.running)}
+    def _kept(self, tensors: Sequence[Tensor]) -> Kept | None:
+        """Calls that earlier ones like this have prepared; ``None`` where none is.
+
+        They are of plain tensors of one dtype, where nothing looks on, in training with gradients or in evaluation
+        without.
+        """
+        if self.fan is not None or self.sizes is not None or torch.compiler.is_compiling() or is_observed():
+            return None
+        training, dtype = self.layer.training, self.layer.weight_ih_l0.dtype
+        if training is not torch.is_grad_enabled() or not all(is_plain(one) and one.dtype == dtype for one in tensors):
+            return None
+        return KEPT.setdefault(self.layer, {}).setdefault(training, Kept())
+
+    def _known(self, kept: Kept, suffixes: Iterable[str]) -> dict[str, Any]:
+        """Calls that are ready, each with the tensors it reads."""
+        found = {}
+        for name in suffixes:
+            if name in kept.calls:
+                tensors = kept.calls[name].ready(self.layer, name, self.running)
+                if tensors is not None:
+                    found[name] = partial(kept.calls[name].run, tensors)
+        kept.served |= bool(found)
+        return found
 
     def run(self, suffix: str, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
         """Outputs and last states of one of them, forward in time."""
         if suffix in self.known:
-            return self.known[suffix].run(x, state, self.running.start)
+            return self.known[suffix](x, state, self.running.start)
         layer = self.layer
         dropout = layer.input_dropout, layer.recurrent_dropout, layer.zoneout
         return run_direction(
@@ -93,19 +112,23 @@ class Directions:
             start=self.running.start,
         )
 
-    def keep(self, x: Tensor) -> None:
-        """Prepare those that have run, as far as they can be, for calls like this one, which had the input ``x``."""
-        if not (self.may_keep and self.weights):
+    def keep(self) -> None:
+        """Prepare those that have run, as far as they can be, for calls like this one."""
+        kept = self.kept
+        if kept is None or not self.weights:
             return
-        layer, kept = self.layer, KEPT.setdefault(self.layer, Kept())
         seen, kept.running = kept.running, self.running
-        if layer.training and seen != self.running:
-            return  # which may be of one length each
-        kind: type[Inference | Training] = Training if layer.training else Inference
-        calls = kept.calls(layer)
+        if self.layer.training and seen != self.running:
+            return  # batches may be of one length each
+        if kept.wait:
+            kept.wait -= 1
+            return
+        kept.pause = 0 if kept.served else min(2 * kept.pause + 1, MOST)
+        kept.wait, kept.served = kept.pause, False
+        kind: type[Inference | Training] = Training if self.layer.training else Inference
         for name, weights in self.weights.items():
-            calls.pop(name, None)
-            if layer.training is torch.is_grad_enabled() and runs_fused(layer.backend, weights, x):
-                found = kind.of(layer, name, weights, self.running)
+            kept.calls.pop(name, None)
+            if runs_fused(self.layer.backend, weights, self.x):
+                found = kind.of(self.layer, name, weights, self.running)
                 if found is not None:
-                    calls[name] = found
+                    kept.calls[name] = found

@@ -22,43 +22,42 @@ from lightning_bln.kernels.recurrent import (
     Outputs,
     Settings,
     admitted_outputs,
-    arguments,
-    backward,
     differentiate,
     output_shapes,
     place,
+    sizes_and_numbers,
 )
+from lightning_bln.kernels.recurrent import admitted as admitted_inputs
 from lightning_bln.merging import can_merge, merge_by, point
 from lightning_bln.moments import Moments
 from lightning_bln.population import Population
 from lightning_bln.recurrence.fused import contiguous, inputs_of, mixings, on_torch, settings_of
 from lightning_bln.recurrence.gate_norm import GateNorm, SequenceNorm
 from lightning_bln.recurrence.parameters import HasCells, Weights
-from lightning_bln.recurrence.prepared.watched import PARAMETERS, Watched, WatchedLayer, admitted, norms_of
+from lightning_bln.recurrence.prepared.watched import Watched, WatchedLayer, admitted, is_readable, norms_of
 from lightning_bln.recurrence.sequences import LayerState, Running
 from lightning_bln.recurrence.statistics import gather, sizes_of
 
 
 class Passes(NamedTuple):
-    """Forward and backward pass by arguments that are kept."""
+    """Forward and backward pass by sizes and numbers that are kept."""
 
     args: RecurrenceArgs
     shapes: tuple[tuple[int, ...], ...]
     """Of the outputs."""
-    addresses: list[int]
-    """Of the parameters."""
 
     @classmethod
-    def of(cls, inputs: Inputs, constants: Constants, settings: Settings) -> Passes:
-        """The passes for arguments of this shape, whose parameters the library reads as they lie."""
-        outputs = Outputs(*[inputs.weight_hh.new_empty(0)] * len(Outputs._fields))
-        args = arguments(inputs, constants, settings, outputs)
-        return cls(args, output_shapes(inputs, settings), addresses_of(inputs))
+    def of(cls, inputs: Inputs, settings: Settings) -> Passes:
+        """The passes for arguments of this shape."""
+        return cls(sizes_and_numbers(inputs, settings), output_shapes(inputs, settings))
 
     def forward(self, inputs: Inputs, constants: Constants, settings: Settings) -> Outputs:
-        """:func:`~lightning_bln.kernels.recurrent.forward`."""
+        """:func:`~lightning_bln.kernels.recurrent.forward` with parameters that the library reads as they lie."""
+        dtype = inputs.weight_hh.dtype
+        c = None if inputs.c is None else admitted(inputs.c, dtype)
+        inputs = inputs._replace(x=admitted(inputs.x, dtype), h=admitted(inputs.h, dtype), c=c)
         outputs = Outputs(*map(inputs.weight_hh.new_empty, self.shapes))
-        call("forward", self.placed(inputs, outputs), outputs.output.dtype)
+        call("forward", self.placed(inputs, constants, settings, outputs), dtype)
         return outputs
 
     def backward(
@@ -71,25 +70,15 @@ class Passes(NamedTuple):
         needs_x: bool,
     ) -> Inputs:
         """:func:`~lightning_bln.kernels.recurrent.backward`."""
-        if addresses_of(inputs) != self.addresses:  # moved since the forward pass
-            return backward(grads, inputs, constants, settings, saved, needs_x)
-        dtype = inputs.weight_hh.dtype
-        c = None if inputs.c is None else admitted(inputs.c, dtype)
-        inputs = inputs._replace(x=admitted(inputs.x, dtype), h=admitted(inputs.h, dtype), c=c)
+        inputs, constants = admitted_inputs(inputs, constants, settings)
         outputs = admitted_outputs(saved, inputs, settings)
-        return differentiate(self.placed(inputs, outputs), grads, inputs, settings, needs_x)
+        return differentiate(self.placed(inputs, constants, settings, outputs), grads, inputs, settings, needs_x)
 
-    def placed(self, inputs: Inputs, outputs: Outputs) -> RecurrenceArgs:
-        """The arguments with the places of what is new in each call."""
+    def placed(self, inputs: Inputs, constants: Constants, settings: Settings, outputs: Outputs) -> RecurrenceArgs:
+        """The arguments of one call."""
         args = RecurrenceArgs.from_buffer_copy(self.args)
-        args.threads = torch.get_num_threads()
-        place(args, inputs, outputs)
+        place(args, inputs, constants, settings, outputs)
         return args
-
-
-def addresses_of(inputs: Inputs) -> list[int]:
-    """Places of the parameters among the arguments."""
-    return [0 if value is None else value.data_ptr() for value in (*inputs[1:5], *inputs[7:])]
 
 
 class Gathering:
@@ -99,7 +88,7 @@ class Gathering:
         equation = norm.equation._replace(weight=None, bias=None)
         self.module, self.running = ref(module), running
         self.norm = norm._replace(equation=equation)
-        self.watched: list[Watched] = []
+        self.watched: Watched | None = None
         self.args = GatherArgs()
 
     def take(self, moments: Tensor) -> None:
@@ -107,7 +96,7 @@ class Gathering:
         module = self.module()
         assert module is not None
         with one_at_a_time():
-            if self.watched and all(one.stays() for one in self.watched):
+            if self.watched is not None and self.watched.same() is not None:
                 if module.population.takes_batch:
                     merge_by(self.args, moments)
                 return
@@ -116,13 +105,13 @@ class Gathering:
 
     def watch(self, population: Population, moments: Tensor) -> None:
         """Prepare for batches that are merged into the buffers as they lie."""
-        places, self.watched = (self.running.steps, self.norm.groups), []
+        places, self.watched = (self.running.steps, self.norm.groups), None
         if not self.running.start and population.is_gathering and can_merge(population, moments, places):
-            found = [Watched.of(own_buffers, population, name) for name in Moments._fields]
+            found = Watched.of(own_buffers, population, *Moments._fields)
             dtypes = torch.int64, moments.dtype, moments.dtype
-            if all(one.is_readable(dtype) for one, dtype in zip(found, dtypes, strict=True)):
-                own = Moments(*(one.now() for one in found))  # type: ignore[arg-type]
-                self.args = sizes_of(self.norm, population.num_features, self.running)
+            if all(is_readable(value, dtype) for value, dtype in zip(found.values(), dtypes, strict=True)):
+                own = Moments(*found.values())  # type: ignore[arg-type]
+                self.args = GatherArgs(*sizes_of(self.norm, population.num_features, self.running))
                 point(self.args, own, own)
                 self.watched = found
 
@@ -143,7 +132,8 @@ class Training(NamedTuple):
     def of(cls, layer: HasCells, suffix: str, weights: Weights, running: Running) -> Training | None:
         """A direction that runs on the kernels; ``None`` where not all is plain."""
         watched = WatchedLayer.of(layer, suffix, weights, ())
-        if watched is None or layer.input_dropout or layer.recurrent_dropout or layer.zoneout:
+        drops = layer.input_dropout or layer.recurrent_dropout or layer.zoneout
+        if watched is None or drops or not weights.weight_ih.requires_grad:
             return None
         modules = norms_of(layer, suffix).values()
         if any(module is not None and module.population.training_sizes is not None for module in modules):
@@ -155,7 +145,7 @@ class Training(NamedTuple):
         inputs = inputs_of(x, state, weights, norms)
         constants = Constants(None, None, None, mixings(norms, running.steps), None, None, None)
         settings = settings_of(weights, norms, inputs, running.steps, 0.0, layer.recompute)
-        passes = Passes.of(inputs, constants, settings)
+        passes = Passes.of(inputs, settings)
         gatherings = [
             None if module is None or norm is None else Gathering(module, norm, running)
             for module, norm in zip(modules, norms, strict=True)
@@ -170,20 +160,20 @@ class Training(NamedTuple):
             gatherings,
         )
 
-    def serves(self, layer: HasCells, suffix: str, dtype: torch.dtype, running: Running) -> bool:
-        """Whether nothing has changed, and the batch is as large."""
-        weight = self.watched.tensors[0].now()
-        is_usual = weight is not None and weight.requires_grad and weight.dtype == dtype
-        return is_usual and running == self.running and self.watched.stays(layer, suffix)
+    def ready(self, layer: HasCells, suffix: str, running: Running) -> list[list[Tensor | None]] | None:
+        """The layer's tensors where nothing has changed and the batch is as large, else ``None``."""
+        return self.watched.same(layer, suffix) if running == self.running else None
 
-    def run(self, x: Tensor, state: LayerState, start: int) -> tuple[Tensor, LayerState]:
-        """Outputs and last states from ``x``, ``(T, B, input_size)``, and first states."""
-        found = iter([one.now() for one in self.watched.tensors])
-        parameters: list[Any] = [next(found) for _ in PARAMETERS]
-        norms = [(None, None) if norm is None else (next(found), next(found)) for norm in self.gatherings]
-        h, c = state[0], state[1] if len(state) > 1 else None
+    def run(
+        self, tensors: list[list[Tensor | None]], x: Tensor, state: LayerState, start: int
+    ) -> tuple[Tensor, LayerState]:
+        """Outputs and last states from ``x``, ``(T, B, input_size)``, first states and the layer's ``tensors``."""
+        own: list[Any] = tensors[0]
+        affine = iter(tensors[1:])
+        norms = [[None, None] if norm is None else next(affine) for norm in self.gatherings]
         (ih, _), (hh, _), cell = norms
-        weight_ih, weight_hh, bias_ih, bias_hh = parameters
+        h, c = state[0], state[1] if len(state) > 1 else None
+        weight_ih, weight_hh, bias_ih, bias_hh = own
         inputs = Inputs(x.flatten(0, 1), weight_ih, weight_hh, bias_ih, bias_hh, h, c, ih, hh, *cell)
         output, *last = self.operator.run(contiguous(inputs), self.constants, self.settings, self.reference)
         for gathering, moments in zip(self.gatherings, last[2:], strict=True):

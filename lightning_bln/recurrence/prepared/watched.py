@@ -1,11 +1,13 @@
 """A layer's tensors and options as they were, and whether they still are.
 
-The kernels read tensors where they lie, so that places are compared and not numbers.
+The kernels read tensors where they lie, so that places are compared and not numbers. No tensor is kept: one at the same
+place, of the same shape and kind, is the same to a kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -26,40 +28,36 @@ Read = Callable[[Any], Mapping[str, Tensor | None]]
 
 
 class Watched(NamedTuple):
-    """A module's tensor, or the lack of one, and where its numbers lie; it keeps neither alive."""
+    """Tensors of a module by their names, some of which may not be there, and where their numbers lie."""
 
     read: Read
     module: ref[nn.Module]
-    name: str
-    value: ref[Tensor] | None
-    layout: tuple[Any, ...] | None
+    names: tuple[str, ...]
+    layouts: list[tuple[Any, ...] | None]
 
     @classmethod
-    def of(cls, read: Read, module: nn.Module, name: str) -> Watched:
-        """The tensor of this name as it is."""
-        value = read(module).get(name)
-        return cls(read, ref(module), name, None if value is None else ref(value), layout_of(value))
+    def of(cls, read: Read, module: nn.Module, *names: str) -> Watched:
+        """Those of these names as they are."""
+        values = read(module)
+        return cls(read, ref(module), names, [layout_of(values.get(name)) for name in names])
 
-    def now(self) -> Tensor | None:
-        """The tensor of this name that there is now."""
-        return self.read(self.module()).get(self.name)
+    def values(self) -> list[Tensor | None]:
+        """Those of these names that there are now."""
+        values = self.read(self.module())
+        return [values.get(name) for name in self.names]
 
-    def stays(self) -> bool:
-        """Whether it is the same, at the same place."""
-        value = self.now()
-        return value is (self.value and self.value()) and layout_of(value) == self.layout
-
-    def is_readable(self, dtype: torch.dtype) -> bool:
-        """Whether the kernels read it as it lies."""
-        value = self.now()
-        return value is None or (is_plain(value) and admitted(value, dtype) is value)
+    def same(self) -> list[Tensor | None] | None:
+        """:meth:`values`; ``None`` where one lies elsewhere than it did."""
+        values = self.values()
+        return values if [layout_of(value) for value in values] == self.layouts else None
 
 
 def layout_of(value: Tensor | None) -> tuple[Any, ...] | None:
-    """All that tells where a tensor's numbers lie, and whether it has a gradient."""
+    """All that tells where and how a tensor's numbers lie, and whether it has a gradient."""
     if value is None:
         return None
-    return value.data_ptr(), value.shape, value.stride(), value.dtype, value.requires_grad
+    kind = type(value), value.dtype, value.requires_grad, value.is_neg()
+    return value.data_ptr(), value.shape, value.stride(), *kind
 
 
 def admitted(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -67,12 +65,17 @@ def admitted(value: Tensor, dtype: torch.dtype) -> Tensor:
     return checked("a tensor of the layer", value, value.shape, dtype).contiguous()
 
 
+def is_readable(value: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether the kernels read a tensor as it lies."""
+    return value is None or (is_plain(value) and admitted(value, dtype) is value)
+
+
 class WatchedLayer(NamedTuple):
     """One direction of a layer: its parameters, its norms and theirs, and its options; it keeps none alive."""
 
     options: tuple[Any, ...]
     tensors: list[Watched]
-    """Parameters, then those of its norms, then buffers of populations."""
+    """Parameters, those of each norm, then buffers of each population."""
 
     @classmethod
     def of(cls, layer: HasCells, suffix: str, weights: Weights, buffers: Iterable[str]) -> WatchedLayer | None:
@@ -84,19 +87,34 @@ class WatchedLayer(NamedTuple):
         found = [norm for norm in norms.values() if norm is not None]
         if any(type(norm) is not GateNorm or norm.training is not layer.training for norm in found):
             return None
-        tensors = [Watched.of(own_parameters, layer, name + suffix) for name in PARAMETERS]
-        if any(one.now() is not getattr(weights, name) for name, one in zip(PARAMETERS, tensors, strict=True)):
-            return None  # parametrized, or assigned from elsewhere
-        tensors += [Watched.of(own_parameters, norm, name) for norm in found for name in ("weight", "bias")]
-        tensors += [Watched.of(own_buffers, norm.population, name) for norm in found for name in buffers]
-        if not all(one.is_readable(weights.weight_ih.dtype) for one in tensors):
+        parameters = Watched.of(own_parameters, layer, *(name + suffix for name in PARAMETERS))
+        if not reads_plainly(layer) or any(
+            value is not getattr(weights, name) for name, value in zip(PARAMETERS, parameters.values(), strict=True)
+        ):
+            return None  # parametrized, or made of others
+        tensors = [parameters, *(Watched.of(own_parameters, norm, "weight", "bias") for norm in found)]
+        tensors += [Watched.of(own_buffers, norm.population, *buffers) for norm in found]
+        dtype = weights.weight_ih.dtype
+        if not all(is_readable(value, dtype) for one in tensors for value in one.values()):
             return None
         return cls(options_of(layer, norms), tensors)
 
-    def stays(self, layer: HasCells, suffix: str) -> bool:
-        """Whether all is as it was."""
-        is_alike = options_of(layer, norms_of(layer, suffix)) == self.options
-        return is_alike and all(one.stays() for one in self.tensors)
+    def same(self, layer: HasCells, suffix: str) -> list[list[Tensor | None]] | None:
+        """All tensors, for as long as they are needed; ``None`` where anything is not as it was."""
+        if options_of(layer, norms_of(layer, suffix)) != self.options:
+            return None
+        found = [one.same() for one in self.tensors]
+        hidden = vars(layer)
+        if None in found or any(name in hidden for name in self.tensors[0].names):
+            return None
+        return found  # type: ignore[return-value]
+
+
+def reads_plainly(layer: HasCells) -> bool:
+    """Whether a layer's parameters are what it finds under their names."""
+    kind = type(layer)
+    own = kind.__getattr__, kind.__getattribute__, kind._weights
+    return own == (nn.Module.__getattr__, object.__getattribute__, HasCells._weights)
 
 
 def norms_of(layer: HasCells, suffix: str) -> dict[str, Any]:
@@ -105,26 +123,18 @@ def norms_of(layer: HasCells, suffix: str) -> dict[str, Any]:
     return {name: children.get(name + suffix) for name in NORMS}
 
 
+OF_LAYER = attrgetter("cell", "proj_size", "backend", "recompute", "input_dropout", "recurrent_dropout", "zoneout")
+OF_NORM = attrgetter("norm", "eps", "delta", "scale", "groups", "mode", "fan", "training")
+OF_POPULATION = attrgetter("is_stale", "estimator", "momentum", "merge_positions", "stands_for", "ignores_batch")
+
+
 def options_of(layer: HasCells, norms: Mapping[str, GateNorm | None]) -> tuple[Any, ...]:
     """All but tensors that a layer's result, what it gathers and what it warns of hang on."""
-    found: list[Any] = [layer.cell, name_of(layer.cell), layer.proj_size, layer.backend, layer.recompute]
-    found += [layer.input_dropout, layer.recurrent_dropout, layer.zoneout]
+    found: list[Any] = [OF_LAYER(layer), name_of(layer.cell)]
     for norm in norms.values():
-        if norm is None:
+        if norm is not None:
+            one = norm.population
+            found += [ref(norm), OF_NORM(norm), ref(one), OF_POPULATION(one), one.training_sizes is None]
+        else:
             found.append(None)
-            continue
-        found += [
-            ref(norm),
-            norm.norm,
-            norm.eps,
-            norm.delta,
-            norm.scale,
-            norm.groups,
-            norm.mode,
-            norm.fan,
-            norm.training,
-        ]
-        one = norm.population
-        found += [ref(one), one.is_stale, one.estimator, one.momentum, one.merge_positions, one.stands_for]
-        found += [one.training_sizes is None, one.ignores_batch]
     return tuple(found)
