@@ -21,6 +21,9 @@ from torch.utils.data import DataLoader
 
 from lightning_bln._scoped import setting
 
+BatchNorm = nn.modules.batchnorm._BatchNorm
+"""Base of torch's batch norms, SyncBatchNorm and those of other libraries, which has no public name."""
+
 
 def is_packed(value: Any) -> bool:
     """Whether ``value`` is a packed batch of sequences: by type a tuple of tensors, but one value."""

@@ -168,16 +168,16 @@ def is_sharded(model: nn.Module) -> bool:
     )
 
 
-def in_step(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
+def in_step(model: nn.Module, batches: Iterable[Any], others: Iterable[nn.Module] = ()) -> Iterator[Any]:
     """Yield ``batches``, on every rank as many as the rank with most has, where ranks must run ``model`` together.
 
     They must if its weights are sharded or its layers take statistics over ranks. A rank that has run out repeats its
-    last batch, which does not count.
+    last batch, which does not count, nor for ``others`` that gather.
 
     Raises:
         ValueError: Some rank has no batch, others have; raised on every rank.
     """
-    synced = any(getattr(layer, "sync_batch_stats", False) for layer in model.modules())
+    synced = any(getattr(layer, "sync_batch_stats", isinstance(layer, nn.SyncBatchNorm)) for layer in model.modules())
     if not is_distributed() or not (synced or is_sharded(model)):
         yield from batches
         return
@@ -195,7 +195,7 @@ def in_step(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
         if not going:
             return
         if batch is _END:
-            with idle(model):
+            with idle([*model.modules(), *others]):
                 yield last
         else:
             last = batch
@@ -206,8 +206,8 @@ def in_step(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
 _END = object()
 
 
-def idle(model: nn.Module) -> AbstractContextManager[None]:
+def idle(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Context in which this rank's inputs are neither gathered nor counted in joint statistics."""
-    layers = [layer for layer in model.modules() if hasattr(layer, "takes_part")]
+    layers = [layer for layer in modules if hasattr(layer, "takes_part")]
     # a joint population gathers the batch of all ranks, and must do so on this rank too
     return setting([layer for layer in layers if not getattr(layer, "is_joint", False)], takes_part=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from inspect import Parameter, signature
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_bln._checks import check_int
 from lightning_bln._scoped import setting
 from lightning_bln._torch import MODULE_INTERNALS, is_packed
+from lightning_bln.batchnorm import batch_norms, observing
 from lightning_bln.distributed import in_step, is_distributed, number_of_ranks
 from lightning_bln.joining import collated, owned, reading_items, samples_along, serves_items
 from lightning_bln.population import Population
@@ -33,8 +34,8 @@ def require_populations(model: nn.Module) -> list[Population]:
     found = populations(model)
     if not found:
         raise ValueError(
-            f"model={type(model).__name__} has no layer with a population; put a BatchLayerNorm or a recurrent layer "
-            "with norm='bln' into it"
+            f"model={type(model).__name__} has no layer with a population; put a BatchLayerNorm, a recurrent layer "
+            "with norm='bln' or a BatchNorm with running statistics into it"
         )
     return found
 
@@ -57,15 +58,24 @@ def freeze_gathered(model: nn.Module, asleep: Collection[nn.Module] | None = Non
     Where layers may be ``asleep``, their populations stay and are not named, and it is no error if all do.
     """
     require_populations(model)
-    named = {name: module for name, module in model.named_modules() if isinstance(module, Population)}
-    if asleep is None and not is_distributed() and not any(one.is_gathering for one in named.values()):
+    return freeze_named(named_populations(model, asleep), may_be_empty=asleep is not None)
+
+
+def freeze_named(named: Mapping[str, Population], *, may_be_empty: bool) -> list[str]:
+    """Freeze populations and return the names of those that stay as they are, unless that is all of them."""
+    if not may_be_empty and not is_distributed() and not any(one.is_gathering for one in named.values()):
         named[next(iter(named))].freeze()  # says what to do
-    out = {id(child) for holder in asleep or () for child in holder.children()}
-    named = {name: population for name, population in named.items() if id(population) not in out}
     empty = [name for name, population in named.items() if not population.freeze_gathered()]
-    if asleep is None and len(empty) == len(named):
+    if not may_be_empty and len(empty) == len(named):
         named[empty[0]].freeze()
     return empty
+
+
+def named_populations(model: nn.Module, asleep: Collection[nn.Module] | None = None) -> dict[str, Population]:
+    """Every population in ``model`` by name, but for those of layers that are ``asleep``."""
+    out = {id(child) for holder in asleep or () for child in holder.children()}
+    named = {name: module for name, module in model.named_modules() if isinstance(module, Population)}
+    return {name: population for name, population in named.items() if id(population) not in out}
 
 
 def holders_of(model: nn.Module) -> list[nn.Module]:
@@ -89,27 +99,33 @@ def reset_population(model: nn.Module) -> None:
 
 
 @contextmanager
-def gathering(model: nn.Module, asleep: Collection[nn.Module] | None = None) -> Iterator[None]:
+def gathering(
+    model: nn.Module, asleep: Collection[nn.Module] | None = None, *, batchnorm: bool = False
+) -> Iterator[dict[str, Population]]:
     """Context in which forward passes of ``model`` do nothing but gather statistics, from an empty start.
+
+    Its value are the populations that gather, by name; with ``batchnorm`` those of torch's batch norms are among them.
 
     All modules are in evaluation mode (no dropout), except for layers with a population, which normalise by the current
     batch unless they are ``asleep``. Gradients are off. Afterwards every module has its own mode again, and after an
     error its population too. Modes are set as flags: ``train`` and ``eval``, which a module may have of its own, do not
     run.
     """
-    found = require_populations(model)
+    out = {id(one) for one in asleep or ()}
+    norms = {name: one for name, one in batch_norms(model).items() if batchnorm and id(one) not in out}
+    found = populations(model) if norms else require_populations(model)
     before = [dict(population.named_buffers()) for population in found]
     values = [{name: buffer.clone() for name, buffer in buffers.items()} for buffers in before]
     training = {module: module.training for module in model.modules()}  # scripted modules too, unlike ``setting``
-    reset_population(model)
+    for population in found:
+        population.reset()
     for module in training:
         module.training = False
-    out = {id(one) for one in asleep or ()}
     for holder in holders_of(model):
         holder.training = id(holder) not in out
     try:
-        with torch.no_grad():
-            yield
+        with torch.no_grad(), observing(norms) as others:
+            yield named_populations(model, asleep) | others
     except BaseException:
         for population, buffers, kept in zip(found, before, values, strict=True):
             for name, buffer in buffers.items():
@@ -128,8 +144,12 @@ def recompute_population(
     predict: Callable[[Any], Any] | None = None,
     samples: int | None = 1024,
     limit: int | None = None,
+    batchnorm: bool = True,
 ) -> None:
     """Compute the population of every layer in ``model`` at its current weights.
+
+    That of torch's batch norms are their running statistics: mean and unbiased variance over all samples, in place of
+    averages of the batches that training has seen. Momentum and ``num_batches_tracked`` stay.
 
     The samples go through the model together, so that statistics of a step are those of states that the same
     statistics produced; the batch size in the equation stays that of ``batches``. A DataLoader gives its samples to its
@@ -144,6 +164,7 @@ def recompute_population(
             from batch to batch needs ``samples=None``.
         samples: Use the first batches that hold as many samples, over all ranks. ``None``: use all batches, one by one.
         limit: Largest number of batches to use, on each rank.
+        batchnorm: Whether torch's batch norms are computed anew; else they normalise by the statistics they have.
 
     Raises:
         ValueError: ``model`` has no layer with a population, ``batches`` is empty, or a batch does not tell what to
@@ -166,7 +187,8 @@ def recompute_population(
         restart: Callable[[], Any] | None = state_of(model)
     else:
         run, restart = predict, None
-    warn_left(gather_population(model, batches, run, samples=samples, limit=limit, collate=collate, restart=restart))
+    options: dict[str, Any] = {"collate": collate, "restart": restart, "batchnorm": batchnorm}
+    warn_left(gather_population(model, batches, run, samples=samples, limit=limit, **options))
 
 
 def gather_population(
@@ -180,6 +202,7 @@ def gather_population(
     restart: Callable[[], Any] | None = None,
     wrapped: nn.Module | None = None,
     asleep: Collection[nn.Module] | None = None,
+    batchnorm: bool = False,
 ) -> list[str]:
     """:func:`recompute_population` by a function that runs the model; return the names of populations that it left.
 
@@ -193,35 +216,35 @@ def gather_population(
         restart: Called before batches that have been run are run again; ``None`` where nothing gives states back.
         wrapped: What contains ``model`` and says whether ranks must run it together, if not ``model`` itself.
         asleep: Layers that keep their population and gather nothing; where given, others may gather nothing, too.
+        batchnorm: Whether torch's batch norms are computed, too.
     """
     for name, number in (("samples", samples), ("limit", limit)):
         if number is not None:
             check_int(name, number, 1)
-    with gathering(model, asleep):
+    with gathering(model, asleep, batchnorm=batchnorm) as named:
         batches = islice(batches, limit)
         if samples is not None:
             taken = list(holding(batches, -(-samples // number_of_ranks())))
-            together = Together(model, run, partial(collated, functions=collate), restart)
+            together = Together(model, [*named.values()], run, partial(collated, functions=collate), restart)
             if together.gather(taken, samples, map(owned, batches)):
-                return freeze_alike(model, asleep)
+                return freeze_alike(named, may_be_empty=asleep is not None)
             batches = iter(taken)
         seen = 0
-        for batch in in_step(model if wrapped is None else wrapped, batches):
+        for batch in in_step(model if wrapped is None else wrapped, batches, named.values()):
             run(collated(batch, collate))
             seen += 1
         # one rank may have no batch: its population is merged from the other ranks'
         if not seen and not is_distributed():
             raise ValueError("batches is empty, so there is nothing to compute a population from; pass at least one")
-        return freeze_gathered(model, asleep)
+        return freeze_named(named, may_be_empty=asleep is not None)
 
 
-def freeze_alike(model: nn.Module, asleep: Collection[nn.Module] | None = None) -> list[str]:
-    """Freeze statistics that all ranks have gathered alike, up to rounding; as :func:`freeze_gathered`."""
-    found = populations(model)
-    with setting(found, is_joint=True):
-        left = freeze_gathered(model, asleep)
+def freeze_alike(named: Mapping[str, Population], *, may_be_empty: bool) -> list[str]:
+    """Freeze statistics that all ranks have gathered alike, up to rounding; as :func:`freeze_named`."""
+    with setting(named.values(), is_joint=True):
+        left = freeze_named(named, may_be_empty=may_be_empty)
     if is_distributed():
-        for population in found:
+        for population in named.values():
             population.broadcast_frozen()
     return left
 

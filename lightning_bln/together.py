@@ -32,7 +32,8 @@ class Together:
     """A way to run many batches as one.
 
     Args:
-        model: Module with layers that have a population, which gather.
+        model: Module with layers that have a population.
+        populations: Those that gather.
         run: Runs it on a batch.
         collated: Makes a batch ready to be run.
         restart: Called before batches that have been run are run again; ``None`` where states that ``run`` may carry
@@ -42,11 +43,12 @@ class Together:
     def __init__(
         self,
         model: nn.Module,
+        populations: Sequence[Population],
         run: Callable[[Any], Any],
         collated: Callable[[Any], Any],
         restart: Callable[[], Any] | None,
     ) -> None:
-        self.populations = [module for module in model.modules() if isinstance(module, Population)]
+        self.populations = populations
         self.synced = [module for module in model.modules() if getattr(module, "sync_batch_stats", False)]
         self.run, self.collated, self.restart = run, collated, restart or nothing
         self.can_restart, self.joint_share, self.saw_gaps = restart is not None, 1.0, False

@@ -235,12 +235,29 @@ def recurrent_case(rank: int | None, world: int) -> dict[str, Any]:
     return {"population": frozen(layers)}
 
 
+def batchnorm_case(rank: int | None, world: int) -> dict[str, Any]:
+    """Running statistics over batches of different sizes, dealt to the ranks; the last has fewer."""
+    torch.manual_seed(8)
+    batches = [torch.randn(size, 3, 5, dtype=torch.float64) + size for size in [4, 2, 5, 3, 1, 2, 4][: 2 * world + 1]]
+    found = {}
+    for samples in (None, 1024):
+        torch.manual_seed(9)
+        model = nn.Sequential(
+            nn.BatchNorm1d(3), nn.Conv1d(3, 4, 2), nn.BatchNorm1d(4), BatchLayerNorm(4, channel_dim=1)
+        ).double()
+        recompute_population(model, batches if rank is None else batches[rank::world], samples=samples)
+        running = [buffer for name, buffer in model.named_buffers() if "running" in name]
+        found[f"population {samples}"] = [*running, *frozen(model)]
+    return found
+
+
 def main(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     results: dict[str, Any] = {name: layer_case(name, rank, world) for name in LAYERS}
     results["longer"] = longer_case(rank, world)
     results["recurrent"] = recurrent_case(rank, world)
+    results["batchnorm"] = batchnorm_case(rank, world)
     results["training"] = training_case(rank, world)
     results["trainer"] = trainer_case(rank, world, folder)
     try:

@@ -151,6 +151,14 @@ def test_ranks_gather_recurrent_populations_as_one_process_does(ranks) -> None:
             assert torch.equal(actual, first)
 
 
+@pytest.mark.parametrize("samples", [None, 1024])
+def test_ranks_compute_running_statistics_as_one_process_does(samples, ranks) -> None:
+    alone, part = worker.batchnorm_case(None, len(ranks)), f"population {samples}"
+    for one in ranks:
+        for actual, expected in zip(one["batchnorm"][part], alone[part], strict=True):
+            assert_close(actual, expected)
+
+
 def test_sharded_weights_train_alike(ranks) -> None:
     alone = worker.sharded_case(None, len(ranks))
     for one in ranks:

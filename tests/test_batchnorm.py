@@ -1,0 +1,218 @@
+"""torch's batch norms: running statistics computed over batches at fixed weights."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lightning_bln import BatchLayerNorm, recompute_population
+
+BATCHES = (8, 8, 5, 3)
+"""Uneven sizes."""
+
+
+class WithActivation(nn.BatchNorm2d):
+    """A subclass with a forward of its own, as other libraries have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        training = self.training or (self.running_mean is None)
+        mean = self.running_mean if not self.training or self.track_running_stats else None
+        var = self.running_var if not self.training or self.track_running_stats else None
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+        return F.relu(F.batch_norm(x, mean, var, self.weight, self.bias, training, self.momentum, self.eps))
+
+
+KINDS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "1d": (lambda: nn.BatchNorm1d(3), (3,)),
+    "1d, sequences": (lambda: nn.BatchNorm1d(3), (3, 7)),
+    "2d": (lambda: nn.BatchNorm2d(3), (3, 4, 5)),
+    "3d": (lambda: nn.BatchNorm3d(3), (3, 2, 3, 2)),
+    "lazy, built": (lambda: built(nn.LazyBatchNorm2d()), (3, 4, 5)),
+    "a subclass": (lambda: WithActivation(3), (3, 4, 5)),
+    "not affine": (lambda: nn.BatchNorm2d(3, affine=False), (3, 4, 5)),
+    "averages of all batches": (lambda: nn.BatchNorm2d(3, momentum=None), (3, 4, 5)),
+}
+
+
+def built(layer: nn.Module) -> nn.Module:
+    layer(torch.randn(2, 3, 4, 5))
+    return layer
+
+
+def batches_of(shape: tuple[int, ...], sizes: tuple[int, ...] = BATCHES) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(size, *shape) * 2 + 3 for size in sizes]
+
+
+def moments(batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of each channel over all numbers, by hand."""
+    rows = torch.cat([batch.double().movedim(1, -1).flatten(0, -2) for batch in batches])
+    mean = rows.sum(0) / len(rows)
+    return mean, (rows - mean).square().sum(0) / (len(rows) - 1)
+
+
+def assert_statistics(layer: nn.Module, batches: list[Tensor]) -> None:
+    mean, var = moments(batches)
+    torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer.running_var.double(), var, rtol=1e-5, atol=1e-6)
+
+
+def others(model: nn.Module) -> dict[str, Any]:
+    """All that is not to change."""
+    state = {name: value.clone() for name, value in model.state_dict().items() if "running" not in name}
+    flags = {name: (one.training, getattr(one, "track_running_stats", None)) for name, one in model.named_modules()}
+    hooks = {name: len(one._forward_pre_hooks) for name, one in model.named_modules()}
+    return {"state": state, "flags": flags, "hooks": hooks, "keys": list(model.state_dict())}
+
+
+def assert_alike(one: dict[str, Any], two: dict[str, Any]) -> None:
+    assert all(torch.equal(one["state"][name], value) for name, value in two["state"].items())
+    assert {name: one[name] for name in ("flags", "hooks", "keys")} == {
+        name: two[name] for name in ("flags", "hooks", "keys")
+    }
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("samples", [None, 1024])
+@pytest.mark.parametrize("kind", KINDS)
+def test_running_statistics_are_moments_over_all_samples(kind: str, samples: int | None, is_training: bool) -> None:
+    make, shape = KINDS[kind]
+    layer, batches = make().train(is_training), batches_of(shape)
+    before = others(layer)
+    recompute_population(layer, batches, samples=samples)
+    assert_statistics(layer, batches)
+    assert_alike(before, others(layer))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)
+    )
+
+
+def inputs_of(model: nn.Sequential, batches: list[Tensor], *, jointly: bool) -> list[list[Tensor]]:
+    """What each batch norm reads where it normalises by what goes through together, in float64."""
+    model = deepcopy(model).double().train()
+    model[3].eval()
+    seen: list[list[Tensor]] = [[], []]
+    for one, into in zip((model[1], model[5]), seen, strict=True):
+        one.register_forward_pre_hook(lambda _, args, into=into: into.append(args[0].detach()))
+    with torch.no_grad():
+        for batch in [torch.cat(batches)] if jointly else batches:
+            model(batch.double())
+    return seen
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("samples", [None, 1024])
+def test_deeper_layers_read_what_is_normalised_by_the_samples_themselves(samples: int | None, layout: Any) -> None:
+    model, batches = network(), [batch.to(memory_format=layout) for batch in batches_of((3, 8, 8))]
+    recompute_population(model, batches, samples=samples)
+    for layer, seen in zip((model[1], model[5]), inputs_of(model, batches, jointly=samples is not None), strict=True):
+        assert_statistics(layer, seen)
+
+
+def test_beside_layers_of_this_library() -> None:
+    model = nn.Sequential(BatchLayerNorm(3, channel_dim=1, scale=False), nn.BatchNorm2d(3))
+    batches = batches_of((3, 4, 4))
+    recompute_population(model, batches)
+    alone = BatchLayerNorm(3, channel_dim=1, scale=False)
+    recompute_population(alone, batches)
+    torch.testing.assert_close(model[0].population.batch_mean, alone.population.batch_mean)
+    assert float(model[1].running_mean.abs().max()) < 1.0
+
+
+def test_left_alone_if_asked_for() -> None:
+    model, batches = nn.Sequential(nn.BatchNorm1d(3), BatchLayerNorm(3)), batches_of((3,))
+    model[0](batches[0])
+    before = {name: value.clone() for name, value in model[0].state_dict().items()}
+    recompute_population(model, batches, batchnorm=False)
+    assert all(torch.equal(value, before[name]) for name, value in model[0].state_dict().items())
+    with pytest.raises(ValueError, match="no layer with a population"):
+        recompute_population(model[0], batches, batchnorm=False)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(3, track_running_stats=False), nn.LazyBatchNorm1d(), nn.Linear(3, 3)])
+def test_a_model_without_statistics_to_compute_is_refused(layer: nn.Module) -> None:
+    with pytest.raises(ValueError, match="no layer with a population; put a BatchLayerNorm, a recurrent layer with"):
+        recompute_population(nn.Sequential(layer), batches_of((3,)))
+
+
+def test_an_error_leaves_all_as_it_was() -> None:
+    model = network()
+    model(torch.randn(4, 3, 8, 8))
+    before, running = others(model), [one.running_mean.clone() for one in (model[1], model[5])]
+    batches = [*batches_of((3, 8, 8)), torch.randn(4, 2, 8, 8)]
+    with pytest.raises(RuntimeError):
+        recompute_population(model, batches, samples=None)
+    assert_alike(before, others(model))
+    assert all(torch.equal(one.running_mean, old) for one, old in zip((model[1], model[5]), running, strict=True))
+
+
+def test_a_batch_of_one_row_is_read() -> None:
+    """torch refuses to normalise it by itself, and so do not we: it goes by the statistics that there are."""
+    layer, batches = nn.BatchNorm1d(3), batches_of((3,), (8, 1))
+    recompute_population(layer, batches, samples=None)
+    assert_statistics(layer, batches)
+
+
+def test_a_layer_that_is_called_twice_or_by_name() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(input=x) + self.norm(x * 3 - 1)
+
+    model, batches = Twice(), batches_of((3,))
+    recompute_population(model, batches, samples=None)
+    assert_statistics(model.norm, [part for batch in batches for part in (batch, batch * 3 - 1)])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_within_activation_checkpointing(use_reentrant: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.norm, x, use_reentrant=use_reentrant)
+
+    model, batches = Checkpointed(), batches_of((3,))
+    recompute_population(model, batches)
+    assert_statistics(model.norm, batches)
+
+
+def test_under_autocast_statistics_are_taken_in_float32() -> None:
+    model, batches = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), batches_of((3,))
+    seen: list[Tensor] = []
+    handle = model[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+
+    def predict(batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(batch)
+
+    recompute_population(model, batches, predict=predict, samples=None)
+    handle.remove()
+    assert {one.dtype for one in seen} == {torch.bfloat16}
+    assert model[1].running_mean.dtype == torch.float32
+    assert_statistics(model[1], seen)
+
+
+def test_a_plain_model_reads_the_state_dict() -> None:
+    model, batches = network(), batches_of((3, 8, 8))
+    recompute_population(model, batches)
+    plain = network()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(plain.eval()(x), model.eval()(x))
