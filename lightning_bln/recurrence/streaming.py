@@ -45,9 +45,10 @@ def follow(layer: nn.Module, hx: Any, start: int, last: Any) -> None:
         start: Steps before.
         last: The states that it gives out.
     """
-    if layer in WARNED or not evaluates_steps(layer):
+    if layer.norm is None or layer.training or torch.compiler.is_compiling() or is_observed() or layer in WARNED:
         return
-    if hx is not None and not start and is_the_last(layer, first_of(hx)):
+    comes_back = hx is not None and not start and is_the_last(layer, first_of(hx))
+    if comes_back and evaluates_steps(layer):
         WARNED.add(layer)
         GIVEN_OUT.pop(layer, None)
         warnings.warn(
@@ -76,7 +77,5 @@ def is_the_last(layer: nn.Module, state: Tensor) -> bool:
 
 def evaluates_steps(layer: nn.Module) -> bool:
     """Whether a layer evaluates by a population of several steps."""
-    if layer.training or torch.compiler.is_compiling() or is_observed():
-        return False
     norms = (one.population for one in layer.children() if isinstance(one, GateNorm))
     return any(one.is_frozen and one.positions[0] > 1 for one in norms)

@@ -11,7 +11,8 @@ namespace bln {
 enum Operation : int64_t {  // clang-format off
   kProduct, kSum, kSigmoid, kTanh, kRelu, kSoftplus, kHardsigmoid, kSigmoidGradient, kTanhGradient, kReluGradient,
   kSoftplusGradient, kHardsigmoidGradient, kAffine, kBlend, kMultiply, kFused, kLerp, kDifference, kDivide,
-  kExp, kMaximum, kMaximumGradient, kEquals, kWhere, kClampMax, kClampMaxGradient, kNorm, kNormGradient
+  kExp, kMaximum, kMaximumGradient, kEquals, kDiffers, kGreater, kAtLeast, kLess,
+  kAtMost, kWhere, kClampMax, kClampMaxGradient, kNorm, kNormGradient
 };  // clang-format on
 
 // Operands are indices into `places`; of a product, c is the index of its matrix, of a norm and its gradient that of the
@@ -262,6 +263,11 @@ class Program {
       case kMaximumGradient:  // of x, which shares it with y where they are equal
         return map(code, t, rows, [=](T g, T x, T y) { return x > y ? g : x < y ? zero : g / T(2); });
       case kEquals: return map(code, t, rows, [=](T x, T, T) { return x == s ? one : zero; });
+      case kDiffers: return map(code, t, rows, [=](T x, T, T) { return x != s ? one : zero; });
+      case kGreater: return map(code, t, rows, [=](T x, T, T) { return x > s ? one : zero; });
+      case kAtLeast: return map(code, t, rows, [=](T x, T, T) { return x >= s ? one : zero; });
+      case kLess: return map(code, t, rows, [=](T x, T, T) { return x < s ? one : zero; });
+      case kAtMost: return map(code, t, rows, [=](T x, T, T) { return x <= s ? one : zero; });
       case kWhere: return map(code, t, rows, [=](T is, T x, T y) { return is != zero ? x : y; });
       case kClampMax: return map(code, t, rows, [=](T x, T, T) { return x > s ? s : x; });
       case kClampMaxGradient: return map(code, t, rows, [=](T g, T x, T) { return x > s ? zero : g; });

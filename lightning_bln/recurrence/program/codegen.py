@@ -13,7 +13,8 @@ from lightning_bln.recurrence.program.step import PROJECTION
 OPERATIONS = (
     "product", *SUMS, "sigmoid_gradient", "tanh_gradient", "relu_gradient", "softplus_gradient", "hardsigmoid_gradient",
     "affine", "blend", "multiply", "addcmul", "lerp", "difference", "divide",
-    "exp", "maximum", "maximum_gradient", "equals", "where", "clamp_max", "clamp_max_gradient", "norm", "norm_gradient",
+    "exp", "maximum", "maximum_gradient", "equals", "differs", "greater", "at_least", "less",
+    "at_most", "where", "clamp_max", "clamp_max_gradient", "norm", "norm_gradient",
 )  # fmt: skip
 """Operations in the order of ``Operation`` in ``csrc/program.h``."""
 

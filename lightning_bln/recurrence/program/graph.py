@@ -15,6 +15,24 @@ class NotRecordable(Exception):
     """A step does something that has no instruction in a recorded program."""
 
 
+class Unknown:
+    """A size or the dtype of tensors, which a step may pass on, and not ask: it is recorded once for all."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def asked(self, *_: Any) -> Any:
+        """Raise."""
+        raise NotRecordable(f"what a step does depends on {self.name}")
+
+    def __eq__(self, other: object) -> bool:
+        return other is self if other is None or isinstance(other, Unknown) else self.asked()
+
+    __hash__ = object.__hash__
+    __bool__ = __int__ = __index__ = __float__ = __lt__ = __le__ = __gt__ = __ge__ = asked
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __floordiv__ = __mod__ = asked
+
+
 class Value:
     """Node of the graph: an operation on other nodes, or a leaf, with one number for every unit.
 
@@ -28,8 +46,9 @@ class Value:
     """
 
     __slots__ = ("inputs", "key", "numbers", "op")
-    dtype = None
-    shape = ("samples", "units")  # names, so that a slice up to ``shape[-1]`` is known to be the whole
+    dtype = Unknown("a dtype")
+    shape = (Unknown("the number of samples"), Unknown("the number of units"))
+    """A slice up to ``shape[-1]`` is known to be the whole."""
 
     def __init__(
         self, op: str, inputs: Iterable[Value] = (), numbers: tuple[float, float] = (0.0, 0.0), key: Any = None
@@ -46,9 +65,22 @@ class Value:
         return partial(METHODS.get(name) or operation(name), self)
 
     def __eq__(self, other: object) -> Any:
-        if isinstance(other, int | float):
-            return Value("equals", (self,), (float(other), 0.0))
-        raise NotRecordable("a comparison")
+        return compare("equals", self, other)
+
+    def __ne__(self, other: object) -> Any:
+        return compare("differs", self, other)
+
+    def __gt__(self, other: Any) -> Value:
+        return compare("greater", self, other)
+
+    def __ge__(self, other: Any) -> Value:
+        return compare("at_least", self, other)
+
+    def __lt__(self, other: Any) -> Value:
+        return compare("less", self, other)
+
+    def __le__(self, other: Any) -> Value:
+        return compare("at_most", self, other)
 
     __hash__ = object.__hash__
 
@@ -74,6 +106,12 @@ class Value:
 
     def __truediv__(self, other: Any) -> Value:
         return Value("divide", (self, other)) if is_value(other) else mul(self, 1.0 / other)
+
+    def __abs__(self) -> Value:
+        return operation("abs")(self)
+
+    def __pow__(self, other: Any) -> Value:
+        return operation("pow")(self, other)
 
     def __neg__(self) -> Value:
         return mul(self, -1.0)
@@ -122,6 +160,13 @@ def is_value(x: Any) -> bool:
     if not isinstance(x, Value | int | float):
         raise NotRecordable(f"an operand of type {type(x).__name__}")
     return isinstance(x, Value)
+
+
+def compare(name: str, x: Value, number: Any) -> Value:
+    """One where a comparison with a number holds, else zero."""
+    if not isinstance(number, int | float):
+        raise NotRecordable("a comparison with something else than a number")
+    return Value(name, (x,), (float(number), 0.0))
 
 
 def add(x: Any, y: Any, *, alpha: float = 1.0) -> Value:
@@ -206,6 +251,16 @@ def linear(x: Value, weight: Any, bias: Any = None) -> Value:
     return Value("part", (Value("product", (x,), key=weight.key),), key=0)
 
 
+COMPARISONS = {
+    "equals": ("eq",),
+    "differs": ("ne", "not_equal"),
+    "greater": ("gt", "greater"),
+    "at_least": ("ge", "greater_equal"),
+    "less": ("lt", "less"),
+    "at_most": ("le", "less_equal"),
+}
+"""Torch's names of each."""
+
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "sigmoid": lambda x: Value("sigmoid", (x,)),
     "tanh": lambda x: Value("tanh", (x,)),
@@ -214,6 +269,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "exp": lambda x: Value("exp", (x,)),
     "to": lambda x, dtype: as_dtype(x, dtype),
     "div": Value.__truediv__,
+    **{name: partial(compare, operation) for operation, names in COMPARISONS.items() for name in names},
     **{
         f.__name__: f for f in (add, sub, mul, addcmul, lerp, softplus, log_sigmoid, maximum, where, clamp, linear, cat)
     },

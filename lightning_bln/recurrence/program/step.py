@@ -18,6 +18,8 @@ class NamedGates:
         self._parts = parts
 
     def __getattr__(self, name: str) -> Value:
+        if name not in self._parts:
+            raise AttributeError(f"no gate {name!r}; there are {', '.join(self._parts)}")
         return self._parts[name]
 
     def __add__(self, other: NamedGates) -> NamedGates:

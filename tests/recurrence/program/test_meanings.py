@@ -64,6 +64,16 @@ STEPS: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
     "under autocast": under_autocast,
     "a gradient of its own": lambda s, x, h, p: Cube.apply(x.a + p(h).a),
     "where as a method": lambda s, x, h, p: tanh(x.a.where(F.relu(x.b) == 0, p(h).a)),
+    "greater": lambda s, x, h, p: tanh(where(x.a > 0.1, x.a, 0.1 * x.a) + p(h).a),
+    "at least": lambda s, x, h, p: tanh(where(x.a >= 0, x.a, x.b) + p(h).a),
+    "less": lambda s, x, h, p: tanh(where(torch.lt(x.a, 0), x.a, x.b) + p(h).a),
+    "at most": lambda s, x, h, p: tanh(where(x.a.le(-0.2), x.a, x.b) + p(h).a),
+    "differs": lambda s, x, h, p: tanh(where(F.relu(x.b) != 0, x.a, p(h).a)),
+    "a mask times a gate": lambda s, x, h, p: tanh((x.a > 0) * x.b + p(h).a),
+    "a branch on a size": lambda s, x, h, p: tanh(p(h).a + x.a if h.shape[-1] == 4 else x.b),
+    "a branch on an order of sizes": lambda s, x, h, p: tanh(p(h).a + x.a if h.shape[-1] > 3 else x.b),
+    "a branch on a dtype": lambda s, x, h, p: tanh(p(h).a + x.a if h.dtype == torch.float64 else x.b),
+    "a branch on known dtypes": lambda s, x, h, p: tanh(p(h).a + x.a if h.dtype in (torch.float64,) else x.b),
     "where as a function": lambda s, x, h, p: tanh(where(F.relu(x.b) == 0, x.a, p(h).a)),
     "equal tensors": lambda s, x, h, p: tanh((x.a == x.a) * p(h).a + x.b),
     "unequal tensors": lambda s, x, h, p: tanh((x.a != x.b) * p(h).a),
@@ -129,6 +139,20 @@ def test_a_step_means_what_it_means_to_torch(name, options) -> None:
         plain.backend = "reference"
         for ours, theirs in zip(results_of(fast, x), results_of(plain, x), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+COMPARED = ("greater", "at least", "less", "at most", "differs", "a mask times a gate", "where as a function")
+ASKED = {"a branch on a size": "number of units", "a branch on an order of sizes": "number of units"}
+ASKED |= dict.fromkeys(("a branch on a dtype", "a branch on known dtypes"), "a dtype")
+
+
+@pytest.mark.parametrize("name", [*COMPARED, *ASKED])
+def test_comparisons_with_numbers_are_recorded_and_questions_are_not(name) -> None:
+    reason = Recurrent(cell_of(name), 3, 4, dtype=torch.float64).backend_reason
+    if name in COMPARED:
+        assert reason is None
+    else:
+        assert f"what a step does depends on the {ASKED[name]}".replace("the a ", "a ") in reason
 
 
 class TwoOutputs(Cell):
