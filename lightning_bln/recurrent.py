@@ -160,6 +160,12 @@ class Recurrent(HasCells):
             warnings.warn(
                 f"dropout={dropout} acts between layers, but num_layers=1; add a layer or leave it out", stacklevel=3
             )
+        if self.recurrent_dropout and not self.cell.products:
+            warnings.warn(
+                f"recurrent_dropout={recurrent_dropout} acts on the state where it enters a product, and "
+                f"{type(self.cell).__name__} has none; use input_dropout or zoneout, or leave it out",
+                stacklevel=3,
+            )
         for layer in range(self.num_layers):
             for suffix in self._suffixes(layer):
                 size = self.input_size if layer == 0 else self.output_size * self.num_directions

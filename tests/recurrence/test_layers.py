@@ -252,3 +252,9 @@ def test_functional_gradients_and_gradients_of_gradients_have_a_way(kind) -> Non
     layer.backend = "reference"
     first = torch.autograd.grad(loss(parameters), layer.weight_ih_l0, create_graph=True)[0]
     assert torch.autograd.grad(first.square().sum(), layer.weight_ih_l0)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("cell", ["mingru", "indrnn", "qrnn"])
+def test_dropout_of_a_state_that_enters_no_product_warns(cell) -> None:
+    with pytest.warns(UserWarning, match=r"recurrent_dropout=0.5 acts on the state where it enters a product"):
+        Recurrent(cell, 3, 4, recurrent_dropout=0.5)

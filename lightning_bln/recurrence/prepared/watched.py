@@ -57,12 +57,8 @@ def layout_of(value: Tensor | None) -> tuple[Any, ...] | None:
     if value is None:
         return None
     kind = type(value), value.dtype, value.requires_grad, value.is_neg()
-    return (
-        value.data_ptr(),
-        value.shape,
-        value.is_contiguous(),
-        *kind,
-    )  # the strides of one that is follow from its shape
+    # what is read is contiguous, so that its shape tells its strides
+    return value.data_ptr(), value.shape, value.is_contiguous(), *kind
 
 
 def admitted(value: Tensor, dtype: torch.dtype) -> Tensor:
