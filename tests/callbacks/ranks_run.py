@@ -115,7 +115,7 @@ def buffers(samples: str, out: Path) -> None:
     own = frozen(model)
     samplers = [DistributedSampler(data, num_replicas=2, rank=rank) for rank in (0, 1)]
     batches = [batch for sampler in samplers for batch in DataLoader(data, 8, sampler=sampler)]
-    recompute_population(model, batches, samples=options["samples"])
+    recompute_population(model, batches, samples=options["samples"], batchnorm=False)
     alone = zoo.oracle(model, DataLoader(validation, 10))
     scores = {mode: values["val_loss"] for mode, values in callback.result.scores.items()}
     off = {str(mode): abs(value - alone[mode]["val_loss"]) for mode, value in scores.items()}

@@ -232,6 +232,7 @@ def test_a_change_is_seen_in_training(change: str) -> None:
         assert_same(layer, x, train)
 
 
+@pytest.mark.exact
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}, {"bias": False}]
