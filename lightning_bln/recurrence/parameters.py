@@ -57,10 +57,10 @@ class HasCells(nn.Module):
             among them.
     """
 
-    weight_ih_l0: Tensor
     backend = "auto"
     recompute = False
     input_dropout = recurrent_dropout = zoneout = 0.0
+    """Options of layers that run whole sequences; single-step cells have these values."""
     _shapes: dict[str, tuple[int, ...]] = {}
     """Shape of each parameter."""
 

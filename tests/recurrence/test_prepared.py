@@ -392,6 +392,31 @@ def test_a_layer_that_reads_its_parameters_in_another_way(training: bool) -> Non
     assert_same(other, x, steps)
 
 
+class Drawn(nn.Module):
+    """Counts how often a weight is made, as one that is drawn at random would show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_parametrized_weight_is_made_no_more_often(training: bool) -> None:
+    layer, x = build().train(training), torch.randn(6, 4, 3, dtype=torch.float64)
+    drawn = Drawn()
+    parametrize.register_parametrization(layer, "weight_ih_l0", drawn)
+    plain = deepcopy(layer)
+    plain.backend = "reference"
+    drawn.calls = plain.parametrizations.weight_ih_l0[0].calls = 0
+    for one in (layer, plain):
+        infer(one, x) if not training else train(one, x)
+    assert drawn.calls == plain.parametrizations.weight_ih_l0[0].calls
+
+
 def test_states_of_a_subclass_are_seen() -> None:
     class Seen(Tensor):
         pass

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lightning_bln._torch import is_observed, is_plain
+from lightning_bln._torch import is_observed, is_plain, own_parameters
 from lightning_bln.modes import FanOut
 from lightning_bln.recurrence.backends import runs_fused
 from lightning_bln.recurrence.direction import run_direction
@@ -78,8 +78,10 @@ class Directions:
         """
         if self.fan is not None or self.sizes is not None or torch.compiler.is_compiling() or is_observed():
             return None
-        training, dtype = self.layer.training, self.layer.weight_ih_l0.dtype
-        if training is not torch.is_grad_enabled() or not all(is_plain(one) and one.dtype == dtype for one in tensors):
+        training, weight = self.layer.training, own_parameters(self.layer).get("weight_ih_l0")
+        if training is not torch.is_grad_enabled() or weight is None:  # one made of others is not to be made once more
+            return None
+        if not all(is_plain(one) and one.dtype == weight.dtype for one in tensors):
             return None
         return KEPT.setdefault(self.layer, {}).setdefault(training, Kept())
 

@@ -26,11 +26,22 @@ class Unknown:
         raise NotRecordable(f"what a step does depends on {self.name}")
 
     def __eq__(self, other: object) -> bool:
-        return other is self if other is None or isinstance(other, Unknown) else self.asked()
+        return other is self or (other is not None and self.asked())
 
     __hash__ = object.__hash__
     __bool__ = __int__ = __index__ = __float__ = __lt__ = __le__ = __gt__ = __ge__ = asked
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __floordiv__ = __mod__ = asked
+
+
+UNITS = "the number of units"
+
+
+def cut_at(index: Any) -> tuple[Any, Any] | None:
+    """Begin and end of ``[..., begin:end]``, sizes by their names; ``None`` for another index."""
+    if not (isinstance(index, tuple) and len(index) == 2 and index[0] is Ellipsis and isinstance(index[1], slice)):
+        return None
+    ends = [one.name if isinstance(one, Unknown) else one for one in (index[1].start, index[1].stop)]
+    return None if index[1].step is not None else (ends[0], ends[1])
 
 
 class Value:
@@ -47,8 +58,7 @@ class Value:
 
     __slots__ = ("inputs", "key", "numbers", "op")
     dtype = Unknown("a dtype")
-    shape = (Unknown("the number of samples"), Unknown("the number of units"))
-    """A slice up to ``shape[-1]`` is known to be the whole."""
+    """That of all nodes."""
 
     def __init__(
         self, op: str, inputs: Iterable[Value] = (), numbers: tuple[float, float] = (0.0, 0.0), key: Any = None
@@ -87,8 +97,13 @@ class Value:
     def __bool__(self) -> bool:
         raise NotRecordable("what a step does depends on the values of a tensor")
 
+    @property
+    def shape(self) -> tuple[Unknown, Unknown]:
+        """Numbers of samples and units, new at each call, so that no two compare as equal: a projection has its own."""
+        return Unknown("the number of samples"), Unknown(UNITS)
+
     def __getitem__(self, index: Any) -> Value:
-        if index == (Ellipsis, slice(self.shape[-1])):
+        if cut_at(index) == (None, UNITS):
             return self
         raise NotRecordable("an index into the units")
 
@@ -135,10 +150,9 @@ class Line:
         return operation(func.__name__)(*args, **(kwargs or {}))
 
     def __getitem__(self, index: Any) -> Any:
-        first = Value.shape[-1]
-        if index == (Ellipsis, slice(first)):
+        if cut_at(index) == (None, UNITS):
             return self.parts[0]
-        if index == (Ellipsis, slice(first, None)):
+        if cut_at(index) == (UNITS, None):
             return joined(self.parts[1:])
         raise NotRecordable("an index into the units")
 

@@ -72,6 +72,8 @@ STEPS: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
     "a mask times a gate": lambda s, x, h, p: tanh((x.a > 0) * x.b + p(h).a),
     "a branch on a size": lambda s, x, h, p: tanh(p(h).a + x.a if h.shape[-1] == 4 else x.b),
     "a branch on an order of sizes": lambda s, x, h, p: tanh(p(h).a + x.a if h.shape[-1] > 3 else x.b),
+    "a branch on two sizes": lambda s, x, h, p: tanh(p(h).a + x.a if h.shape[0] != h.shape[1] else x.b),
+    "a branch on two shapes": lambda s, x, h, p: tanh(p(h).a + x.a if h.shape == x.a.shape else x.b),
     "a branch on a dtype": lambda s, x, h, p: tanh(p(h).a + x.a if h.dtype == torch.float64 else x.b),
     "a branch on known dtypes": lambda s, x, h, p: tanh(p(h).a + x.a if h.dtype in (torch.float64,) else x.b),
     "where as a function": lambda s, x, h, p: tanh(where(F.relu(x.b) == 0, x.a, p(h).a)),
@@ -143,6 +145,7 @@ def test_a_step_means_what_it_means_to_torch(name, options) -> None:
 
 COMPARED = ("greater", "at least", "less", "at most", "differs", "a mask times a gate", "where as a function")
 ASKED = {"a branch on a size": "number of units", "a branch on an order of sizes": "number of units"}
+ASKED |= dict.fromkeys(("a branch on two sizes", "a branch on two shapes"), "number of samples")
 ASKED |= dict.fromkeys(("a branch on a dtype", "a branch on known dtypes"), "a dtype")
 
 
