@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import time
@@ -74,9 +73,10 @@ def storage(request, tmp_path):
 
 def test_two_processes_finish_a_study_though_one_is_killed(storage, tmp_path) -> None:
     trials = 8
-    log = tmp_path / "log"
+    log, held = tmp_path / "log", tmp_path / "held"
+    held.touch()  # nothing is trained to its end before one of the two is dead
     config = tmp_path / "tune.yaml"
-    config.write_text(yaml.safe_dump(helpers.small_search(log=str(log), wait=0.3) | {"pruner": "none"}))
+    config.write_text(yaml.safe_dump(helpers.small_search(log=str(log), held_by=str(held)) | {"pruner": "none"}))
     command = [sys.executable, "-m", "lightning_bln.cli", "tune", "--config", str(config), "--no-progress"]
     command += ["--trials", str(trials), "--storage", storage, "--heartbeat", "1", "--output", str(tmp_path / "out")]
     processes = [
@@ -102,7 +102,9 @@ def test_two_processes_finish_a_study_though_one_is_killed(storage, tmp_path) ->
             running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
             owners = {one.user_attrs[OWNER].partition("-")[0] for one in running}
             if owners == {str(one.pid) for one in processes}:
-                victim.send_signal(signal.SIGKILL)
+                victim.kill()
+                victim.wait()
+                held.unlink()
                 break
         _, errors = survivor.communicate(timeout=240)
         assert survivor.returncode == 0, errors[-2000:]

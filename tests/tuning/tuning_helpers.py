@@ -23,23 +23,24 @@ from lightning_bln.demo import RowClassifier
 
 
 class Logged(RowClassifier):
-    """Writes a line to a file when its training ends, and at each epoch to another; can wait before, or fail once."""
+    """Writes a line to a file when its training ends, and at each epoch to another; can wait for one to go, or fail."""
 
     def __init__(
         self,
         log: str | None = None,
-        wait: float = 0.0,
+        held_by: str | None = None,
         fail_once: str | None = None,
         fail_epoch: int = 0,
         epochs_log: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(hidden_size=4, **options)
-        self.log_path, self.wait, self.fail_once = log, wait, fail_once
+        self.log_path, self.held_by, self.fail_once = log, held_by, fail_once
         self.fail_epoch, self.epochs_log = fail_epoch, epochs_log
 
     def on_train_start(self) -> None:
-        time.sleep(self.wait)
+        while self.held_by is not None and Path(self.held_by).exists():
+            time.sleep(0.02)
 
     def on_train_epoch_start(self) -> None:
         self._write(self.epochs_log, f"{self.lr!r} {self.current_epoch} {self.global_step}")
