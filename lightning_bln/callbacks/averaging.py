@@ -108,3 +108,13 @@ def without_populations(function: Callable, *models: nn.Module) -> Callable:
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def population_buffers(module: Any) -> list[str]:
+    """Names of the buffers that hold a model's populations."""
+    return [
+        f"{name}.{buffer}".lstrip(".")
+        for name, one in module.named_modules()
+        if isinstance(one, Population)
+        for buffer, _ in one.named_buffers()
+    ]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
+from lightning_bln._torch import BatchNorm
 from lightning_bln.callbacks import _lightning
 from lightning_bln.modes import ALL_MODES, BATCH_INDEPENDENT_MODES, StatisticsMode, mode_layers
 
@@ -19,6 +20,7 @@ def check_arguments(
     recompute_batches: int | None,
     every_n_epochs: int,
     tolerance: float,
+    batchnorm: Any,
 ) -> None:
     """Raise where an argument of the callback is none of those it documents."""
     rules = {
@@ -31,6 +33,11 @@ def check_arguments(
             "positive, or None",
         ),
         "every_n_epochs": (every_n_epochs, every_n_epochs >= 1, "positive"),
+        "batchnorm": (
+            batchnorm,
+            isinstance(batchnorm, bool) or batchnorm == "validate",
+            "True, False or 'validate'",
+        ),
         "tolerance": (tolerance, tolerance >= 0 and math.isfinite(tolerance), "zero or positive"),
     }
     for name, (value, is_allowed, rule) in rules.items():
@@ -62,13 +69,17 @@ def matching(pattern: str) -> tuple[StatisticsMode, ...]:
     return tuple(mode for mode in ALL_MODES if fnmatchcase(str(mode), pattern.replace("*", "?")))
 
 
-def check_model(trainer: Any, module: Any) -> None:
-    """Raise where a module has no mode to choose, or its ``validation_step`` cannot be called once for each mode."""
-    if not mode_layers(module):
+def check_model(trainer: Any, module: Any, batchnorm: bool | str) -> None:
+    """Raise where a module has no mode to choose and no statistics to compute, or has a step that draws batches."""
+    if not mode_layers(module) and not (batchnorm and has_batch_norm(module)):
+        mend = "put a BatchLayerNorm or a recurrent layer with norm='bln' into it, or take the callback away"
+        if has_batch_norm(module):
+            mend = (
+                "with population='recompute' and batchnorm=True the running statistics of its batch norms are computed"
+            )
         raise _lightning.misconfiguration(
             trainer,
-            f"model={type(module).__name__} has no layer with a statistics mode, so there is nothing to choose; "
-            "put a BatchLayerNorm or a recurrent layer with norm='bln' into it, or take the callback away",
+            f"model={type(module).__name__} has no layer with a statistics mode, so there is nothing to choose; {mend}",
         )
     if _lightning.takes_dataloader_iter(module.validation_step):
         raise _lightning.misconfiguration(
@@ -88,3 +99,8 @@ def check_validation_data(trainer: Any) -> None:
             "a rank has no validation batches while others do, and would choose no mode; give every rank at least "
             "one batch, of fewer samples each",
         )
+
+
+def has_batch_norm(module: Any) -> bool:
+    """Whether there is a batch norm of torch's with running statistics, or one that will have some."""
+    return any(isinstance(one, BatchNorm) and one.track_running_stats for one in module.modules())

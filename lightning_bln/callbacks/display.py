@@ -17,6 +17,7 @@ from rich.console import Console
 
 from lightning_bln._files import one_line, replacing
 from lightning_bln.callbacks import _lightning
+from lightning_bln.callbacks.comparison import AVERAGES, Comparison
 from lightning_bln.callbacks.messages import above_bars, bar_classes
 from lightning_bln.modes import ALL_MODES
 from lightning_bln.sweep.result import SweepResult
@@ -139,24 +140,39 @@ def log_scores(callback: Any, trainer: Any, result: SweepResult, *, every_mode: 
     _lightning.log_as_named(trainer, trainer.lightning_module, named)
 
 
+def log_running_averages(trainer: Any, monitor: str, comparison: Comparison) -> None:
+    """Log the monitored value by running averages in a fit, so that its curve stands beside that of the validation."""
+    value = comparison.rows[AVERAGES].get(monitor)
+    if trainer.state.fn == "fit" and value is not None:
+        _lightning.log_as_named(trainer, trainer.lightning_module, {f"bln/{monitor}/running_averages": value})
+
+
 def report(
-    result: SweepResult, trainer: Any, *, folder: Path | None, loggers: Iterable[Any], plot: bool, table: bool
+    result: SweepResult | None,
+    comparison: Comparison | None,
+    trainer: Any,
+    *,
+    folder: Path | None,
+    loggers: Iterable[Any],
+    plot: bool,
+    table: bool,
 ) -> None:
-    """Give loggers the mode, print the table and write the files at the end of fit; what fails costs a warning each."""
+    """Give loggers the mode, print tables and write files at the end of fit; what fails costs a warning each."""
     loggers = list(loggers)
-    for logger in loggers:
+    for logger in loggers if result is not None else []:
         with sparing(f"log the mode to {type(logger).__name__}"):
-            log_choice(logger, str(result.chosen), trainer.global_step)
-    if table:
-        with sparing("print the table of scores"):
-            print_table(result, trainer)
-    figure = drawn(result) if (plot and loggers) or folder is not None else None
+            log_choice(logger, str(result.chosen), trainer.global_step)  # type: ignore[union-attr]
+    for found in (result, comparison):
+        if table and found is not None:
+            with sparing("print the table of scores"):
+                print_table(found, trainer)
+    figure = drawn(result) if result is not None and ((plot and loggers) or folder is not None) else None
     for logger in loggers if plot and figure is not None else []:
         with sparing(f"give the heat map to {type(logger).__name__}"):
             log_figure(logger, figure, trainer.global_step)
     if folder is not None:
         with sparing(f"write its result to save_dir={str(folder)!r}"):
-            save(result, folder, figure)
+            save(result, comparison, folder, figure)
 
 
 def log_choice(logger: Any, mode: str, step: int) -> None:
@@ -190,18 +206,20 @@ def drawn(result: SweepResult) -> Any:
     return None
 
 
-def print_table(result: SweepResult, trainer: Any) -> None:
-    """Print the result with rich's colours, above a bar that is still there."""
+def print_table(result: SweepResult | Comparison, trainer: Any) -> None:
+    """Print a result with rich's colours, above a bar that is still there."""
     progress = getattr(trainer.progress_bar_callback, "progress", None)
     console = getattr(progress, "console", None) or Console()
     with above_bars(trainer):
         console.print(result)
 
 
-def save(result: SweepResult, folder: Path, figure: Any) -> None:
-    """Write the result as JSON, and its heat map if there is one, into ``folder``, each whole or not at all."""
-    with replacing(folder / "bln_sweep.json") as file:
-        file.write(f"{result.to_json()}\n".encode())
+def save(result: SweepResult | None, comparison: Comparison | None, folder: Path, figure: Any) -> None:
+    """Write what there is as JSON, and the heat map, into ``folder``, each file whole or not at all."""
+    for name, found in (("bln_sweep.json", result), ("bln_comparison.json", comparison)):
+        if found is not None:
+            with replacing(folder / name) as file:
+                file.write(f"{found.to_json()}\n".encode())
     if figure is not None:
         with replacing(folder / "bln_sweep.png") as file:
             figure.savefig(file, dpi=150, format="png")

@@ -46,6 +46,7 @@ class Evaluation:
 
     Attributes:
         reason: Why modes were evaluated one after the other; None where all were evaluated jointly.
+        beside: A run with state of its own, without a mode, that takes each step too.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Evaluation:
         self.others = tuple(mode for mode in modes if mode != self.incumbent)
         self.modes = self.others if self.incumbent is None else (*self.others, self.incumbent)
         self.runs: list[Run] = [self.start.copy(self.loop, (mode,)) for mode in self.others]
+        self.beside: Run | None = None
         self.ranks, self.around, self.runs_hook = Ranks(trainer), Surroundings(module), False
 
     @property
@@ -125,6 +127,8 @@ class Evaluation:
                 self.step_jointly(step, state)
             else:
                 self.step_alone(self.parted(), step)
+            if self.beside is not None:
+                step(self.beside)
         self.user.sharing.settle()
         self.around.end_batch()
         self.shared.follow(self.incumbent)
@@ -216,17 +220,18 @@ class Evaluation:
         own = {key: self.base_results[key] for key in runs[0].results if key in self.base_results}
         return [*runs, self.present_run((self.incumbent,), own).copy(self.loop, (self.incumbent,))]
 
-    def incumbent_run(self) -> Run:
+    def own_run(self) -> Run:
         """Lightning's own run, by reference, without values that other callbacks logged."""
-        assert self.incumbent is not None
         own = {key: row for key, row in self.base_results.items() if not self.is_foreign(key, row)}
-        return self.present_run((self.incumbent,), own)
+        return self.present_run(() if self.incumbent is None else (self.incumbent,), own)
 
     def close_dataloaders(self) -> None:
         """Compute the metrics of the dataloader that has ended, in every run."""
         if self.trainer.world_size > 1:
             self.parted()  # ranks may have merged other modes, and metrics are reduced over ranks
         self.of_each(self.close_dataloader)
+        if self.beside is not None:
+            self.close_dataloader(self.beside)
 
     def of_each(self, act: Callable[[Run], Any]) -> list[Any]:
         """Results of ``act`` on every run; modes whose joint run does not allow it part, and each acts by itself."""
@@ -272,6 +277,8 @@ class Evaluation:
         self.close_dataloaders()
         scores = self.all_scores()
         is_missing = any(monitor not in values for values in scores.values())
+        if self.beside is not None and not self.modes:  # nothing is chosen by it, and the module may not log it at all
+            is_missing = monitor in self.trainer.callback_metrics and monitor not in self.values(self.own_run())
         self.runs_hook = self.trainer.strategy.reduce_boolean_decision(is_missing, all=False)
         return self.all_scores() if self.runs_hook else scores
 
@@ -279,7 +286,7 @@ class Evaluation:
         """The metrics of every mode."""
         scores = {mode: values for found in self.of_each(self.epoch_scores) for mode, values in found.items()}
         if self.incumbent is not None:
-            scores.update(self.epoch_scores(self.incumbent_run()))
+            scores.update(self.epoch_scores(self.own_run()))
         return {mode: scores[mode] for mode in self.modes}
 
     def agreed(self, values: list[float]) -> list[float]:
@@ -298,6 +305,16 @@ class Evaluation:
 
     def epoch_scores(self, run: Run) -> dict[StatisticsMode, dict[str, float]]:
         """The values each mode of ``run`` has logged, or with the module's hook would log; the run does not change."""
+        parts = {
+            name: value.parts if isinstance(value, PerMode) else [value] * len(run.modes)
+            for name, value in self.values(run).items()
+        }
+        return {
+            mode: {name: float(values[place]) for name, values in parts.items()} for place, mode in enumerate(run.modes)
+        }
+
+    def values(self, run: Run) -> dict[str, Tensor]:
+        """Each number that ``run`` has logged, or with the module's hook would log; the run does not change."""
         ending = Run(run.modes, run.results, UserState.copy(run.state, deep=True), run.copied_log(), run.structure)
         state = RandomState(self.module.device)
         try:
@@ -314,14 +331,7 @@ class Evaluation:
             for key in [key for key in run.results if key.startswith(f"{EPOCH_END}.")]:
                 del run.results[key]
             state.restore()
-        parts = {
-            name: value.parts if isinstance(value, PerMode) else [value] * len(run.modes)
-            for name, value in scores.items()
-            if value.numel() == 1
-        }
-        return {
-            mode: {name: float(values[place]) for name, values in parts.items()} for place, mode in enumerate(run.modes)
-        }
+        return {name: value for name, value in scores.items() if value.numel() == 1}
 
     def per_dataloader(self, results: Any) -> list[Any]:
         """The metrics of each dataloader, in order; one entry if dataloaders share them."""

@@ -9,6 +9,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_bln.batchnorm import batch_norms
 from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.averaging import averaged
 from lightning_bln.callbacks.kept_batches import KeptBatches
@@ -40,11 +41,13 @@ class Freezing:
         # ranks must decide alike, though a rank's shard of the weights may be unchanged, or its share of the data empty
         decide = trainer.strategy.reduce_boolean_decision
         has_moved = decide(weights != self.weights, all=False)
-        asleep = sleepers(trainer, module)
+        asleep = sleepers(trainer, module, callback.batchnorm)
         left: list[str] = []
         if callback.population == "recompute":
-            if has_moved and len(asleep) < len(holders_of(module)):
+            if has_moved and len(asleep) < len(frozen_layers(module, callback.batchnorm)):
                 left = self.recompute(callback, trainer, module, asleep)
+                if callback.batchnorm:
+                    weights.buffers = self.present_buffers(module)  # with the statistics that stand in them now
         elif decide(any(one.is_gathering for one in populations(module)), all=False) and step != self.step:
             left = freeze_gathered(module, asleep.values())
         if callback.population == "epoch" and self.is_exchanged(weights, step):
@@ -69,7 +72,7 @@ class Freezing:
         most = trainer.num_training_batches if loader is None else math.inf
         bounds = most, callback.recompute_batches or math.inf, batches_for(source, callback.samples, trainer.world_size)
         callback._bar.start(trainer, "Population", min(bounds))
-        left = recompute(
+        found = recompute(
             trainer,
             module,
             samples=callback.samples,
@@ -78,9 +81,11 @@ class Freezing:
             on_batch=callback._bar.advance,
             asleep=asleep.values(),
             kept=self.kept,
+            batchnorm=bool(callback.batchnorm),
         )
+        callback.averages.replace(module, found.running)
         callback._bar.close()
-        return left
+        return found.left
 
     def refresh(self, callback: Any, trainer: Any, module: Any) -> None:
         """Freeze the population of the weights that a checkpoint is about to hold."""
@@ -92,9 +97,15 @@ class Freezing:
     def present(self, module: nn.Module) -> Fingerprint:
         """The fingerprint of the weights as they are, without buffers that a validation changes."""
         found = fingerprint(module)
-        for name in self.accumulators:
-            found.buffers.pop(name, None)
+        found.buffers = self.without_accumulators(found.buffers)
         return found
+
+    def present_buffers(self, module: nn.Module) -> dict[str, int]:
+        """Checksums of the buffers as they are, without those that a validation changes."""
+        return self.without_accumulators(fingerprint_of_buffers(module))
+
+    def without_accumulators(self, buffers: dict[str, int]) -> dict[str, int]:
+        return {name: value for name, value in buffers.items() if name not in self.accumulators}
 
     def note_accumulators(self, module: nn.Module) -> None:
         """After the first validation batch: buffers that have changed since the freezing accumulate a user's values."""
@@ -124,13 +135,21 @@ EXCHANGED = (
     "keeps these; set population='recompute' for that of the weights validated."
 )
 ASLEEP = " is in evaluation mode while the model trains, and keeps the population it has."
-UNUSED = " gathered no statistics, since nothing called the layer, and keeps the population it has."
+UNUSED = (
+    " gathered no statistics, since nothing called the layer, and keeps the population it has; a method "
+    "population_step(batch, batch_idx) of the module that calls it gives it one."
+)
 
 
-def sleepers(trainer: Any, module: nn.Module) -> dict[str, nn.Module]:
-    """Layers with a population, by name, that are in evaluation mode while ``module`` trains."""
+def frozen_layers(module: nn.Module, batchnorm: Any) -> list[nn.Module]:
+    """Layers whose statistics are computed: those with a population, and with ``batchnorm`` torch's batch norms."""
+    return [*holders_of(module), *(batch_norms(module).values() if batchnorm else ())]
+
+
+def sleepers(trainer: Any, module: nn.Module, batchnorm: Any = False) -> dict[str, nn.Module]:
+    """Layers whose statistics would be computed, by name, that are in evaluation mode while ``module`` trains."""
     training = _lightning.training_modes(trainer)
-    holders = {id(one) for one in holders_of(module)}
+    layers = {id(one) for one in frozen_layers(module, batchnorm)}
     return {
-        name: one for name, one in module.named_modules() if id(one) in holders and not training.get(name, one.training)
+        name: one for name, one in module.named_modules() if id(one) in layers and not training.get(name, one.training)
     }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -16,16 +16,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bln._scoped import setting
 from lightning_bln._torch import sync_buffers
+from lightning_bln.batchnorm import batch_norms
 from lightning_bln.callbacks import _lightning
 from lightning_bln.callbacks.kept_batches import KeptBatches
 from lightning_bln.callbacks.large_state import Contents, large_values
 from lightning_bln.callbacks.readings import training_batches
+from lightning_bln.callbacks.running_averages import Running
 from lightning_bln.callbacks.user_state import UserState
 from lightning_bln.callbacks.weights import KeptWeights
 from lightning_bln.distributed import is_sharded
 from lightning_bln.joining import reading_items, serves_items
 from lightning_bln.population import Population
-from lightning_bln.recomputation import gather_population, reset_population
+from lightning_bln.recomputation import gather_population, populations
 from lightning_bln.sweep.random_state import RandomState
 
 STEP = "population_step"
@@ -33,6 +35,16 @@ STEP = "population_step"
 
 NEEDS_GRADIENTS = ("does not require grad", "not have been used in the graph", "no grad accumulator")
 """Words of torch's errors where a gradient is asked for and none is taken."""
+
+
+class Recomputed(NamedTuple):
+    """Names of populations that stay, since the step calls their layers not at all, and running statistics.
+
+    Those are of batch norms by name; the layers do not have them yet.
+    """
+
+    left: list[str]
+    running: dict[str, Running]
 
 
 def recompute(
@@ -45,10 +57,9 @@ def recompute(
     on_batch: Callable[[int], None],
     asleep: Collection[nn.Module] = (),
     kept: KeptBatches | None = None,
-) -> list[str]:
+    batchnorm: bool = True,
+) -> Recomputed:
     """Compute the population of ``module`` at its present weights, over the Trainer's training data.
-
-    Returns the names of populations that stay as they were, since the step calls their layers not at all.
 
     Args:
         trainer: A Trainer within ``fit``.
@@ -59,6 +70,7 @@ def recompute(
         on_batch: Called with 1 for each batch that is read.
         asleep: Layers that keep their population, since they are in evaluation mode while the module trains.
         kept: Batches of the Trainer's training data from an earlier reading, or where to keep them.
+        batchnorm: Whether to compute running statistics of torch's batch norms, too.
     """
     collate: list[Any] = []
 
@@ -104,9 +116,13 @@ def recompute(
                 # the module alone does not show that its wrapper shards weights, so that ranks must run in step
                 wrapped=trainer.strategy.model if is_sharded(trainer.strategy.model) else None,
                 asleep=asleep,
+                batchnorm=batchnorm,
             )
-        reset_population(module)
-    return left
+        for population in populations(module):
+            population.reset()
+        norms = {name: one for name, one in batch_norms(module).items() if batchnorm and one not in asleep}
+        running = {name: Running.of(norm) for name, norm in norms.items() if name not in left}
+    return Recomputed(left, running)
 
 
 def limit_of(trainer: Any, limit: int | None) -> int | None:

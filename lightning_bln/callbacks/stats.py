@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -11,24 +10,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_bln._checks import check_bool
-from lightning_bln._torch import ignore_in_ddp, sync_buffers
+from lightning_bln._torch import ignore_in_ddp
 from lightning_bln.callbacks import _lightning
-from lightning_bln.callbacks.averaging import exclude_populations, saving_average, saving_statistics, write_statistics
+from lightning_bln.callbacks.averaging import (
+    exclude_populations,
+    population_buffers,
+    saving_average,
+    saving_statistics,
+    write_statistics,
+)
 from lightning_bln.callbacks.checks import check_arguments, check_model, check_validation_data, parse_candidates
-from lightning_bln.callbacks.display import SweepBar, check_log, label_bar, log_scores, report, sparing
-from lightning_bln.callbacks.evaluation import Evaluation, shared_forward
-from lightning_bln.callbacks.freezing import Freezing, sleepers
+from lightning_bln.callbacks.choice import conclude, set_up
+from lightning_bln.callbacks.comparison import Comparison
+from lightning_bln.callbacks.display import SweepBar, check_log, label_bar, report, sparing
+from lightning_bln.callbacks.evaluation import Evaluation
+from lightning_bln.callbacks.freezing import Freezing
 from lightning_bln.callbacks.guard import Guard
 from lightning_bln.callbacks.kept_batches import KeptBatches
 from lightning_bln.callbacks.mailbox import Arrived, Mailbox
 from lightning_bln.callbacks.messages import Messages
-from lightning_bln.callbacks.monitor import agree, unscored_of
 from lightning_bln.callbacks.namespaces import of_both, revive
 from lightning_bln.callbacks.readings import check_readable
 from lightning_bln.callbacks.recompute import check_recompute
-from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers, setting_modes
-from lightning_bln.population import Population
-from lightning_bln.recomputation import populations, reset_population
+from lightning_bln.callbacks.running_averages import RunningAverages
+from lightning_bln.modes import assign_modes, mode_layers, setting_modes
+from lightning_bln.recomputation import populations
 from lightning_bln.sweep.result import Direction, SweepResult, one_direction
 from lightning_bln.sweep.shared_forward import SharedForward
 
@@ -70,12 +76,17 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         mode: Earlier name of ``direction``.
         refresh_on_save: Whether to compute the population anew before a checkpoint is saved whose weights have been
             trained since the last validation. Without, loading such a checkpoint warns.
+        batchnorm: Running statistics of torch's batch norms: True computes them, too, in place of the averages that
+            training keeps; ``"validate"`` gives those averages back when training goes on; False leaves them alone.
+            None of these changes how weights are trained.
+        compare: Whether to validate by those running averages, too, for the table of what their replacement brought.
         verify: Whether to compare, on the first batch of each validation, what modes come to together with what each
             comes to alone, and raise where they differ: for finding faults.
 
     Attributes:
         result: The last :class:`~lightning_bln.sweep.SweepResult`, or None before the first choice.
         history: ``(epoch, step, mode, score)`` of every choice.
+        comparison: What running statistics of batch norms brought in the last validation, or None.
 
     Raises:
         ValueError: An argument is none of those above.
@@ -113,6 +124,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         verbose: bool = True,
         mode: Direction | None = None,
         refresh_on_save: bool = False,
+        batchnorm: bool | Literal["validate"] = True,
+        compare: bool = True,
         verify: bool = False,
     ) -> None:
         super().__init__()
@@ -127,6 +140,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             recompute_batches=recompute_batches,
             every_n_epochs=every_n_epochs,
             tolerance=tolerance,
+            batchnorm=batchnorm,
         )
         self.monitor, self.direction = monitor, one_direction(direction, mode)
         self.candidates = parse_candidates(candidates)
@@ -135,11 +149,14 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self.stats_dataloader = stats_dataloader
         self.should_log, self.plot, self.verbose = check_log(log), plot, verbose
         self.refresh_on_save = check_bool("refresh_on_save", refresh_on_save)
-        self.verify = check_bool("verify", verify)
+        self.batchnorm = batchnorm if population == "recompute" else False
+        self.compare, self.verify = check_bool("compare", compare), check_bool("verify", verify)
         self.save_dir = None if save_dir is None else Path(save_dir)
         self.mailbox = Mailbox()
         self.result = None
         self.history = []
+        self.comparison: Comparison | None = None
+        self.averages = RunningAverages()
         self._evaluation: Evaluation | None = None
         self._guard: Guard | None = None
         self._shared: SharedForward | None = None
@@ -178,13 +195,14 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self._messages.begin()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        check_model(trainer, pl_module)
+        check_model(trainer, pl_module, self.batchnorm)
         self._freezing, self._is_validating = Freezing(), False  # another fit may bring other data, or another module
         if self.population == "recompute":
             check_recompute(trainer, pl_module)
             self._check_readable(trainer, _lightning.given_train_loaders(trainer))
         if trainer.global_step == 0 and trainer.ckpt_path is None:
-            self.result, self.history = None, []  # those of an earlier fit
+            self.result, self.history, self.comparison = None, [], None  # those of an earlier fit
+            self.averages = RunningAverages()
         for callback in trainer.callbacks:
             exclude_populations(callback, pl_module)
         self._during_fit.enter_context(saving_average(trainer.callbacks, pl_module))
@@ -209,7 +227,10 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         # not in on_train_epoch_start, which the Trainer skips when it resumes, within an epoch and right after one
         if batch_idx == 0:
-            reset_population(pl_module)
+            for population in populations(pl_module):
+                population.reset()
+        if self.averages.kept:
+            self.averages.put_back(pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._evaluation = self._guard = None
@@ -224,9 +245,9 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             and (not fitting or (trainer.current_epoch + 1) % self.every_n_epochs == 0)
         )
         if not fitting:
-            check_model(trainer, pl_module)
+            check_model(trainer, pl_module, self.batchnorm)
             self._announce(trainer, pl_module, "starts to validate")
-            if not any(one.is_frozen for one in populations(pl_module)):
+            if mode_layers(pl_module) and not any(one.is_frozen for one in populations(pl_module)):
                 self._is_sweeping = False
                 self._messages.warn(
                     trainer,
@@ -242,28 +263,14 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             # not earlier: only now has all that validates an average swapped it in
             self._freezing.is_due = False
             self._freezing.freeze(self, trainer, pl_module)
-            self._is_sweeping &= any(one.is_frozen for one in populations(pl_module))
         if not self._is_sweeping:
             return
         if self._evaluation is None:
-            sync_buffers(trainer.strategy.model)
-            # made each time anew: hooks have run by now, and layers may come and go
-            fixed = sleepers(trainer, pl_module).values() if self._is_validating else ()
-            self._shared = shared_forward(trainer, pl_module, self.shares_forwards, self._shared, list(fixed))
-            if not self._shared.layers:
+            set_up(self, trainer, pl_module)
+            if self._evaluation is None:
                 return
-            if len(self.candidates) == 1:  # there is nothing to choose, and nothing to run beside it
-                assign_modes(self._shared.layers, self.candidates * len(self._shared.layers))
-            self._evaluation = Evaluation(
-                trainer, pl_module, self.candidates, self._shared, self._bar.advance, verify=self.verify
-            )
-            batches = sum(self._evaluation.loop.max_batches)
-            self._bar.start(trainer, f"{len(self.candidates)} modes", batches * len(self._evaluation.others))
-            if self.guard != "off" and not all(one.is_batch_independent for one in self.candidates):
-                tell = partial(self._messages.info, trainer, about="no regrouping")
-                self._guard = Guard(self.tolerance, self.guard == "strict", tell)
-        if batch_idx == 0:
-            label_bar(trainer, f"Validation in {len(self.candidates)} modes")
+        if batch_idx == 0 and self._evaluation.modes:
+            label_bar(trainer, f"Validation in {len(self._evaluation.modes)} modes")
         if self._guard is not None:
             self._guard.keep(batch, self._evaluation.base_results.dataloader_idx)
         self._evaluation.step(batch, batch_idx)
@@ -275,52 +282,26 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         evaluation, guard = self._evaluation, self._guard
         self._evaluation = self._guard = None
-        if evaluation is None:
-            return
-        self._bar.close()
-        scores = agree(evaluation, evaluation.finish(self.monitor), self.monitor)
-        result = SweepResult(
-            scores,
-            self.monitor,
-            self.direction,
-            evaluation.incumbent,
-            reason=evaluation.reason,
-            unscored=unscored_of(evaluation),
-        )
-        if result.reason is not None:
-            sentence = f"BLNStatsCallback evaluates modes one after the other: {result.reason}."
-            self._messages.info(trainer, sentence, about="one after the other")
-        try:
-            best = result.chosen = result.best(among=self.candidates)
-        except ValueError:  # all scores are NaN and the layers' modes differ: keep them
-            return
-        if guard is not None and not result.chosen.is_batch_independent:
-            self._bar.start(trainer, "Regrouped batches", math.inf)
-            guard.judge(evaluation, result, self.candidates)
-        result.chosen = StatisticsMode(trainer.strategy.broadcast(str(result.chosen)))
-        self._bar.close()
-        self._before_choice = evaluation.layers, [one.mode for one in evaluation.layers], self.result, self.history
-        evaluation.install(result.chosen)
-        self.result = result
-        score = result.scores.get(result.chosen, {}).get(self.monitor, math.nan)
-        self.history = [*self.history, (trainer.current_epoch, trainer.global_step, str(result.chosen), score)]
-        if result.note is not None:
-            self._messages.warn(trainer, result.note, about=("guard", best, result.chosen))
-        if self.should_log:
-            log_scores(self, trainer, result, every_mode=self.should_log == "all")
+        if evaluation is not None:
+            conclude(self, trainer, evaluation, guard)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         self._while_quiet.close()
         self._before_choice, self._is_validating = None, False
+        if self.batchnorm != "validate":
+            self.averages.kept = {}  # the statistics computed stay
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._freezing.freeze(self, trainer, pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.result is None or not trainer.is_global_zero:
+        self._freezing.freeze(self, trainer, pl_module)  # again where the module's own on_train_end has moved weights
+        self.averages.kept = {}
+        if not trainer.is_global_zero:
             return
         report(
             self.result,
+            self.comparison,
             trainer,
             folder=self.save_dir,
             loggers=trainer.loggers if self.should_log else [],
@@ -338,6 +319,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self._close_shared()
         self._shared, self._freezing.kept = None, KeptBatches()
         self._during_fit.close()
+        self.averages.kept = {}
         with sparing("hand its result to the process that started this one"):
             self.mailbox.send(trainer, self.state_dict())
 
@@ -361,15 +343,22 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         result, history = (self._before_choice or (None, None, self.result, self.history))[2:]
-        return {
+        state: dict[str, Any] = {
             "result": None if result is None else result.to_dict(),
             "history": [list(choice) for choice in history],
         }
+        if self.comparison is not None:
+            state["comparison"] = self.comparison.rows
+        if self.averages.kept and self.batchnorm == "validate":
+            state["running_averages"] = self.averages.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict["result"]
         self.result = None if saved is None else SweepResult.from_dict(saved)
         self.history = [(epoch, step, mode, score) for epoch, step, mode, score in state_dict["history"]]
+        self.comparison = Comparison(state_dict["comparison"]) if "comparison" in state_dict else None
+        self.averages.load_state_dict(state_dict.get("running_averages", {}))
 
     def _quiet_layers(self) -> None:
         """Keep layers from warning, each, that they have no population."""
@@ -388,13 +377,3 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
     def _check_readable(self, trainer: Any, loaders: Iterable[Any]) -> None:
         if self.stats_dataloader is None:
             check_readable(trainer, loaders)
-
-
-def population_buffers(module: Any) -> list[str]:
-    """Names of the buffers that hold a model's populations."""
-    return [
-        f"{name}.{buffer}".lstrip(".")
-        for name, one in module.named_modules()
-        if isinstance(one, Population)
-        for buffer, _ in one.named_buffers()
-    ]

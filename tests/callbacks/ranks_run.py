@@ -99,12 +99,13 @@ class Buffered(zoo.Simple):
         self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
 
 
-def buffers(samples: str, out: Path) -> None:
-    """Write how far population and scores are from those of rank 0's model on all data."""
+def buffers(case: str, out: Path) -> None:
+    """Write how far statistics and scores are from those of rank 0's model on all data."""
+    samples, _, batchnorm = case.partition(" ")
     torch.manual_seed(0)
     model, data, validation = Buffered(), zoo.make_data(64, 1), zoo.make_data(40, 2, shift=0.7)
-    options: dict[str, Any] = {"samples": int(samples) or None, "recompute_batches": None}
-    callback = zoo.chooser(candidates="batch_independent", **options)
+    options: dict[str, Any] = {"samples": int(samples) or None, "batchnorm": bool(batchnorm)}
+    callback = zoo.chooser(candidates="batch_independent", recompute_batches=None, **options)
     trainer = zoo.trainer(callback, strategy="ddp", devices=2)
     trainer.fit(model, DataLoader(data, 8), DataLoader(validation, 10))
     trainer.strategy.barrier()
@@ -115,16 +116,24 @@ def buffers(samples: str, out: Path) -> None:
     own = frozen(model)
     samplers = [DistributedSampler(data, num_replicas=2, rank=rank) for rank in (0, 1)]
     batches = [batch for sampler in samplers for batch in DataLoader(data, 8, sampler=sampler)]
-    recompute_population(model, batches, samples=options["samples"], batchnorm=False)
+    recompute_population(model, batches, **options)
     alone = zoo.oracle(model, DataLoader(validation, 10))
     scores = {mode: values["val_loss"] for mode, values in callback.result.scores.items()}
     off = {str(mode): abs(value - alone[mode]["val_loss"]) for mode, value in scores.items()}
-    out.write_text(json.dumps({"population": float((own - frozen(model)).abs().max()), "scores": off}))
+    found = {"population": float((own - frozen(model)).abs().max()), "scores": off}
+    if callback.comparison is not None:
+        rows = {label: row["val_loss"] for label, row in callback.comparison.rows.items()}
+        found["compared"] = abs(rows["recomputed statistics"] - scores[callback.result.incumbent])
+        found["gained"] = abs(rows["recomputed statistics"] - rows["running averages"])
+    out.write_text(json.dumps(found))
 
 
 def frozen(model: nn.Module) -> torch.Tensor:
     names = ("batch_mean", "batch_var", "feature_mean", "feature_var")
-    return torch.cat([getattr(one, name).flatten() for one in populations(model) for name in names])
+    found = [getattr(one, name).flatten() for one in populations(model) for name in names]
+    return torch.cat(
+        [*found, *(one for name, one in model.named_buffers() if name.endswith(("running_mean", "running_var")))]
+    )
 
 
 if __name__ == "__main__":

@@ -127,6 +127,16 @@ def test_population_and_scores_are_those_of_the_first_ranks_buffers(tmp_path: Pa
     assert found["population"] < 2e-6
     assert len(found["scores"]) == 4
     assert max(found["scores"].values()) < 2e-6
+    assert "compared" not in found
+
+
+@pytest.mark.parametrize("samples", [0, 1024])
+def test_running_statistics_are_those_of_all_ranks(tmp_path: Path, samples: int) -> None:
+    found = run("ranks_run.py", f"buffers:{samples} batchnorm", tmp_path)
+    assert found["population"] < 2e-6
+    assert max(found["scores"].values()) < 2e-6
+    assert found["compared"] < 2e-6
+    assert found["gained"] > 1e-5
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
