@@ -13,7 +13,8 @@ from lightning_bln.callbacks.evaluation import Evaluation, shared_forward
 from lightning_bln.callbacks.freezing import sleepers
 from lightning_bln.callbacks.guard import Guard
 from lightning_bln.callbacks.monitor import agree, unscored_of
-from lightning_bln.modes import StatisticsMode, assign_modes
+from lightning_bln.equal_modes import depends_on_batch, settle
+from lightning_bln.modes import StatisticsMode
 from lightning_bln.recomputation import populations
 from lightning_bln.sweep.result import SweepResult
 
@@ -26,12 +27,11 @@ def set_up(callback: Any, trainer: Any, module: Any) -> None:
     shared = shared_forward(trainer, module, callback.shares_forwards, callback._shared, list(fixed))
     callback._shared = shared
     has_choice = bool(shared.layers) and any(one.is_frozen for one in populations(module))
-    candidates = callback.candidates if has_choice else ()
+    # the only one is set: nothing runs beside it
+    candidates = settle(shared.layers, callback.candidates) if has_choice else ()
     compares = callback.compare and bool(callback.averages.kept)
     if not candidates and not compares:
         return
-    if len(candidates) == 1:  # there is nothing to choose, and nothing to run beside it
-        assign_modes(shared.layers, candidates * len(shared.layers))
     evaluation = Evaluation(trainer, module, candidates, shared, callback._bar.advance, verify=callback.verify)
     if compares:
         evaluation.beside = run_by_averages(evaluation, callback.averages)
@@ -39,7 +39,7 @@ def set_up(callback: Any, trainer: Any, module: Any) -> None:
     if candidates:
         batches = sum(evaluation.loop.max_batches)
         callback._bar.start(trainer, f"{len(candidates)} modes", batches * len(evaluation.others))
-    if callback.guard != "off" and not all(one.is_batch_independent for one in candidates):
+    if callback.guard != "off" and any(depends_on_batch(shared.layers, one) for one in candidates):
         tell = partial(callback._messages.info, trainer, about="no regrouping")
         callback._guard = Guard(callback.tolerance, callback.guard == "strict", tell)
 
@@ -77,7 +77,7 @@ def choose(
         best = result.chosen = result.best(among=callback.candidates)
     except ValueError:  # all scores are NaN and the layers' modes differ: keep them
         return None
-    if guard is not None and not result.chosen.is_batch_independent:
+    if guard is not None and depends_on_batch(evaluation.layers, result.chosen):
         callback._bar.start(trainer, "Regrouped batches", math.inf)
         guard.judge(evaluation, result, callback.candidates)
     result.chosen = StatisticsMode(trainer.strategy.broadcast(str(result.chosen)))

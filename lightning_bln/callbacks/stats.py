@@ -55,8 +55,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
     Args:
         monitor: Name of the logged validation metric by which to choose.
         direction: Whether small values of the metric are good (``"min"``, the default) or large ones (``"max"``).
-        candidates: The modes to choose from: ``"all"`` 16, ``"batch_independent"``, or modes by name or by pattern, in
-            which a star stands for either letter: ``"pp**"``, ``["cccc", "pp*c"]``.
+        candidates: The modes to choose from: ``"all"``, ``"batch_independent"``, or modes by name or by pattern, in
+            which a star stands for either letter: ``"pp**"``, ``["cccc", "pp*c"]``. Of equal ones, one is evaluated.
         population: ``"recompute"`` computes it over training batches at the weights to be validated; ``"epoch"``
             averages over the epoch's training batches while the weights move, as the paper does.
         samples: Recompute it over the first training batches that hold as many samples, over all ranks, which go
@@ -269,8 +269,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             set_up(self, trainer, pl_module)
             if self._evaluation is None:
                 return
-        if batch_idx == 0 and self._evaluation.modes:
-            label_bar(trainer, f"Validation in {len(self._evaluation.modes)} modes")
+        if batch_idx == 0 and self._evaluation.candidates:
+            label_bar(trainer, f"Validation in {len(self._evaluation.candidates)} modes")
         if self._guard is not None:
             self._guard.keep(batch, self._evaluation.base_results.dataloader_idx)
         self._evaluation.step(batch, batch_idx)
