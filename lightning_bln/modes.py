@@ -75,6 +75,14 @@ class HasMode(nn.Module):
         self.fan: FanOut | None = None
 
     @property
+    def reads_letters(self) -> tuple[bool, bool, bool, bool]:
+        """Whether each letter of the mode has an effect on the output: all four, unless a subclass says otherwise.
+
+        Modes that differ in no letter that a layer reads are equal, and are evaluated once.
+        """
+        return True, True, True, True
+
+    @property
     def mode(self) -> StatisticsMode:
         """The statistics mode used in evaluation."""
         return self._mode

@@ -99,6 +99,12 @@ class Normalization(HasMode):
             self.population.channel_dim = self.channel_dim
         self.sync_batch_stats, self.takes_part = sync_batch_stats, True
 
+    @property
+    def reads_letters(self) -> tuple[bool, bool, bool, bool]:
+        """Whether each letter of the mode has an effect: batch letters for batch statistics, feature letters alike."""
+        has_batch, has_feature = self.norm != "layer", self.norm != "batch"
+        return has_batch, has_batch, has_feature, has_feature
+
     def _register_affine(self, size: int, weight: bool, bias: bool, factory: dict[str, Any]) -> None:
         self.register_parameter("weight", nn.Parameter(torch.ones(size, **factory)) if weight else None)
         self.register_parameter("bias", nn.Parameter(torch.zeros(size, **factory)) if bias else None)

@@ -22,7 +22,7 @@ FLOORS = (
     ("_torch", "_moved", "_scoped", "_writing", "_files", "_checks"),
     ("equation", "masks"),
     ("per_mode",),
-    ("functional", "moments", "modes", "traced"),
+    ("functional", "moments", "modes", "equal_modes", "traced"),
     ("kernels",),
     ("distributed", "population", "merging", "batchnorm", "mixing"),
     ("joining", "together", "recomputation", "averaging"),

@@ -39,7 +39,7 @@ class Evaluation:
     Args:
         trainer: A Trainer within its validation loop.
         module: The module it validates.
-        modes: The modes to evaluate.
+        modes: The modes to evaluate, no two of which are equal for the module, nor one and the present mode.
         shared: The :func:`shared_forward` of the validation.
         on_step: Called after each step with the number of modes that it has run.
         verify: Whether to compare joint evaluation with per-mode evaluation on the first batch.
@@ -73,7 +73,8 @@ class Evaluation:
         self.start = self.present_run((), early).copy(self.loop, ())
         self.silent = _lightning.silent_loggers(trainer)
         self.takes_batch_idx = _lightning.takes_batch_idx(module.validation_step)
-        self.others = tuple(mode for mode in modes if mode != self.incumbent)
+        self.candidates = tuple(modes)
+        self.others = tuple(mode for mode in self.candidates if mode != self.incumbent)
         self.modes = self.others if self.incumbent is None else (*self.others, self.incumbent)
         self.runs: list[Run] = [self.start.copy(self.loop, (mode,)) for mode in self.others]
         self.ranks, self.around, self.runs_hook = Ranks(trainer), Surroundings(module), False

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bln.callbacks.evaluation import Evaluation
 from lightning_bln.callbacks.extra_pass import scores
+from lightning_bln.equal_modes import depends_on_batch
 from lightning_bln.modes import StatisticsMode
 from lightning_bln.sweep.plot import number
 from lightning_bln.sweep.result import Regrouped, SweepResult
@@ -69,7 +70,9 @@ class Guard:
         """Score ``result.chosen`` and the best batch-independent mode on regrouped batches; write into ``result``."""
         chosen = result.chosen
         assert chosen is not None
-        independent = [mode for mode in candidates if mode.is_batch_independent and mode in result.scores]
+        independent = [
+            mode for mode in candidates if mode in result.scores and not depends_on_batch(evaluation.layers, mode)
+        ]
         fallback = result.best(among=independent) if independent else None
         regrouped = self._regrouped()
         strategy = evaluation.trainer.strategy

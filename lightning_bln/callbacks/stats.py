@@ -26,6 +26,7 @@ from lightning_bln.callbacks.monitor import agree, unscored_of
 from lightning_bln.callbacks.namespaces import of_both, revive
 from lightning_bln.callbacks.readings import check_readable
 from lightning_bln.callbacks.recompute import check_recompute
+from lightning_bln.equal_modes import depends_on_batch, settle
 from lightning_bln.modes import StatisticsMode, assign_modes, mode_layers, setting_modes
 from lightning_bln.population import Population
 from lightning_bln.recomputation import populations, reset_population
@@ -49,8 +50,8 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
     Args:
         monitor: Name of the logged validation metric by which to choose.
         direction: Whether small values of the metric are good (``"min"``, the default) or large ones (``"max"``).
-        candidates: The modes to choose from: ``"all"`` 16, ``"batch_independent"``, or modes by name or by pattern, in
-            which a star stands for either letter: ``"pp**"``, ``["cccc", "pp*c"]``.
+        candidates: The modes to choose from: ``"all"``, ``"batch_independent"``, or modes by name or by pattern, in
+            which a star stands for either letter: ``"pp**"``, ``["cccc", "pp*c"]``. Of equal ones, one is evaluated.
         population: ``"recompute"`` computes it over training batches at the weights to be validated; ``"epoch"``
             averages over the epoch's training batches while the weights move, as the paper does.
         samples: Recompute it over the first training batches that hold as many samples, over all ranks, which go
@@ -252,18 +253,17 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             self._shared = shared_forward(trainer, pl_module, self.shares_forwards, self._shared, list(fixed))
             if not self._shared.layers:
                 return
-            if len(self.candidates) == 1:  # there is nothing to choose, and nothing to run beside it
-                assign_modes(self._shared.layers, self.candidates * len(self._shared.layers))
+            candidates = settle(self._shared.layers, self.candidates)  # the only one is set: nothing runs beside it
             self._evaluation = Evaluation(
-                trainer, pl_module, self.candidates, self._shared, self._bar.advance, verify=self.verify
+                trainer, pl_module, candidates, self._shared, self._bar.advance, verify=self.verify
             )
             batches = sum(self._evaluation.loop.max_batches)
-            self._bar.start(trainer, f"{len(self.candidates)} modes", batches * len(self._evaluation.others))
-            if self.guard != "off" and not all(one.is_batch_independent for one in self.candidates):
+            self._bar.start(trainer, f"{len(candidates)} modes", batches * len(self._evaluation.others))
+            if self.guard != "off" and any(depends_on_batch(self._shared.layers, one) for one in candidates):
                 tell = partial(self._messages.info, trainer, about="no regrouping")
                 self._guard = Guard(self.tolerance, self.guard == "strict", tell)
         if batch_idx == 0:
-            label_bar(trainer, f"Validation in {len(self.candidates)} modes")
+            label_bar(trainer, f"Validation in {len(self._evaluation.candidates)} modes")
         if self._guard is not None:
             self._guard.keep(batch, self._evaluation.base_results.dataloader_idx)
         self._evaluation.step(batch, batch_idx)
@@ -294,7 +294,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             best = result.chosen = result.best(among=self.candidates)
         except ValueError:  # all scores are NaN and the layers' modes differ: keep them
             return
-        if guard is not None and not result.chosen.is_batch_independent:
+        if guard is not None and depends_on_batch(evaluation.layers, result.chosen):
             self._bar.start(trainer, "Regrouped batches", math.inf)
             guard.judge(evaluation, result, self.candidates)
         result.chosen = StatisticsMode(trainer.strategy.broadcast(str(result.chosen)))

@@ -142,7 +142,7 @@ class Trainer(L.Trainer):
         weights_only: bool = True,
         trust: bool = False,
     ) -> SweepResult:
-        """Evaluate a checkpoint in every statistics mode, and write the best one into it.
+        """Evaluate a checkpoint in every statistics mode that differs for its model, and write the best one into it.
 
         Args:
             model: The checkpoint's module.
@@ -158,7 +158,7 @@ class Trainer(L.Trainer):
                 this package, torch, lightning and torchmetrics only.
 
         Returns:
-            The scores of every mode and the choice.
+            The scores of the modes and the choice.
 
         Raises:
             FileNotFoundError: There is no file at ``ckpt``.

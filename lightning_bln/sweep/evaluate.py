@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bln._torch import is_packed
-from lightning_bln.modes import ALL_MODES, StatisticsMode, require_mode_layers, using_mode
+from lightning_bln.equal_modes import differing_modes, letters_read, present_mode, standard
+from lightning_bln.modes import StatisticsMode, require_mode_layers, using_mode
 from lightning_bln.recomputation import populations
 from lightning_bln.sweep.result import Direction, SweepResult, one_direction
 from lightning_bln.sweep.shared_forward import SharedForward
@@ -21,7 +22,7 @@ def sweep_modes(
     batches: Iterable[Any],
     predict: Callable[[Any], Any],
     metrics: Mapping[str, Any],
-    modes: Iterable[str] = ALL_MODES,
+    modes: Iterable[str] | None = None,
     *,
     monitor: str | None = None,
     direction: Direction | None = None,
@@ -40,7 +41,8 @@ def sweep_modes(
             are several; the first has an axis of samples in front.
         metrics: For each name, a function whose values are averaged over samples, or an object with ``update`` and
             ``compute``, as in torchmetrics, of which each mode gets a copy.
-        modes: The modes to score.
+        modes: The modes to score; None for all that differ, which are 16, or 4 where all norms are batch norms, or all
+            are layer norms. Modes given by name all get a score, and those that are equal for the model share one.
         monitor: The metric by which the result ranks modes, by default the first.
         direction: Whether a small (``"min"``, the default) or a large (``"max"``) value of it is good.
         mode: Earlier name of ``direction``.
@@ -64,7 +66,9 @@ def sweep_modes(
         (16, 'mse', 'ppcc')
     """
     layers = require_mode_layers(model)
-    runs = [ScoredMode(StatisticsMode(one), metrics) for one in dict.fromkeys(modes)]
+    letters = letters_read(layers)
+    named = differing_modes(layers) if modes is None else tuple(dict.fromkeys(map(StatisticsMode, modes)))
+    runs = [ScoredMode(one, metrics) for one in differing_modes(layers, named)]
     monitor = next(iter(metrics), None) if monitor is None else monitor
     if not metrics or not runs:
         raise ValueError(
@@ -79,7 +83,7 @@ def sweep_modes(
             "recompute_population(model, batches) first"
         )
     shared = SharedForward(model)
-    before, training = {layer.mode for layer in layers}, {module: module.training for module in model.modules()}
+    incumbent, training = present_mode(layers, named), {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
@@ -101,8 +105,8 @@ def sweep_modes(
             module.training = was
     if not runs[0].samples:
         raise ValueError("batches is empty, so there is nothing to score; pass at least one")
-    incumbent = before.pop() if len(before) == 1 else None
-    scores = {run.mode: run.scores() for run in runs}
+    found = {standard(run.mode, letters): run.scores() for run in runs}
+    scores = {mode: found[standard(mode, letters)] for mode in named}
     reason = shared.reason or (None if shared.modules else HOOKED)
     return SweepResult(scores, monitor, direction, incumbent, reason=reason)
 

@@ -188,6 +188,9 @@ class SweepResult:
     def plot(self, monitor: str | None = None) -> Figure:
         """A 4 x 4 heat map of one metric: batch statistics down, feature statistics across.
 
+        Where all modes have the same feature letters, or the same batch letters, it is a 2 x 2 heat map of the other
+        two letters: the mean down, the variance across.
+
         Frames mark the best mode, the incumbent and, if it is another one, the chosen mode.
 
         Args:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from lightning_bln._torch import is_packed
 from lightning_bln.callbacks import BLNStatsCallback
+from lightning_bln.equal_modes import letters_read, standard
+from lightning_bln.modes import ALL_MODES, mode_layers
 from lightning_bln.sweep.result import Direction, SweepResult
 
 MODE, SCORES = "bln_mode", "bln_scores"
@@ -65,7 +67,7 @@ class Objective:
         try:
             trainer.fit(model, datamodule=data)
         finally:
-            record(trial, callback.result)
+            record(trial, callback.result, model)
         if pruning is not None:
             pruning.check_pruned()
         value = best_score(callback.result, self.monitor)
@@ -91,17 +93,27 @@ def stats_callback(trainer: Any, monitor: str, mode: Direction) -> BLNStatsCallb
     return found[0]
 
 
-def record(trial: optuna.Trial, result: SweepResult | None) -> None:
+def record(trial: optuna.Trial, result: SweepResult | None, model: nn.Module) -> None:
     """Store the mode chosen and every mode's finite score in the trial."""
     if result is None:
         return
-    trial.set_user_attr(SCORES, {mode: value for mode, value in monitored(result).items() if math.isfinite(value)})
+    scores = monitored(result, model)
+    trial.set_user_attr(SCORES, {mode: value for mode, value in scores.items() if math.isfinite(value)})
     trial.set_user_attr(MODE, str(result.chosen))
 
 
-def monitored(result: SweepResult) -> dict[str, float]:
-    """The monitored metric of every mode that has it."""
-    return {str(mode): values[result.monitor] for mode, values in result.scores.items() if result.monitor in values}
+def monitored(result: SweepResult, model: nn.Module) -> dict[str, float]:
+    """The monitored metric of every mode that has it, or that is equal for ``model`` to one that has it.
+
+    Models of all norms get as many scores, so that each weighs as much in the report.
+    """
+    letters = letters_read(mode_layers(model))
+    found = {
+        standard(mode, letters): values[result.monitor]
+        for mode, values in result.scores.items()
+        if result.monitor in values
+    }
+    return {str(mode): found[standard(mode, letters)] for mode in ALL_MODES if standard(mode, letters) in found}
 
 
 def best_score(result: SweepResult | None, monitor: str) -> float:

@@ -35,14 +35,14 @@ DOT = ":"
 class Report(ExtendedReport, TuneReportCheckpointCallback):
     """Ray's callback, which reports the best mode's metric at each validation, and with it every mode's score."""
 
-    def __init__(self, monitor: str, statistics: Any) -> None:
+    def __init__(self, monitor: str, statistics: Any, model: Any) -> None:
         super().__init__(metrics=[monitor], filename=CHECKPOINT, on="validation_end")
-        self.statistics = statistics
+        self.statistics, self.model = statistics, model
 
     def extra_entries(self) -> dict[str, Any]:
         """The mode chosen and every mode's score, if the callback has chosen."""
         result = self.statistics.result
-        return {} if result is None else {MODE: str(result.chosen), SCORES: monitored(result)}
+        return {} if result is None else {MODE: str(result.chosen), SCORES: monitored(result, self.model)}
 
 
 def tune_on_ray(
@@ -147,7 +147,7 @@ def run_trial(config: dict[str, Any], recipe: Recipe) -> None:
     values = {path.replace(DOT, "."): value for path, value in config.items()}
     trainer, model, data = recipe.build(values, Path(tune.get_context().get_trial_dir()))
     statistics = stats_callback(trainer, recipe.monitor, recipe.mode)
-    trainer.callbacks.append(Report(recipe.monitor, statistics))
+    trainer.callbacks.append(Report(recipe.monitor, statistics, model))
     checkpoint = tune.get_checkpoint()
     if checkpoint is None:
         trainer.fit(model, datamodule=data)

@@ -127,17 +127,40 @@ def test_a_checkpoint_without_a_population_is_not_swept(checkpoint, config, caps
 
 
 @pytest.mark.parametrize("name", ["direction", "mode"])
-def test_a_sweep_without_a_callback_takes_the_direction_by_either_name(checkpoint, config, name, capsys) -> None:
+def test_a_sweep_without_a_callback_takes_the_direction_by_either_name(
+    checkpoint, config, name, tmp_path, capsys
+) -> None:
     recipe = yaml.safe_load(config.read_text())
     callbacks = recipe["trainer"]["callbacks"]
     recipe["trainer"]["callbacks"] = [one for one in callbacks if "BLNStats" not in one["class_path"]]
-    config.write_text(yaml.safe_dump(recipe))
-    arguments = ["sweep", "--config", str(config), "--ckpt", str(checkpoint), f"--{name}", "max"]
+    path = tmp_path / "without.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    arguments = ["sweep", "--config", str(path), "--ckpt", str(checkpoint), f"--{name}", "max"]
     cli.main(arguments)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     losses = [float(line[1]) for line in lines if len(line) > 1 and line[0] in ALL_MODES]
     assert len(losses) == 16
     assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("norm", "expected"), [("batch", {"ppcc", "pccc", "cpcc", "cccc"}), ("layer", {"pppp", "pppc", "ppcp", "ppcc"})]
+)
+def test_a_sweep_scores_the_modes_that_differ(config, tmp_path, norm, expected, capsys) -> None:
+    recipe = yaml.safe_load(config.read_text())
+    recipe["model"]["init_args"]["norm"] = norm
+    for callback in recipe["trainer"]["callbacks"]:
+        if "dirpath" in callback.get("init_args", {}):
+            callback["init_args"]["dirpath"] = str(tmp_path)
+    path = tmp_path / "norm.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    cli.main(["fit", "--config", str(path)])
+    capsys.readouterr()
+    checkpoint = next(tmp_path.glob("*.ckpt"))
+    cli.main(["sweep", "--ckpt", str(checkpoint)])
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert sorted(line[0] for line in shown if line and line[0] in ALL_MODES) == sorted(expected)
+    assert next(line for line in shown if line[:1] == ["wrote"])[1] in expected
 
 
 def test_a_sweep_refuses_contradictory_directions(checkpoint) -> None:

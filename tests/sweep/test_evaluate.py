@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_bln import ALL_MODES, BatchLayerNorm, set_mode
+from lightning_bln import ALL_MODES, BatchLayerNorm, recompute_population, set_mode
 from lightning_bln.modes import mode_layers
+from lightning_bln.norm import Normalization
 from lightning_bln.sweep import sweep_modes
 from tests.sweep.networks import MODELS, first, prepared
 
@@ -95,3 +96,54 @@ def test_a_model_without_a_population_is_refused() -> None:
         sweep_modes(model, data, lambda batch: (model(batch[0]), batch[1]), {"mse": F.mse_loss})
     result = sweep_modes(model, data, lambda batch: (model(batch[0]), batch[1]), {"mse": F.mse_loss}, ["cccc"])
     assert set(result.scores) == {"cccc"}
+
+
+def halved(norm: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """A network of one kind of norms, and data."""
+    torch.manual_seed(0)
+    batches = [(torch.randn(6, 5) + 1, torch.randint(0, 3, (6,))) for _ in range(3)]
+    model = nn.Sequential(nn.Linear(5, 5), Normalization(5, norm=norm), nn.Tanh(), Normalization(5, norm=norm))
+    recompute_population(model, [x for x, _ in batches])
+    return model, batches
+
+
+FOUR = {"batch": ["ppcc", "pccc", "cpcc", "cccc"], "layer": ["pppp", "pppc", "ppcp", "ppcc"]}
+
+
+@pytest.mark.parametrize("norm", FOUR)
+def test_modes_that_are_equal_are_scored_once(norm: str) -> None:
+    model, batches = halved(norm)
+    calls: list[int] = []
+
+    def predict(batch: Any) -> Any:
+        calls.append(len(batch))
+        return model(batch[0]), batch[1]
+
+    metrics = {"loss": F.cross_entropy}
+    result = sweep_modes(model, batches, predict, metrics)
+    assert (list(result.scores), result.incumbent, len(calls)) == (FOUR[norm], "ppcc", 12)
+    calls.clear()
+    every = sweep_modes(model, batches, predict, metrics, ALL_MODES)
+    assert (list(every.scores), len(calls)) == (list(ALL_MODES), 12)
+    model.eval()
+    for mode in ALL_MODES:
+        set_mode(model, mode)
+        with torch.no_grad():
+            alone = [float(F.cross_entropy(model(x), y)) for x, y in batches]
+        assert every.scores[mode]["loss"] == pytest.approx(sum(alone) / 3, rel=1e-6)
+    assert {mode: every.scores[mode] for mode in result.scores} == result.scores
+
+
+def test_modes_given_by_name_keep_their_names_and_the_incumbent_is_among_them() -> None:
+    model, batches = halved("batch")
+
+    def sweep(*modes: str) -> Any:
+        return sweep_modes(model, batches, lambda batch: (model(batch[0]), batch[1]), {"loss": F.cross_entropy}, modes)
+
+    set_mode(model, "pppp")
+    found = sweep("pppc", "pppp", "cccc")
+    assert (list(found.scores), found.incumbent) == (["pppc", "pppp", "cccc"], "pppp")
+    assert found.scores["pppc"] == found.scores["pppp"] != found.scores["cccc"]
+    assert sweep("pppc", "cccc").incumbent == "pppc"  # by the name of one that is equal
+    assert sweep("pccc", "cccc").incumbent == "pppp"
+    assert {layer.mode for layer in mode_layers(model)} == {"pppp"}

@@ -79,6 +79,49 @@ def test_heat_map_marks_the_best_and_the_incumbent() -> None:
     assert sorted(patch.get_label() for patch in axes.patches) == ["best: pppc", "incumbent: ppcc"]
 
 
+def labels_of(figure: Any) -> tuple[str, list[str], str, list[str]]:
+    axes = figure.axes[0]
+    ticks = [[one.get_text() for one in each] for each in (axes.get_yticklabels(), axes.get_xticklabels())]
+    return axes.get_ylabel(), ticks[0], axes.get_xlabel(), ticks[1]
+
+
+def places_of(figure: Any) -> dict[str, tuple[float, float]]:
+    """The row and the column at the middle of each frame."""
+    return {
+        patch.get_label(): (patch.get_y() + patch.get_height() / 2, patch.get_x() + patch.get_width() / 2)
+        for patch in figure.axes[0].patches
+    }
+
+
+@pytest.mark.parametrize(
+    ("modes", "name"),
+    [(("ppcc", "pccc", "cpcc", "cccc"), "batch"), (("pppp", "pppc", "ppcp", "ppcc"), "feature")],
+)
+def test_modes_that_differ_in_one_pair_of_letters_have_a_small_heat_map(modes: tuple[str, ...], name: str) -> None:
+    scores = {mode: {"loss": 0.4 - 0.1 * index} for index, mode in enumerate(modes)}
+    figure = SweepResult(scores, "loss", incumbent=modes[1], chosen=modes[2], regrouped={modes[2]: (0.1, 0.2)}).plot()
+    sources = ["population", "current"]
+    assert labels_of(figure) == (f"{name} mean", sources, f"{name} variance", sources)
+    assert figure.axes[0].images[0].get_array().tolist() == [[0.4, pytest.approx(0.3)], [0.2, pytest.approx(0.1)]]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0.4000", "0.3000", "0.2000", "0.1000"]
+    expected = {f"best: {modes[3]}": (1, 1), f"incumbent: {modes[1]}": (0, 1), f"chosen: {modes[2]}": (1, 0)}
+    assert places_of(figure) == {label: pytest.approx(place) for label, place in expected.items()}
+    assert len(str(SweepResult(scores, "loss")).splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("modes", "incumbent"),
+    [(ALL_MODES, "ppcc"), (("ppcc",), "ppcc"), (("ppcc", "pccc"), "cccp"), (("pppp", "cccc"), None)],
+)
+def test_any_other_modes_have_a_large_heat_map(modes: tuple[str, ...], incumbent: str | None) -> None:
+    figure = SweepResult({mode: {"loss": 0.5} for mode in modes}, "loss", incumbent=incumbent).plot()
+    label, ticks, across, _ = labels_of(figure)
+    assert (label, across) == ("batch statistics", "feature statistics")
+    assert ticks[1] == "mean population\nvar current"
+    assert figure.axes[0].images[0].get_array().shape == (4, 4)
+    assert len(figure.axes[0].texts) == len(modes)
+
+
 def test_a_table_fits_its_width_and_names_what_it_leaves_out() -> None:
     from rich.console import Console
 
