@@ -7,10 +7,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 import zoo
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bln import ALL_MODES, set_mode
 from lightning_bln.callbacks import BLNStatsCallback
@@ -167,16 +169,18 @@ def test_the_guard_looks_only_where_modes_depend_on_the_batch(
 
 
 def test_the_guard_falls_back_on_the_equal_of_what_is_batch_independent() -> None:
-    model = Model("batch", "batch")
-    zoo.fitted(model, zoo.chooser(candidates=["ppcc"]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        callback = validated(model, guard="strict", candidates=["pppp", "cccc"], tolerance=0.0, direction="max")
+    model = fitted("batch")
+    x, y = zoo.make_data(200, 2).tensors
+    order = torch.argsort(y, stable=True)
+    data = DataLoader(TensorDataset(x[order], y[order]), batch_size=20)
+    # the worst loss is asked for, so that on sorted data cccc wins, and falls where batches are mixed
+    callback = zoo.chooser(guard="strict", candidates=["pppp", "cccc"], direction="max")
+    with pytest.warns(UserWarning, match="cccc has the best val_loss .* so pppp .* is set"):
+        zoo.trainer(callback).validate(model, data, verbose=False)
     result = callback.result
     assert result is not None
-    assert set(result.scores) == {"pppp", "cccc"}
-    if result.best() == "cccc":
-        assert (result.chosen, set(result.regrouped)) == ("pppp", {"pppp", "cccc"})
+    assert (result.incumbent, result.best(), result.chosen) == ("pppp", "cccc", "pppp")
+    assert set(result.scores) == set(result.regrouped) == {"pppp", "cccc"}
 
 
 def test_bars_and_logs_follow(tmp_path: Any) -> None:
