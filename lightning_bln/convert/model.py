@@ -10,7 +10,7 @@ from torch import distributed, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lightning_bln._checks import check_choice
-from lightning_bln.convert.layers import CONVERTIBLE, base_of, counterpart
+from lightning_bln.convert.layers import BATCH_NORMS, CONVERTIBLE, base_of, counterpart
 from lightning_bln.convert.places import Counterpart, Place, places, refuse_wrapped, replace
 from lightning_bln.convert.report import Conversion, ConversionReport, log, of
 from lightning_bln.functional import NORMS
@@ -66,7 +66,8 @@ def to_bln(
 
     Raises:
         ValueError: ``norm`` is none of these, a LayerNorm is over several axes, a lazy layer has no size yet, a
-            SyncBatchNorm has a process group of its own, or a part is wrapped for DDP; then nothing is replaced.
+            SyncBatchNorm has a process group of its own, a momentum is outside [0, 1], or a part is wrapped
+            for DDP; then nothing is replaced.
 
     Example:
         >>> model, found = to_bln(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), report=True)
@@ -99,6 +100,12 @@ def refuse(place: Place) -> None:
         raise ValueError(
             f"{name} is a LayerNorm over {tuple(module.normalized_shape)}, but BLN takes one feature axis; flatten "
             "those axes first"
+        )
+    momentum = module.momentum if base_of(module) in BATCH_NORMS else None
+    if isinstance(momentum, (int, float)) and not 0 <= momentum <= 1:
+        raise ValueError(
+            f"{name} is a {type(module).__name__} with momentum={momentum}, but a population follows batches by a "
+            "share in [0, 1]; set another"
         )
     if isinstance(module, LAZY):
         raise ValueError(

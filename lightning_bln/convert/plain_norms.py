@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_bln.convert.layers import has
-from lightning_bln.convert.origin import ORIGIN, origin_of
+from lightning_bln.convert.origin import ORIGIN, Origin, origin_of
 from lightning_bln.convert.places import Counterpart
 from lightning_bln.functional import scale_factor
 from lightning_bln.modes import is_outdated
@@ -68,12 +68,18 @@ def plain_norm(layer: Normalization, batch_norm: type[nn.Module] | None) -> Coun
     affine = has(layer, "weight") or has(layer, "bias")
     to: dict[str, Any] = {"device": "meta", "dtype": dtype_of(layer)}  # each tensor is replaced by the layer's
     if layer.norm == "layer":
-        made: nn.Module = nn.LayerNorm(layer.num_features, eps=layer.eps, elementwise_affine=affine, **to)
-        return Counterpart(made, [], [])
+        return Counterpart(nn.LayerNorm(layer.num_features, eps=layer.eps, elementwise_affine=affine, **to), [], [])
     kind: Any = kind_of(layer, batch_norm)
-    has_statistics, momentum = layer.mode.startswith("pp"), momentum_of(layer)
-    settings = {"eps": layer.eps, "momentum": momentum, "affine": affine, "track_running_stats": has_statistics}
-    made = kind(layer.num_features, **settings, **to)
+    has_statistics, origin = layer.mode.startswith("pp"), origin_of(layer)
+    if origin is not None and origin.has_statistics != has_statistics:
+        origin = None  # what it had or lacked has come or gone since
+    settings = {"eps": layer.eps, "affine": affine, "track_running_stats": has_statistics}
+    made: Any = kind(layer.num_features, momentum=momentum_of(layer, origin), **settings, **to)
+    batches = 0 if has_statistics else None
+    if origin is not None:
+        batches, made.track_running_stats = origin.batches, origin.tracks
+    device = layer.population.batch_mean.device
+    made.num_batches_tracked = None if batches is None else torch.tensor(batches, dtype=torch.long, device=device)
     return give_statistics(layer, made, to["dtype"]) if has_statistics else Counterpart(made, [], [])
 
 
@@ -93,30 +99,26 @@ def give_statistics(layer: Normalization, made: Any, dtype: torch.dtype) -> Coun
     notes, lost = [], []
     for name, value in (("running_mean", population.batch_mean), ("running_var", population.batch_var)):
         setattr(made, name, value[0].detach().to(dtype, copy=True))
-    batches = 0 if origin is None else origin.batches
-    device = population.batch_mean.device
-    made.num_batches_tracked = None if batches is None else torch.tensor(batches, dtype=torch.long, device=device)
-    if origin is not None and origin.has_statistics:
-        made.track_running_stats = origin.tracks
     if population.estimator == "paper":
         lost.append("population='paper', as which running statistics do not go on")
-    if population.momentum is None and origin is None:
+    if made.momentum == 0 and (origin is None or origin.momentum != 0):
         notes.append("momentum 0, since its population does not follow batches")
     if is_outdated(population) and made.momentum != 0 and made.track_running_stats:
         lost.append("the mark that its statistics are older than its weights: call recompute_population before")
     return Counterpart(made, notes, lost)
 
 
-def momentum_of(layer: Normalization) -> float | None:
+def momentum_of(layer: Normalization, origin: Origin | None) -> float | None:
     """The momentum by which running statistics do what the population does.
 
     A population without momentum stays where it is, as running statistics with a momentum of 0 do.
     """
-    origin, own = origin_of(layer), layer.population.momentum
+    own = layer.population.momentum
     if own is not None or origin is None:
         return own or 0.0
-    stays = not origin.tracks or not origin.momentum  # it did not give the population its momentum
-    return origin.momentum if stays else 0.0
+    # one that was in force would be the population's, unless the user has taken it away
+    was_in_force = origin.tracks and origin.momentum
+    return 0.0 if was_in_force else origin.momentum
 
 
 def known_of_norm() -> frozenset[str]:

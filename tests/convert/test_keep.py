@@ -114,8 +114,9 @@ def test_a_batchnorm_in_half_precision_trains_the_same(kind, dtype) -> None:
 def test_the_sums_of_a_large_batch_in_half_precision_stay_finite() -> None:
     plain = trained(nn.BatchNorm2d(3, dtype=torch.float16))
     converted, x = kept(plain), 4 * torch.randn(32, 3, 32, 32).half()
-    converted(x), plain(x)
-    torch.testing.assert_close(converted.population.batch_var[0].half(), plain.running_var, atol=0.02, rtol=0.02)
+    converted(x)
+    expected = 0.9 * plain.running_var + 0.1 * x.double().var((0, 2, 3))
+    torch.testing.assert_close(converted.population.batch_var[0].double(), expected, atol=0.01, rtol=0.01)
 
 
 def test_the_average_over_all_batches_stays_where_it_is_and_is_reported() -> None:
@@ -160,13 +161,12 @@ def test_a_layernorm_computes_the_same(options, dtype, shape) -> None:
     for parameter in plain.parameters():
         nn.init.normal_(parameter)
     converted, x = kept(plain), torch.randn(shape, dtype=dtype)
-    for training in (True, False):
-        assert_same_step(converted.train(training), plain.train(training), x, **(ROUGH if is_half(dtype) else {}))
     assert converted.norm == "layer"
+    if is_half(dtype):  # torch sums gradients in another order
+        return torch.testing.assert_close(converted(x), plain(x), atol=0.05, rtol=0.02)
+    for training in (True, False):
+        assert_same_step(converted.train(training), plain.train(training), x)
 
-
-ROUGH = {"atol": 0.2, "rtol": 0.1}
-"""Half precision sums the gradient of a weight in another order."""
 
 RECURRENT = [
     (kind, {"num_layers": layers, "bidirectional": both, "batch_first": first, **extra})
@@ -266,7 +266,7 @@ def test_a_model_with_nothing_to_convert_says_so() -> None:
     assert len(model) == 1
 
 
-@pytest.mark.parametrize("layer", [nn.LayerNorm((4, 4)), nn.LazyBatchNorm1d()])
+@pytest.mark.parametrize("layer", [nn.LayerNorm((4, 4)), nn.LazyBatchNorm1d(), nn.BatchNorm2d(4, momentum=1.5)])
 def test_what_is_refused_changes_nothing(layer) -> None:
     model = nn.Sequential(nn.BatchNorm1d(4), layer)
     with pytest.raises(ValueError, match=f"1 is a {type(layer).__name__}"):

@@ -381,6 +381,7 @@ def made(**options: Any) -> Normalization:
 
 STAY = [
     (lambda: BatchLayerNorm(4), "norm='bln'"),
+    (lambda: BLNGRU(3, 4, norm="layer").norm_ih_l0, "it has a forward of its own"),
     (lambda: Normalization(4, norm="layer"), "scale=True, a factor of 0.5"),
     (lambda: Normalization(4, norm="layer", scale=2.0), "scale=2.0, a factor of 2"),
     (lambda: Normalization(4, norm="layer", scale=False, channel_dim=1), "norm='layer' over axis 1"),
@@ -428,7 +429,7 @@ def test_layers_whose_parent_calls_them_as_ours_stay() -> None:
     model = nn.Sequential(SequenceClassifier(3, 2, 4, norm=None), ConvBLN2d(3, 3, 3))
     _, report = to_torch(model, report=True)
     assert [entry.became for entry in report.entries] == [None, None]
-    assert "SequenceClassifier calls it as no layer of torch can be called" in str(report)
+    assert "RecurrentNetwork calls it as no layer of torch can be called" in str(report)
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d])
@@ -468,6 +469,38 @@ def test_what_is_lost_is_said() -> None:
     assert "older than its weights" in str(report.incomplete)
     _, report = to_torch(Named(3, 4, norm=None), report=True)
     assert report.entries[0].lost == ("methods that Named adds",)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "num_batches_tracked"])
+def test_a_batchnorm_that_lacks_a_tensor_comes_back_without(name) -> None:
+    plain = trained(nn.BatchNorm1d(3))
+    setattr(plain, name, None)
+    back, x = there_and_back(copy.deepcopy(plain)), torch.randn(5, 3)
+    assert_same_state(back, plain)
+    assert torch.equal(back(x), plain(x))
+    assert torch.equal(back.eval()(x), plain.eval()(x))
+
+
+def test_a_batchnorm_whose_statistics_were_taken_away_comes_back_without() -> None:
+    plain = nn.BatchNorm1d(3)
+    plain.running_mean = plain.running_var = None
+    back, x = there_and_back(copy.deepcopy(plain)).eval(), torch.randn(5, 3)
+    assert vars(back).keys() == vars(plain).keys()
+    assert_same_state(back, plain)
+    assert torch.equal(back(x), plain.eval()(x))
+
+
+def test_statistics_that_came_in_between_are_running_statistics() -> None:
+    converted = to_bln(nn.BatchNorm1d(3, track_running_stats=False), norm="keep")
+    frozen(converted, 6, 3)
+    x, expected = torch.randn(5, 3), converted.population.batch_mean[0]
+    back = to_torch(in_mode(copy.deepcopy(converted), "ppcc"))
+    assert (back.track_running_stats, back.momentum, back.num_batches_tracked) == (True, 0.0, 0)
+    back(x)
+    assert torch.equal(back.running_mean, expected)
+    back, plain = to_torch(converted).eval(), nn.BatchNorm1d(3, track_running_stats=False).eval()
+    assert str(back) == str(plain)
+    assert torch.equal(back(x), plain(x))
 
 
 def test_statistics_over_all_ranks_become_a_syncbatchnorm() -> None:
