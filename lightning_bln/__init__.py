@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_bln import _moved
 from lightning_bln.averaging import AveragedModel
 from lightning_bln.conv import ConvBLN1d, ConvBLN2d, ConvBLN3d
-from lightning_bln.convert import from_torch, to_bln
+from lightning_bln.convert import from_torch, to_bln, to_torch
 from lightning_bln.functional import Statistics, batch_layer_norm
 from lightning_bln.modes import ALL_MODES, BATCH_INDEPENDENT_MODES, StatisticsMode, fan_out, set_mode, using_mode
 from lightning_bln.moments import Moments
@@ -48,6 +48,7 @@ __all__ = [
     "set_mode",
     "sweep_modes",
     "to_bln",
+    "to_torch",
     "using_mode",
 ]
 

@@ -317,3 +317,13 @@ def carry_hooks(source: nn.Module, target: nn.Module, *, shared: bool) -> None:
                 hook.module = ref(target)
         setattr(target, name, hooks)
     target._is_full_backward_hook = source._is_full_backward_hook
+
+
+def update_flat_weights(layer: nn.RNNBase) -> None:
+    """Let a recurrent layer of torch, to which parameters have been assigned by reference, read them.
+
+    It keeps a list of them, of which only what is read before the first forward matters: that finds the list outdated,
+    and makes it anew from parameters, or from what takes their place.
+    """
+    held = (own_parameters(layer).get(name, vars(layer).get(name)) for name in layer._flat_weights_names)
+    layer._flat_weights = [value if isinstance(value, Tensor) else None for value in held]

@@ -25,9 +25,9 @@ def carry(source: nn.Module, target: nn.Module, known: frozenset[str], *, shared
     """Give ``target`` all that ``source`` holds besides its settings.
 
     Args:
-        source: A layer of torch.
+        source: A layer.
         target: Its counterpart, whose parameters have the same names.
-        known: Attributes that every layer of that kind has.
+        known: Attributes and children that every layer of that kind has.
         shared: Whether ``target`` replaces ``source`` and takes its very parameters, buffers and hooks, so that tied
             parameters stay tied; otherwise it gets copies.
 
@@ -40,11 +40,11 @@ def carry(source: nn.Module, target: nn.Module, known: frozenset[str], *, shared
     def given(value: Any) -> Any:
         return value if shared else deepcopy(value, memo)
 
-    lost = carry_parameters(source, target, given)
+    lost = carry_parameters(source, target, known, given)
     carry_hooks(source, target, shared=shared)
     for name, value in vars(source).items():
         is_own = name not in MODULE_INTERNALS and name not in known
-        if not is_own or isinstance(value, Tensor):
+        if not is_own or (isinstance(value, Tensor) and name in vars(target)):  # the latter is a parameter's place
             continue
         if name == "forward" or hasattr(target, name):
             lost.append(f"attribute {name!r}, since its counterpart has another of that name")
@@ -53,7 +53,7 @@ def carry(source: nn.Module, target: nn.Module, known: frozenset[str], *, shared
     return lost
 
 
-def carry_parameters(source: nn.Module, target: nn.Module, given: Any) -> list[str]:
+def carry_parameters(source: nn.Module, target: nn.Module, known: frozenset[str], given: Any) -> list[str]:
     """Give ``target`` parameters, buffers and submodules, also those that take a parameter's place."""
     lost = []
     for name in [*own_parameters(target)]:
@@ -70,7 +70,7 @@ def carry_parameters(source: nn.Module, target: nn.Module, given: Any) -> list[s
         if name not in RUNNING:
             target.register_buffer(name, given(buffer), persistent=is_persistent(source, name))
     for name, child in own_modules(source).items():
-        if name != "parametrizations":
+        if name != "parametrizations" and name not in known:
             target.add_module(name, given(child))
     if parametrize.is_parametrized(source):
         chains = source.parametrizations

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from lightning_bln._torch import own_parameters
 from lightning_bln.convert.carried import carry
+from lightning_bln.convert.origin import remember
+from lightning_bln.convert.places import Counterpart
 from lightning_bln.norm import Normalization
 from lightning_bln.recurrence.cell_modules import BLNGRUCell, BLNLSTMCell, BLNRNNCell, RecurrentCell
 from lightning_bln.recurrent import BLNGRU, BLNLSTM, BLNRNN, Recurrent
@@ -30,14 +33,6 @@ SETTINGS[nn.LSTM] += ("proj_size",)
 SETTINGS[nn.RNN] += ("nonlinearity",)
 SETTINGS[nn.RNNCell] += ("nonlinearity",)
 """Arguments of recurrent layers besides their two sizes."""
-
-
-class Counterpart(NamedTuple):
-    """A layer's replacement, and what there is to say about it."""
-
-    layer: nn.Module
-    notes: list[str]
-    lost: list[str]
 
 
 @overload
@@ -103,7 +98,7 @@ def counterpart(
     Args:
         module: The layer.
         base: The class in ``CONVERTIBLE`` by whose forward it runs.
-        norm: ``"bln"``, ``"layer"`` or ``"batch"``.
+        norm: ``"bln"``, ``"layer"``, ``"batch"`` or ``"keep"``.
         options: For recurrent layers, of which cells take those they know.
         like: A parameter nearby, for a layer that has none.
     """
@@ -113,14 +108,19 @@ def counterpart(
             unknown = sorted(options.keys() & ONLY_OVER_TIME)
             options = {name: value for name, value in options.items() if name not in unknown}
             notes += [f"a single step takes no {', '.join(unknown)}"] if unknown else []
-        converted: nn.Module = recurrent_like(module, base, norm=norm, **options)
+        inside = None if norm == "keep" else norm
+        converted: nn.Module = recurrent_like(module, base, norm=inside, **options)
     else:
         is_batch_norm = base in BATCH_NORMS
+        own = ("batch" if is_batch_norm else "layer") if norm == "keep" else norm
         size = module.num_features if is_batch_norm else module.normalized_shape[0]
-        converted = normalization_like(module, size, channel_dim=1 if is_batch_norm else -1, norm=norm, like=like)
+        converted = normalization_like(module, size, channel_dim=1 if is_batch_norm else -1, norm=own, like=like)
+        if norm == "keep":
+            converted.population.to(torch.promote_types(converted.population.mean.dtype, torch.float32))
     lost = carry(module, converted, known_attributes(base), shared=True)
     if isinstance(converted, Normalization) and base in BATCH_NORMS:
-        told = carry_running_statistics(module, converted)
+        remember(module, base, converted)
+        told = carry_running_statistics(module, converted, keeps_start=norm == "keep")
         notes, lost = notes + told.notes, lost + told.lost
     was = type_before_parametrizations(module)
     if was is not base:
@@ -171,8 +171,11 @@ def has(module: nn.Module, name: str) -> bool:
     return any(isinstance(value, Tensor) for value in own) or is_parametrized(module, name)
 
 
-def carry_running_statistics(module: Any, converted: Normalization) -> Counterpart:
-    """Make the running statistics of a BatchNorm its counterpart's population where they are all that it needs."""
+def carry_running_statistics(module: Any, converted: Normalization, *, keeps_start: bool) -> Counterpart:
+    """Make the running statistics of a BatchNorm its counterpart's population where they are all that it needs.
+
+    Those that come from no data yet do so only if ``keeps_start``; torch normalises by them all the same.
+    """
     told = Counterpart(converted, [], [])
     if converted.norm == "layer":
         return told  # takes its statistics from each input
@@ -187,7 +190,7 @@ def carry_running_statistics(module: Any, converted: Normalization) -> Counterpa
                 "recompute_population"
             )
         return told
-    if has_seen_data(module):
+    if keeps_start or has_seen_data(module):
         one = module.running_mean.new_ones(1)
         # norm="batch" gives the feature statistics and the batch size no weight
         values = {"feature_mean": 0 * one, "feature_var": one, "batch_size": one}

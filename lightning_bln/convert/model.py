@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+import torch
+from torch import distributed, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from lightning_bln._torch import own_modules
-from lightning_bln.convert.layers import CONVERTIBLE, Counterpart, base_of, counterpart
-from lightning_bln.convert.report import Conversion, ConversionReport, of
-
-LOGGER = logging.getLogger("lightning_bln.convert")
+from lightning_bln._checks import check_choice
+from lightning_bln.convert.layers import BATCH_NORMS, CONVERTIBLE, base_of, counterpart
+from lightning_bln.convert.places import Counterpart, Place, places, refuse_wrapped, replace
+from lightning_bln.convert.report import Conversion, ConversionReport, log, of
+from lightning_bln.functional import NORMS
 
 LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 """Layers without a size; the first input makes BatchNorms of them."""
 
+FUSED_ACTIVATION = "fused_activation_before"
+"""Attribute of a Transformer's layer that keeps, for the way back, what says that there is a fused operator."""
+
 OTHER_NORMS = re.compile("Norm|LSTM|GRU|RNN")
 """Pattern of the names of classes that a report mentions though they do not convert."""
-
-
-class Place(NamedTuple):
-    """A slot for a module in its parent; the model itself has no parent."""
-
-    path: str
-    parent: nn.Module | None
-    name: str
-    module: nn.Module
-    like: Tensor | None
-    """A parameter of the parent or what is above it."""
 
 
 @overload
@@ -57,12 +47,15 @@ def to_bln(
     parametrizations, ``requires_grad``, device, dtype and training flag, and a layer that stands in several places is
     shared as before.
 
-    With ``norm="batch"`` running statistics become the population. BLN also needs statistics of features, which a
-    BatchNorm does not have: train, or call :func:`~lightning_bln.recompute_population`.
+    With ``norm="keep"`` the model computes what it did, and :func:`to_torch` is the way back: BatchNorm becomes
+    ``norm="batch"`` with its running statistics, also those it starts with, as the population, LayerNorm
+    ``norm="layer"``, recurrent layers ``norm=None``. With ``norm="batch"`` running statistics become the population,
+    too. BLN also needs statistics of features, which a BatchNorm does not have: train, or call
+    :func:`~lightning_bln.recompute_population`.
 
     Args:
         model: Module to change in place.
-        norm: ``"bln"``, ``"layer"`` or ``"batch"``.
+        norm: ``"bln"``, ``"layer"``, ``"batch"``, or ``"keep"`` for the norm that each layer has.
         report: Whether to return a report as well. In any case the logger ``lightning_bln.convert`` gets it at level
             INFO, and what was left alone or lost at level WARNING.
         **options: For the recurrent layers, as in :class:`~lightning_bln.Recurrent`.
@@ -72,50 +65,32 @@ def to_bln(
         :class:`~lightning_bln.convert.ConversionReport`.
 
     Raises:
-        ValueError: A LayerNorm is over several axes, a lazy layer has no size yet, a SyncBatchNorm has a process group
-            of its own, or a part is wrapped for DDP; then nothing is replaced.
+        ValueError: ``norm`` is none of these, a LayerNorm is over several axes, a lazy layer has no size yet, a
+            SyncBatchNorm has a process group of its own, a momentum is outside [0, 1], or a part is wrapped
+            for DDP; then nothing is replaced.
 
     Example:
         >>> model, found = to_bln(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), report=True)
         >>> print(found)
         1: BatchNorm1d -> Normalization
     """
-    every = [*places(model)]
+    check_choice("norm", norm, ("keep", *NORMS))
+    every = [*places(model, lambda module: base_of(module) is not None)]
     for place in every:
         refuse(place)
-    made: dict[nn.Module, Counterpart | None] = {}
-    for place in every:
-        base = base_of(place.module)
-        if place.module not in made:
-            made[place.module] = None if base is None else counterpart(place.module, base, norm, options, place.like)
+    made: dict[nn.Module, Counterpart] = {}
+    with torch.inference_mode(False):  # whose tensors could not be trained
+        for place in every:
+            base = base_of(place.module)
+            if base is not None and place.module not in made:
+                made[place.module] = counterpart(place.module, base, norm, options, place.like)
     # only now is the model changed, since any of the above may raise
-    for place in every:
-        found = made[place.module]
-        if place.parent is not None and found is not None:
-            setattr(place.parent, place.name, found.layer)
-    entries = [entry for module, found in made.items() if (entry := described(module, found, every)) is not None]
+    converted = replace(every, {module: found.layer for module, found in made.items()})
+    modules = dict.fromkeys(place.module for place in every)
+    entries = [entry for module in modules if (entry := described(module, made.get(module), every)) is not None]
     result = ConversionReport((*entries, *(plain_path(place) for place in every if is_fused_encoder(place, made))))
-    log(result)
-    own = made[model]
-    converted = model if own is None else own.layer
+    log("to_bln", result)
     return (converted, result) if report else converted
-
-
-def places(model: nn.Module) -> Iterator[Place]:
-    """Every slot for a module, each parent visited once; a module in two slots comes twice."""
-    seen: set[nn.Module] = set()
-
-    def within(place: Place) -> Iterator[Place]:
-        yield place
-        if place.module in seen or base_of(place.module) is not None:
-            return
-        seen.add(place.module)
-        like = next(place.module.parameters(), place.like)
-        for name, child in own_modules(place.module).items():
-            if child is not None:
-                yield from within(Place(f"{place.path}.{name}".lstrip("."), place.module, name, child, like))
-
-    return within(Place("", None, "", model, None))
 
 
 def refuse(place: Place) -> None:
@@ -126,13 +101,18 @@ def refuse(place: Place) -> None:
             f"{name} is a LayerNorm over {tuple(module.normalized_shape)}, but BLN takes one feature axis; flatten "
             "those axes first"
         )
+    momentum = module.momentum if base_of(module) in BATCH_NORMS else None
+    if isinstance(momentum, (int, float)) and not 0 <= momentum <= 1:
+        raise ValueError(
+            f"{name} is a {type(module).__name__} with momentum={momentum}, but a population follows batches by a "
+            "share in [0, 1]; set another"
+        )
     if isinstance(module, LAZY):
         raise ValueError(
             f"{name} is a {type(module).__name__} that has seen no input yet, so that its size is unknown; run a batch "
             "through the model first"
         )
-    if isinstance(module, DistributedDataParallel):
-        raise ValueError(f"{name} is wrapped by DistributedDataParallel; convert the module inside before you wrap it")
+    refuse_wrapped(place)
     group = getattr(module, "process_group", None) if isinstance(module, nn.SyncBatchNorm) else None
     if group is not None and group is not distributed.group.WORLD:
         raise ValueError(
@@ -159,24 +139,18 @@ def described(module: nn.Module, found: Counterpart | None, every: list[Place]) 
     return Conversion(tuple(names), named, None, (reason,))
 
 
-def is_fused_encoder(place: Place, made: dict[nn.Module, Counterpart | None]) -> bool:
+def is_fused_encoder(place: Place, made: dict[nn.Module, Counterpart]) -> bool:
     """Whether a layer of a Transformer would evaluate by a fused operator that reads weights and skips its norms."""
     module = place.module
     if not isinstance(module, nn.TransformerEncoderLayer) or not module.activation_relu_or_gelu:
         return False
-    return any(one is not None and one.layer in (module.norm1, module.norm2) for one in made.values())
+    return any(one.layer in (module.norm1, module.norm2) for one in made.values())
 
 
 def plain_path(place: Place) -> Conversion:
     """Keep a Transformer's layer from its fused operator, by the attribute that says it has none for an activation."""
     assert isinstance(place.module, nn.TransformerEncoderLayer)
+    setattr(place.module, FUSED_ACTIVATION, place.module.activation_relu_or_gelu)
     place.module.activation_relu_or_gelu = 0
     kind = type(place.module)
     return of([place.path], kind, kind, ["evaluates without torch's fused operator, which knows LayerNorm alone"], [])
-
-
-def log(result: ConversionReport) -> None:
-    """Log a report, and as a warning that part of it which a user has to know."""
-    LOGGER.info("%s", result)
-    if result.incomplete.entries:
-        LOGGER.warning("to_bln left alone or lost:\n%s", result.incomplete)

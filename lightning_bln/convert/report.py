@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+LOGGER = logging.getLogger("lightning_bln.convert")
 
 
 @dataclass(frozen=True)
@@ -74,3 +77,10 @@ def of(names: Iterable[str], was: type, became: type | None, notes: Iterable[str
     return Conversion(
         tuple(names), was.__name__, None if became is None else became.__name__, tuple(notes), tuple(lost)
     )
+
+
+def log(function: str, result: ConversionReport) -> None:
+    """Log a report, and as a warning that part of it which a user of ``function`` has to know."""
+    LOGGER.info("%s", result)
+    if result.incomplete.entries:
+        LOGGER.warning("%s left alone or lost:\n%s", function, result.incomplete)
