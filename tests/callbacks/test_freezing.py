@@ -31,7 +31,7 @@ def assert_own_population(model: Any) -> None:
     if alone._trainer is not None:
         alone._trainer = None
     data = zoo.train_data(shuffle=False)
-    recompute_population(alone, data, predict=lambda batch: alone(batch[0]), batchnorm=False)
+    recompute_population(alone, data, predict=lambda batch: alone(batch[0]))
     for one, other in zip(populations(model), populations(alone), strict=True):
         for name in FROZEN:
             torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-5, msg=name)
