@@ -229,7 +229,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         if batch_idx == 0:
             for population in populations(pl_module):
                 population.reset()
-        if self.averages.kept:
+        if self.averages.kept and self.batchnorm == "validate":
             self.averages.put_back(pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
