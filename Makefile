@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-exact test-oldest compatibility bench bench-cells bench-sweep asan lint types check clean
+.PHONY: demo test test-exact test-oldest compatibility bench bench-cells bench-sweep bench-calibration asan lint types check clean
 
 # The oldest versions the package declares, and torchtext, in an environment of 5 GB that outlives the clone.
 OLDEST_PYTHON ?= python3.11
@@ -82,6 +82,9 @@ types: $(VENV)/.installed
 
 bench-sweep: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bench_sweep $(BENCH)
+
+bench-calibration: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.calibration $(BENCH)
 
 check: lint types
 

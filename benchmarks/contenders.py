@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.measure import Job
+from benchmarks.resnet import residual_network
 from lightning_bln import BLNGRU, BLNLSTM, BLNRNN, BatchLayerNorm, set_mode
 
 KINDS: dict[str, tuple[type, type]] = {"lstm": (nn.LSTM, BLNLSTM), "gru": (nn.GRU, BLNGRU), "rnn": (nn.RNN, BLNRNN)}
@@ -183,29 +183,3 @@ def images(shape: Size, memory_format: torch.memory_format = torch.contiguous_fo
 def networks(shape: Size) -> dict[str, Job]:
     """Training steps of a small ResNet with each norm."""
     return {name: step(residual_network(norm), torch.randn(shape)) for name, norm in NORMS_OF_IMAGES.items()}
-
-
-class Residual(nn.Module):
-    """Two convolutions, each with a norm, around which the input goes."""
-
-    def __init__(self, inputs: int, channels: int, norm: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        stride = 1 if inputs == channels else 2
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, channels, 3, stride, 1, bias=False), norm(channels), nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, 1, 1, bias=False), norm(channels),
-        )  # fmt: skip
-        self.around = nn.Identity() if stride == 1 else nn.Conv2d(inputs, channels, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + self.around(x))
-
-
-def residual_network(norm: Callable[[int], nn.Module]) -> nn.Module:
-    """A ResNet for small images: three stages of two blocks."""
-    sizes = [16, 16, 16, 32, 32, 64, 64]
-    stages = [Residual(inputs, channels, norm) for inputs, channels in itertools.pairwise(sizes)]
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, 1, 1, bias=False), norm(16), nn.ReLU(), *stages,
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
-    )  # fmt: skip

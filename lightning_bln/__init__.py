@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_bln import _moved
 from lightning_bln.averaging import AveragedModel
+from lightning_bln.calibration import Calibration, calibrate
 from lightning_bln.conv import ConvBLN1d, ConvBLN2d, ConvBLN3d
 from lightning_bln.convert import from_torch, to_bln, to_torch
 from lightning_bln.functional import Statistics, batch_layer_norm
@@ -29,6 +30,7 @@ __all__ = [
     "BLNRNN",
     "AveragedModel",
     "BatchLayerNorm",
+    "Calibration",
     "ConvBLN1d",
     "ConvBLN2d",
     "ConvBLN3d",
@@ -40,6 +42,7 @@ __all__ = [
     "StatisticsMode",
     "SweepResult",
     "batch_layer_norm",
+    "calibrate",
     "fan_out",
     "freeze_population",
     "from_torch",

@@ -177,18 +177,26 @@ def recompute_population(
         >>> layer.population.batch_mean, layer.population.batch_var
         (tensor([[1., 6.]]), tensor([[2., 8.]]))
     """
+    batches, run, options = prepared(model, batches, predict, joins=samples is not None)
+    warn_left(gather_population(model, batches, run, samples=samples, limit=limit, batchnorm=batchnorm, **options))
+
+
+def prepared(
+    model: nn.Module, batches: Iterable[Any], predict: Callable[[Any], Any] | None, *, joins: bool
+) -> tuple[Iterable[Any], Callable[[Any], Any], dict[str, Any]]:
+    """Batches, not collated yet if they are to be joined, a function to run each by, and options of a gathering.
+
+    Raises:
+        ValueError: ``batches`` is a tensor.
+    """
     collate: list[Callable[[list[Any]], Any]] = []
-    if samples is not None and isinstance(batches, DataLoader) and serves_items(batches):
+    if joins and isinstance(batches, DataLoader) and serves_items(batches):
         collate, batches = [batches.collate_fn], reading_items(batches, 0)
     if isinstance(batches, Tensor):
         raise ValueError(f"batches is a tensor of shape {tuple(batches.shape)}, not a list of batches; pass [x]")
-    if predict is None:
-        run: Callable[[Any], Any] = partial(call_model, model)
-        restart: Callable[[], Any] | None = state_of(model)
-    else:
-        run, restart = predict, None
-    options: dict[str, Any] = {"collate": collate, "restart": restart, "batchnorm": batchnorm}
-    warn_left(gather_population(model, batches, run, samples=samples, limit=limit, **options))
+    if predict is not None:
+        return batches, predict, {"collate": collate, "restart": None}
+    return batches, partial(call_model, model), {"collate": collate, "restart": state_of(model)}
 
 
 def gather_population(

@@ -25,7 +25,7 @@ FLOORS = (
     ("functional", "moments", "modes", "equal_modes", "traced"),
     ("kernels",),
     ("distributed", "population", "merging", "batchnorm", "mixing"),
-    ("joining", "together", "recomputation", "averaging"),
+    ("joining", "together", "recomputation", "averaging", "sample_order", "calibration"),
     ("fused_norm", "norm_warnings", "norm"),
     ("cells",),
     ("recurrence",),

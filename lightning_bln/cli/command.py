@@ -18,6 +18,7 @@ LIGHTNING = {
     "test": "evaluate a checkpoint on test data",
     "predict": "compute a checkpoint's predictions",
     "sweep": "evaluate a checkpoint in every statistics mode and write the best one into it",
+    "calibrate": "compute a checkpoint's population anew on unlabelled data of a new domain",
 }
 """Subcommands parsed by LightningCLI, each with its summary."""
 

@@ -1,4 +1,4 @@
-"""LightningCLI with the further subcommand ``sweep``, as ``bln fit``, ``validate``, ``test``, ``predict`` run it."""
+"""LightningCLI with the further subcommands ``sweep`` and ``calibrate``, as ``bln fit`` and others run it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import yaml
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 
 from lightning_bln._files import FileError
+from lightning_bln.calibration import Calibration
 from lightning_bln.callbacks import BLNStatsCallback
-from lightning_bln.cli.checkpoint import load_checkpoint, write_mode
+from lightning_bln.cli.calibration import Calibrating, Split, few, reading
+from lightning_bln.cli.checkpoint import load_checkpoint, undo_population, write_mode, write_population
 from lightning_bln.cli.trust import check_trust, import_paths, read_config
 from lightning_bln.recomputation import populations
 from lightning_bln.sweep.result import Direction, SweepResult, one_direction
@@ -36,15 +39,31 @@ NOISE = (
 """Patterns of warnings that a user of the command cannot act on."""
 
 
+REWRITING = ("sweep", "calibrate")
+"""Subcommands that change a checkpoint."""
+
+
 def run(args: Sequence[str]) -> None:
     """Run one of Lightning's subcommands, ``args[0]``, with the options that follow it."""
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    if args[0] == "sweep":
+    if args[0] == "calibrate" and "--undo=true" in with_value(list(args), "--undo"):
+        undo(list(args))
+    elif args[0] in REWRITING:
         with tempfile.TemporaryDirectory() as folder:
             CLI(args=own_config(with_value(list(args), "--trust"), Path(folder)))
     else:
         CLI(args=checked(list(args)))
+
+
+def undo(args: list[str]) -> None:
+    """Put the population back that a checkpoint had before; its model and data are not needed."""
+    parser = argparse.ArgumentParser(prog="bln calibrate --undo", allow_abbrev=False)
+    parser.add_argument("--ckpt", type=Path, required=True)
+    parser.add_argument("--output", type=Path)
+    known = parser.parse_known_args(args[1:])[0]
+    undo_population(known.ckpt, output=known.output, weights_only="--weights_only=false" not in args)
+    print(f"wrote the population before the calibration to {known.output or known.ckpt}")
 
 
 def own_config(args: list[str], folder: Path) -> list[str]:
@@ -188,6 +207,68 @@ class Trainer(L.Trainer):
         self.strategy.barrier()
         return callback.result
 
+    def calibrate(
+        self,
+        model: L.LightningModule,
+        dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        *,
+        ckpt: Path,
+        output: Path | None = None,
+        split: Split = "predict",
+        samples: int = 1024,
+        undo: bool = False,
+        weights_only: bool = True,
+        trust: bool = False,
+    ) -> Calibration | None:
+        """Compute a checkpoint's population anew on data of a new domain, and keep the old one beside it in the file.
+
+        Args:
+            model: The checkpoint's module; its ``predict_step`` is what runs on a batch, if it has one.
+            dataloaders: Data of the new domain, unless ``datamodule`` or ``model`` have it.
+            datamodule: Datamodule with the data.
+            ckpt: The checkpoint, of which nothing but statistics changes; it is replaced in one step at the end.
+            output: Write to this file instead.
+            split: The data to read: "predict", "train", "validation" or "test".
+            samples: How many samples to take.
+            undo: Put the population back that the checkpoint had before, and do nothing else.
+            weights_only: Refuse files that could run code when they are loaded.
+            trust: Import whatever classes the checkpoint's configuration names, as for ``bln sweep``.
+
+        Returns:
+            Both populations; ``None`` with ``undo``.
+
+        Raises:
+            FileNotFoundError: There is no file at ``ckpt``.
+            ValueError: There is no such data, or the model has no layer with a population.
+        """
+        if undo:
+            undo_population(ckpt, output=output, weights_only=weights_only)
+            return None
+        if not Path(ckpt).is_file():
+            raise FileNotFoundError(f"ckpt={str(ckpt)!r} is no file; pass a checkpoint that the Trainer has written")
+        callback = Calibrating(model, samples)
+        self.callbacks = [*self.callbacks, callback]
+        options: dict[str, Any] = {"ckpt_path": str(ckpt), "return_predictions": False}
+        if "weights_only" in inspect.signature(super().predict).parameters:  # lightning 2.6 and later
+            options["weights_only"] = weights_only
+        given = dataloaders is not None
+        loaders = few(dataloaders, samples) if given else None
+        data = nullcontext() if given else reading(datamodule or model, split, samples)
+        with callback.taking(model), data:
+            self.predict(model, loaders, datamodule=datamodule, **options)
+        calibration = callback.calibration
+        assert calibration is not None
+        if self.is_global_zero:
+            write_population(ckpt, calibration, output=output, weights_only=weights_only)
+            print(calibration)
+            print(
+                f"wrote the population of {calibration.samples} samples to {output or ckpt}; "
+                f"bln calibrate --ckpt {output or ckpt} --undo puts the old one back"
+            )
+        self.strategy.barrier()
+        return calibration
+
     def predict(self, *args: Any, output: Path | None = None, **kwargs: Any) -> Any:
         """Run inference on your data.
 
@@ -204,7 +285,7 @@ class Trainer(L.Trainer):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Callback that saves the configuration in the checkpoint too, so that ``bln sweep`` needs the file alone."""
+    """Callback that saves the configuration in the checkpoint, so that ``bln sweep`` and others need the file alone."""
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[CONFIG_KEY] = self.parser.dump(self.config, skip_none=False)
@@ -231,14 +312,14 @@ class CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands, and ``sweep``."""
-        return {**LightningCLI.subcommands(), "sweep": {"model", "dataloaders", "datamodule"}}
+        """Lightning's subcommands, ``sweep`` and ``calibrate``."""
+        return {**LightningCLI.subcommands(), **{name: {"model", "dataloaders", "datamodule"} for name in REWRITING}}
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Create the Trainer, for a sweep without the callbacks and loggers that would write files."""
+        """Create the Trainer, for a sweep or a calibration without the callbacks and loggers that would write files."""
         if self.subcommand not in (None, "fit"):
             self.save_config_callback = None  # it would overwrite the file of the training
-        if self.subcommand == "sweep":
+        if self.subcommand in REWRITING:
             callbacks = self.config_init[self.subcommand]["trainer"].get("callbacks") or []
             callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
             kwargs["callbacks"] = [one for one in callbacks if isinstance(one, BLNStatsCallback)]
