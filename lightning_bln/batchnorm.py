@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from lightning_bln._scoped import setting
-from lightning_bln._torch import BatchNorm
+from lightning_bln._torch import BatchNorm, eagerly
 from lightning_bln.equation import mean_and_var, widen
 from lightning_bln.population import Observed, Population
 
@@ -43,24 +46,51 @@ class RunningStatistics(Population):
         dtype = torch.promote_types(mean.dtype, torch.float32)
         super().__init__(norm.num_features, device=mean.device, dtype=dtype)
         self.layer = [norm]  # in a list, which makes it no child
+        self.is_asked, self.within = True, ExitStack()
 
-    def observe(self, norm: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take in what the layer is called with, and tell it how to normalise.
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Within the context the layer gathers where the step has it in training mode, and keeps its own statistics."""
+        (norm,) = self.layer
+        with (
+            setting([norm], training=True, track_running_stats=False),
+            # behind the user's own hooks, which may change the input
+            norm.register_forward_pre_hook(self.enter, with_kwargs=True),
+            norm.register_forward_hook(self.leave, always_call=True),
+        ):
+            yield
 
-        That is by the batch itself, but by its running statistics where samples are to be told apart, and where a batch
-        has one number for each channel, of which torch takes no variance.
+    def enter(self, norm: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take in what the layer normalises, and tell it how.
+
+        That is what it is called with, or with a forward of its own what that gives to torch's function.
         """
-        whole = (args or tuple(kwargs.values()))[0].detach()
-        x = whole.movedim(1, -1).flatten(0, -2)
-        # at each call: attributes are put back before batches that run again
-        norm.training, norm.track_running_stats = not self.ignores_batch and len(x) > 1, False
-        if not len(x):
-            return
-        mean, var = mean_and_var(widen(x), (0,))
-        count = torch.full((1,), len(x), device=x.device)
-        nothing, one = mean.new_zeros(1), mean.new_ones(1)
-        size = torch.full((1,), len(whole), device=x.device)
-        self.gather(Observed(mean, var, nothing, one, count, size))
+        self.is_asked = norm.training
+        norm.track_running_stats = False  # at each call: attributes are put back before batches that run again
+        if norm.training and has_own_forward(norm):
+            self.within.enter_context(Intercepting(self))
+        elif norm.training:
+            norm.training = self.take_in((args or tuple(kwargs.values()))[0])
+
+    def leave(self, norm: BatchNorm, *_: Any) -> None:
+        """Give the layer the mode back that the step has it in."""
+        self.within.close()
+        norm.training = self.is_asked
+
+    def take_in(self, whole: Tensor) -> bool:
+        """Take in an input ``(N, C, ...)``; return whether it is normalised by itself.
+
+        It is not where samples are to be told apart, nor where it has one number for each channel, of which torch takes
+        no variance: there running statistics normalise.
+        """
+        x = whole.detach().movedim(1, -1).flatten(0, -2)
+        if len(x):
+            mean, var = mean_and_var(widen(x), (0,))
+            count = torch.full((1,), len(x), device=x.device)
+            nothing, one = mean.new_zeros(1), mean.new_ones(1)
+            size = torch.full((1,), len(whole), device=x.device)
+            self.gather(Observed(mean, var, nothing, one, count, size))
+        return not self.ignores_batch and len(x) > 1
 
     def _assign_frozen(self, values: list[Tensor]) -> None:
         (norm,) = self.layer
@@ -78,13 +108,47 @@ class RunningStatistics(Population):
             getattr(norm, name).copy_(value)
 
 
+def has_own_forward(norm: BatchNorm) -> bool:
+    """Whether a layer computes by other code than torch's, which may do more than to normalise its input."""
+    return "forward" in vars(norm) or type(norm).forward not in (BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+PARAMETERS = tuple(signature(F.batch_norm).parameters)
+
+
+class Intercepting(TorchFunctionMode):
+    """Context in which :func:`torch.nn.functional.batch_norm` normalises by its input, which a population takes in.
+
+    Args:
+        population: That of the layer that calls it.
+    """
+
+    def __init__(self, population: RunningStatistics) -> None:
+        super().__init__()
+        self.population = population
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        (norm,) = self.population.layer
+        if func is not F.batch_norm or args[0].shape[1] != norm.num_features:
+            return func(*args, **given)
+        given = dict(zip(PARAMETERS, args, strict=False)) | given
+        if self.population.take_in(given["input"]):
+            given |= {"running_mean": None, "running_var": None, "training": True}
+        else:
+            given |= {"running_mean": norm.running_mean, "running_var": norm.running_var, "training": False}
+        return F.batch_norm(**given)
+
+
 @contextmanager
 def observing(norms: Mapping[str, BatchNorm]) -> Iterator[dict[str, RunningStatistics]]:
-    """Context in which batch norms gather statistics of their inputs, and keep their own; a population by each name."""
+    """Context in which batch norms gather statistics of their inputs, and keep their own; a population by each name.
+
+    It runs eagerly: graphs that were compiled before would not call a hook.
+    """
     found = {name: RunningStatistics(norm) for name, norm in norms.items()}
     with ExitStack() as stack:
+        stack.enter_context(eagerly() if found else nullcontext())
         for population in found.values():
-            (norm,) = population.layer
-            stack.enter_context(setting([norm], track_running_stats=False))
-            stack.enter_context(norm.register_forward_pre_hook(population.observe, prepend=True, with_kwargs=True))
+            stack.enter_context(population.observing())
         yield found

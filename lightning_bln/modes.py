@@ -295,6 +295,6 @@ def require_mode_layers(model: nn.Module) -> list[HasMode]:
     if not layers:
         raise ValueError(
             f"model={type(model).__name__} has no layer with a statistics mode; put a BatchLayerNorm or a recurrent "
-            "layer with norm='bln' into it"
+            "layer with norm='bln' into it, or make such layers of torch's by to_bln(model, norm='keep')"
         )
     return layers

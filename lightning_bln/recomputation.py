@@ -33,10 +33,12 @@ def require_populations(model: nn.Module) -> list[Population]:
     """:func:`populations`; raises ValueError if there is none."""
     found = populations(model)
     if not found:
-        raise ValueError(
-            f"model={type(model).__name__} has no layer with a population; put a BatchLayerNorm, a recurrent layer "
-            "with norm='bln' or a BatchNorm with running statistics into it"
+        mend = (
+            "put a BatchLayerNorm, a recurrent layer with norm='bln' or a BatchNorm with running statistics into it"
+            if not batch_norms(model)
+            else "recompute_population computes the running statistics of its batch norms, unless batchnorm=False"
         )
+        raise ValueError(f"model={type(model).__name__} has no layer with a population; {mend}")
     return found
 
 
@@ -283,7 +285,8 @@ def holding(batches: Iterable[Any], samples: int) -> Iterator[Any]:
 def call_model(model: nn.Module, batch: Any) -> Any:
     """Call the model with a batch as :func:`recompute_population` does by default."""
     entries = batch if isinstance(batch, (tuple, list)) and not is_packed(batch) else None
-    mend = "pass predict=, such as predict=lambda batch: model(*batch)"
+    call = "model(**batch)" if isinstance(batch, Mapping) else "model(*batch)"
+    mend = f"pass predict=, such as predict=lambda batch: {call}"
     if entries is not None and len(entries) > 2 and takes_several(model):
         raise ValueError(
             f"a batch has {len(entries)} entries and {type(model).__name__} takes several, so that it is open which; "

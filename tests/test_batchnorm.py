@@ -216,3 +216,117 @@ def test_a_plain_model_reads_the_state_dict() -> None:
     plain.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(plain.eval()(x), model.eval()(x))
+
+
+class Transposed(nn.BatchNorm1d):
+    """Takes features last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Masked(nn.BatchNorm1d):
+    """Normalises what is positive."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = x[:, 0] > 0
+        y = x.clone()
+        y[keep] = super().forward(x[keep])
+        return y
+
+
+class OnlyInTraining(nn.BatchNorm1d):
+    """Asks for its flags in another way than torch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        training = self.training or not self.track_running_stats
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training, 0.0, self.eps)
+
+
+def hooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_pre_hook(lambda module, args: (args[0] * 2 + 5,))
+    return layer
+
+
+SEEN: dict[str, tuple[Any, tuple[int, ...], Any]] = {
+    "a hook of the user's changes the input": (lambda: hooked(nn.BatchNorm1d(3)), (3,), lambda x: x * 2 + 5),
+    "features last": (lambda: Transposed(3), (7, 3), lambda x: x.transpose(1, 2)),
+    "features last, as many positions": (lambda: Transposed(3), (3, 3), lambda x: x.transpose(1, 2)),
+    "features last, one position": (lambda: Transposed(3), (1, 3), lambda x: x.transpose(1, 2)),
+    "part of the samples": (lambda: Masked(3), (3,), lambda x: x[x[:, 0] > 0]),
+    "other flags": (lambda: OnlyInTraining(3), (3,), lambda x: x),
+}
+
+
+@pytest.mark.parametrize("samples", [1024, None])
+@pytest.mark.parametrize("case", SEEN)
+def test_what_counts_is_what_is_normalised(case: str, samples: int | None) -> None:
+    make, shape, seen = SEEN[case]
+    layer, batches = make(), batches_of(shape)
+    model = nn.Sequential(layer, nn.Flatten(), nn.BatchNorm1d(torch.Size(shape).numel()))
+    recompute_population(model, batches, samples=samples)
+    mean, var = moments([seen(batch) for batch in batches])
+    torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.running_var.double(), var, rtol=1e-5, atol=1e-5)
+    assert "forward" not in vars(layer)
+    assert layer.training
+    assert layer.track_running_stats
+    assert int(layer.num_batches_tracked) == 0
+    if samples is not None:
+        with torch.no_grad():
+            normalised = model[:2](torch.cat(batches))
+        torch.testing.assert_close(model[2].running_mean, normalised.mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_that_the_step_evaluates_with_does_not_count_that() -> None:
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.BatchNorm1d(3), WithActivation(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            image = x[:, :, None, None]
+            self.net.eval()
+            self.net[1](self.net[0](x + 100)[:, :, None, None] + image)
+            self.net.train()
+            return self.net[1](self.net[0](x)[:, :, None, None])
+
+    model, batches = Step(), batches_of((3,))
+    recompute_population(model, batches)
+    mean, _ = moments(batches)
+    torch.testing.assert_close(model.net[0].running_mean.double(), mean)
+    assert model.net[1].running_mean.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_that_was_compiled_and_trained(whole: bool) -> None:
+    if not hasattr(torch.compiler, "set_stance"):
+        pytest.skip("a graph of torch before 2.6 cannot be left out")
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    compiled = torch.compile(net, backend="eager")
+    model = compiled if whole else nn.Sequential(compiled)
+    batches = batches_of((3,))
+    for _ in range(2):
+        model.train()
+        model(batches[0] * 7)
+        recompute_population(model, batches)
+        mean, var = moments(batches)
+        torch.testing.assert_close(net[0].running_mean.double(), mean)
+        torch.testing.assert_close(net[0].running_var.double(), var)
+
+
+def test_an_empty_batch_counts_for_nothing() -> None:
+    layer, batches = nn.BatchNorm1d(3), batches_of((3,))
+    recompute_population(layer, [batches[0], batches[0][:0], *batches[1:]], samples=None)
+    mean, _ = moments(batches)
+    torch.testing.assert_close(layer.running_mean.double(), mean)
+
+
+def test_a_mapping_is_passed_by_name() -> None:
+    with pytest.raises(ValueError, match=r"predict=lambda batch: model\(\*\*batch\)"):
+        recompute_population(nn.BatchNorm1d(3), [{"x": torch.randn(4, 3)}])
+
+
+def test_batch_norms_that_are_left_alone_are_named() -> None:
+    with pytest.raises(ValueError, match="unless batchnorm=False"):
+        recompute_population(nn.BatchNorm1d(3), [torch.randn(4, 3)], batchnorm=False)

@@ -198,16 +198,19 @@ class Ignored:
 def log_as_named(trainer: Any, module: Any, values: dict[str, float]) -> None:
     """Log many numbers in a callback's hook at the end of an epoch, at a tenth of the cost of ``self.log``.
 
-    Names may hold a dataloader's index, which ``self.log`` refuses before lightning 2.5.3. The hook must call
-    ``self.log`` first, which resets the collection for a new epoch.
+    Names may hold a dataloader's index, which ``self.log`` refuses before lightning 2.5.3. Ranks have the same values.
     """
-    collection, hook = trainer._evaluation_loop._results, module._current_fx_name
+    collection, hook, connector = trainer._evaluation_loop._results, module._current_fx_name, trainer._logger_connector
+    if connector.should_reset_tensors(hook):  # as in ``self.log``: values of an earlier epoch are no part of a mean
+        collection.reset(metrics=False, fx=hook)
+    connector._current_fx = hook
     for name, value in values.items():
         number, key = torch.tensor(value, device=module.device), f"{hook}.{name}"
         if key in collection:
             collection.update_metrics(key, number, 1)
         else:
-            collection.log(hook, name, number, add_dataloader_idx=False)
+            # without sync_dist Lightning would advise it
+            collection.log(hook, name, number, add_dataloader_idx=False, sync_dist=trainer.world_size > 1)
 
 
 def train_loader(trainer: Any) -> Any:
@@ -305,8 +308,12 @@ def required(namespace: str) -> Iterator[tuple[str, bool]]:
         part("loops.fit_loop")._FitLoop: ("_combined_loader", "_data_source"),
         part("strategies.launchers.multiprocessing")._MultiProcessingLauncher: (),
         part("utilities.combined_loader").CombinedLoader: ("_mode",),
-        part(f"{connectors}.logger_connector")._LoggerConnector: (*CONNECTOR_METRICS.values(), "_current_fx"),
-        part(f"{connectors}.result")._ResultCollection: ("dataloader_idx", "metrics", "update_metrics", "log"),
+        part(f"{connectors}.logger_connector")._LoggerConnector: (
+            *CONNECTOR_METRICS.values(),
+            "_current_fx",
+            "should_reset_tensors",
+        ),
+        part(f"{connectors}.result")._ResultCollection: ("dataloader_idx", "metrics", "update_metrics", "log", "reset"),
         part(f"{connectors}.result")._ResultMetric: ("is_tensor", "meta", *ROW_VALUES),
     }
     averaging = getattr(part("callbacks"), "WeightAveraging", None)  # from lightning 2.6 on

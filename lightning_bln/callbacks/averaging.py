@@ -58,7 +58,7 @@ def saving_average(callbacks: Iterable[Any], module: nn.Module) -> Iterator[None
 
 
 @contextmanager
-def saving_statistics(module: nn.Module, refresh: Callable[[], None]) -> Iterator[None]:
+def saving_statistics(module: nn.Module, refresh: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     """Within the context, ``refresh`` runs before a checkpoint is complete, which then holds the populations of now.
 
     The Trainer calls the module for checkpoints of all kinds, but callbacks for none with weights alone.
@@ -66,7 +66,7 @@ def saving_statistics(module: nn.Module, refresh: Callable[[], None]) -> Iterato
     own: Any = module.on_save_checkpoint
 
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
-        refresh()
+        refresh(checkpoint)
         write_statistics(module, checkpoint["state_dict"])
         own(checkpoint)
 

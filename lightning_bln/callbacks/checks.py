@@ -72,10 +72,14 @@ def matching(pattern: str) -> tuple[StatisticsMode, ...]:
 def check_model(trainer: Any, module: Any, batchnorm: bool | str) -> None:
     """Raise where a module has no mode to choose and no statistics to compute, or has a step that draws batches."""
     if not mode_layers(module) and not (batchnorm and has_batch_norm(module)):
-        mend = "put a BatchLayerNorm or a recurrent layer with norm='bln' into it, or take the callback away"
+        mend = (
+            "put a BatchLayerNorm, a recurrent layer with norm='bln' or a BatchNorm with running statistics into it, "
+            "make layers with a mode of its norms by to_bln(model, norm='keep'), or take the callback away"
+        )
         if has_batch_norm(module):
             mend = (
-                "with population='recompute' and batchnorm=True the running statistics of its batch norms are computed"
+                "with population='recompute' and batchnorm=True the running statistics of its batch norms are "
+                "computed; else take the callback away"
             )
         raise _lightning.misconfiguration(
             trainer,

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from lightning_bln._torch import sync_buffers
-from lightning_bln.callbacks.comparison import compared, run_by_averages
+from lightning_bln.callbacks.comparison import AVERAGES, compared, run_by_averages
 from lightning_bln.callbacks.display import log_running_averages, log_scores
 from lightning_bln.callbacks.evaluation import Evaluation, shared_forward
 from lightning_bln.callbacks.freezing import sleepers
@@ -29,7 +29,7 @@ def set_up(callback: Any, trainer: Any, module: Any) -> None:
     has_choice = bool(shared.layers) and any(one.is_frozen for one in populations(module))
     # the only one is set: nothing runs beside it
     candidates = settle(shared.layers, callback.candidates) if has_choice else ()
-    compares = callback.compare and bool(callback.averages.kept)
+    compares = callback.compare and callback._is_validating and bool(callback.averages.kept)
     if not candidates and not compares:
         return
     evaluation = Evaluation(trainer, module, candidates, shared, callback._bar.advance, verify=callback.verify)
@@ -50,8 +50,12 @@ def conclude(callback: Any, trainer: Any, evaluation: Evaluation, guard: Guard |
     scores = evaluation.finish(callback.monitor)
     if evaluation.modes:
         scores = agree(evaluation, scores, callback.monitor)
-    comparison = compared(evaluation)
+    comparison = compared(evaluation, callback.monitor)
     chosen = choose(callback, trainer, evaluation, scores, guard) if evaluation.modes else None
+    if comparison is not None and callback.monitor not in comparison.rows[AVERAGES]:
+        named = ", ".join(comparison.rows[AVERAGES])
+        sentence = f"BLNStatsCallback compares {named}, since monitor={callback.monitor!r} was not logged."
+        callback._messages.info(trainer, sentence, about="no monitor")
     if comparison is not None:
         callback.comparison = comparison.with_mode(chosen, scores)
         if callback.should_log:

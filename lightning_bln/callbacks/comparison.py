@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
     from rich.table import Table
 
+RUNNING = "running_mean", "running_var"
 AVERAGES, COMPUTED = "running averages", "recomputed statistics"
 """Names of rows."""
 
@@ -32,52 +33,53 @@ class Comparison:
 
     Args:
         rows: For each of these the value of each metric.
+        epoch: The epoch of the validation that gave them.
 
     Example:
-        >>> print(Comparison({"running averages": {"acc": 0.5}, "recomputed statistics": {"acc": 0.625}}))
-                                  acc
-        running averages       0.5000
-        recomputed statistics  0.6250
+        >>> print(Comparison({"running averages": {"acc": 0.5}, "recomputed statistics": {"acc": 0.625}}, epoch=3))
+             running averages  recomputed statistics
+        acc            0.5000                 0.6250
     """
 
     rows: Mapping[str, Mapping[str, float]]
-
-    def cells(self) -> Iterator[list[str]]:
-        """The lines of the table, the metrics' names first."""
-        names = list(dict.fromkeys(name for values in self.rows.values() for name in values))
-        yield ["", *names]
-        for label, values in self.rows.items():
-            yield [label, *(number(values.get(name)) for name in names)]
+    epoch: int
 
     def with_mode(self, mode: StatisticsMode | None, scores: Scores) -> Comparison:
-        """The same with a row for the mode that was chosen, if one was."""
+        """The same with the values of the mode that was chosen, if one was."""
         if mode is None or mode not in scores:
             return self
-        names = self.rows[AVERAGES]
-        return Comparison({**self.rows, f"mode {mode}": {name: scores[mode].get(name, math.nan) for name in names}})
+        values = {name: scores[mode].get(name, math.nan) for name in self.rows[AVERAGES]}
+        return Comparison({**self.rows, f"mode {mode}": values}, self.epoch)
 
     def to_json(self) -> str:
-        """The rows as JSON; NaN and infinities are strings, since JSON lacks them."""
-        return json.dumps({label: {name: plain(one) for name, one in row.items()} for label, row in self.rows.items()})
+        """All of it as JSON; NaN and infinities are strings, since JSON lacks them."""
+        rows = {label: {name: plain(one) for name, one in row.items()} for label, row in self.rows.items()}
+        return json.dumps({"epoch": self.epoch, "rows": rows})
+
+    def lines(self) -> Iterator[list[str]]:
+        """The table's header, and a line for each metric."""
+        yield ["", *self.rows]
+        for name in next(iter(self.rows.values())):
+            yield [name, *(number(values.get(name)) for values in self.rows.values())]
 
     def __str__(self) -> str:
-        lines = [*self.cells()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        every = [*self.lines()]
+        widths = [max(map(len, column)) for column in zip(*every, strict=True)]
 
         def line(first: str, *rest: str) -> str:
             cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
             return "  ".join([first.ljust(widths[0]), *cells])
 
-        return "\n".join(line(*cells) for cells in lines)
+        return "\n".join(line(*cells) for cells in every)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         from rich.table import Table
 
-        (_, *names), *lines = self.cells()
-        table = Table(title="Statistics of batch norms")
+        (_, *labels), *lines = self.lines()
+        table = Table(title=f"Statistics of batch norms, validation of epoch {self.epoch}")
         table.add_column("")
-        for name in names:
-            table.add_column(name, justify="right")
+        for label in labels:
+            table.add_column(label, justify="right")
         for line in lines:
             table.add_row(*line)
         yield table
@@ -88,13 +90,15 @@ def run_by_averages(evaluation: Evaluation, averages: RunningAverages) -> Run:
     run, norms = evaluation.start.copy(evaluation.loop, ()), batch_norms(evaluation.module)
     with evaluation.acting(run):
         for name in averages.kept.keys() & norms.keys():
-            mean, var = averages.kept[name].trained
-            own_buffers(norms[name]).update(running_mean=mean.clone(), running_var=var.clone())
+            norm, trained = norms[name], averages.kept[name].trained
+            if trained.fit(norm):
+                own = own_buffers(norm)
+                own.update({key: value.to(own[key], copy=True) for key, value in zip(RUNNING, trained, strict=True)})
     return run
 
 
-def compared(evaluation: Evaluation) -> Comparison | None:
-    """The values of a validation that has ended beside those by running averages, over all ranks."""
+def compared(evaluation: Evaluation, monitor: str) -> Comparison | None:
+    """The values of a validation that has ended beside those by running averages, over all ranks, ``monitor`` first."""
     if evaluation.beside is None:
         return None
     rows: dict[str, dict[str, float]] = {
@@ -106,4 +110,8 @@ def compared(evaluation: Evaluation) -> Comparison | None:
         names = sorted(set.intersection(*map(set, gathered(evaluation.trainer, names))))
         means = iter(evaluation.agreed([values[name] for values in rows.values() for name in names]))
         rows = {label: {name: next(means) for name in names} for label in rows}
-    return Comparison({label: {name: values[name] for name in names} for label, values in rows.items()})
+    if not names:
+        return None
+    monitor_first = sorted(names, key=lambda name: name != monitor)
+    found = {label: {name: values[name] for name in monitor_first} for label, values in rows.items()}
+    return Comparison(found, evaluation.trainer.current_epoch)

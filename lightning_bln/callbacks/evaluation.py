@@ -73,6 +73,8 @@ class Evaluation:
         }
         self.start = self.present_run((), early).copy(self.loop, ())
         self.silent = _lightning.silent_loggers(trainer)
+        plain = getattr(_lightning.bases(module)["LightningModule"], EPOCH_END)
+        self.has_hook = getattr(type(module), EPOCH_END) is not plain
         self.takes_batch_idx = _lightning.takes_batch_idx(module.validation_step)
         self.candidates = tuple(modes)
         self.others = tuple(mode for mode in self.candidates if mode != self.incumbent)
@@ -278,8 +280,8 @@ class Evaluation:
         self.close_dataloaders()
         scores = self.all_scores()
         is_missing = any(monitor not in values for values in scores.values())
-        if self.beside is not None and not self.modes:  # nothing is chosen by it, and the module may not log it at all
-            is_missing = monitor in self.trainer.callback_metrics and monitor not in self.values(self.own_run())
+        if self.beside is not None and not self.modes:
+            is_missing = self.has_hook and monitor not in self.values(self.own_run())
         self.runs_hook = self.trainer.strategy.reduce_boolean_decision(is_missing, all=False)
         return self.all_scores() if self.runs_hook else scores
 

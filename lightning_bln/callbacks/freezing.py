@@ -87,12 +87,15 @@ class Freezing:
         callback._bar.close()
         return found.left
 
-    def refresh(self, callback: Any, trainer: Any, module: Any) -> None:
-        """Freeze the population of the weights that a checkpoint is about to hold."""
+    def refresh(self, callback: Any, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+        """Freeze the population of the weights that a checkpoint is about to hold, and what that replaces with it."""
         if trainer.sanity_checking or callback._is_validating:  # the population is that of the weights validated
             return
         with averaged(trainer.callbacks, module):
             self.freeze(callback, trainer, module)
+        saved = checkpoint.get("callbacks", {})
+        if callback.state_key in saved:  # taken before
+            saved[callback.state_key] = callback.state_dict()
 
     def present(self, module: nn.Module) -> Fingerprint:
         """The fingerprint of the weights as they are, without buffers that a validation changes."""
@@ -134,9 +137,9 @@ EXCHANGED = (
     " are others than those in training, such as an average. population='epoch' gathers statistics in training and "
     "keeps these; set population='recompute' for that of the weights validated."
 )
-ASLEEP = " is in evaluation mode while the model trains, and keeps the population it has."
+ASLEEP = " is in evaluation mode while the model trains, and keeps the statistics it has."
 UNUSED = (
-    " gathered no statistics, since nothing called the layer, and keeps the population it has; a method "
+    " gathered no statistics, since nothing called the layer, and keeps those it has; a method "
     "population_step(batch, batch_idx) of the module that calls it gives it one."
 )
 

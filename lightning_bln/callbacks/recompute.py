@@ -146,14 +146,19 @@ def check_recompute(trainer: Any, module: Any) -> None:
         raise _lightning.misconfiguration(
             trainer,
             "population='recompute', but the module optimises by hand, so its training_step would move the weights; "
-            f"give it a method {STEP}(batch, batch_idx) that only calls the model, or set population='epoch'",
+            f"give it a method {STEP}(batch, batch_idx) that only calls the model{or_epoch(module)}",
         )
     if _lightning.takes_dataloader_iter(module.training_step):
         raise _lightning.misconfiguration(
             trainer,
             "population='recompute', but training_step(dataloader_iter) draws its own batches; give the module a "
-            f"method {STEP}(batch, batch_idx) that only calls the model, or set population='epoch'",
+            f"method {STEP}(batch, batch_idx) that only calls the model{or_epoch(module)}",
         )
+
+
+def or_epoch(module: nn.Module) -> str:
+    """The way out for a model with populations that gather in training; batch norms of torch have none."""
+    return ", or set population='epoch'" if populations(module) else ""
 
 
 def run_step(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
@@ -174,7 +179,7 @@ def run_step(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         raise _lightning.misconfiguration(
             trainer,
             f"population='recompute' runs training_step without gradients, which it needs ({error}); give the module "
-            f"a method {STEP}(batch, batch_idx) that only calls the model, or set population='epoch'",
+            f"a method {STEP}(batch, batch_idx) that only calls the model{or_epoch(module)}",
         ) from error
 
 
@@ -215,7 +220,8 @@ def undisturbed(trainer: Any, module: Any) -> Iterator[Callable[[], None]]:
 
 def warn_written(module: nn.Module, names: Iterable[str]) -> None:
     """Warn of weights that the step has written into, where they belong to layers that it gathers statistics of."""
-    parts = {name.partition(".")[0] for name, one in module.named_modules() if isinstance(one, Population)}
+    layers = [name for name, one in module.named_modules() if isinstance(one, Population)]
+    parts = {name.partition(".")[0] for name in [*layers, *batch_norms(module)]}
     moved = [name for name in names if name.partition(".")[0] in parts]
     if moved:
         rank_zero_warn(

@@ -34,10 +34,21 @@ class Running(NamedTuple):
             norm.running_mean.copy_(self.mean)
             norm.running_var.copy_(self.var)
 
-    def equals(self, other: Running) -> bool:
-        """Whether they are the same, bit for bit."""
-        pairs = zip(self, other, strict=True)
-        return all(torch.allclose(one, two, rtol=0, atol=0, equal_nan=True) for one, two in pairs)
+    def are_in(self, norm: BatchNorm) -> bool:
+        """Whether a layer has them, number by number, on its device and in its dtype."""
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        pairs = zip(self, (norm.running_mean, norm.running_var), strict=True)
+        return all(one.shape == own.shape and are_same(one.to(own), own) for one, own in pairs)
+
+    def fit(self, norm: BatchNorm) -> bool:
+        """Whether a layer can have them."""
+        return norm.running_mean is not None and self.mean.shape == norm.running_mean.shape
+
+
+def are_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same numbers, NaN among them."""
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 class Exchange(NamedTuple):
@@ -57,9 +68,11 @@ class RunningAverages:
         """Put statistics computed into the layers of these names, and keep what those had."""
         norms = batch_norms(module)
         for name, values in computed.items():
-            own, before = Running.of(norms[name]), self.kept.get(name)
-            is_own = before is None or not own.equals(before.computed)
-            self.kept[name] = Exchange(own if before is None or is_own else before.trained, values)
+            before = self.kept.get(name)
+            # unless training has gone on since, those in the layer are what was put there
+            is_unchanged = before is not None and before.computed.are_in(norms[name])
+            trained = before.trained if before is not None and is_unchanged else Running.of(norms[name])
+            self.kept[name] = Exchange(trained, values)
             values.write(norms[name])
 
     def put_back(self, module: nn.Module) -> None:
@@ -69,7 +82,7 @@ class RunningAverages:
         """
         norms = batch_norms(module)
         for name, (trained, computed) in self.kept.items():
-            if name in norms and Running.of(norms[name]).equals(computed):
+            if name in norms and computed.are_in(norms[name]):
                 trained.write(norms[name])
         self.kept = {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -213,7 +214,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         # not in on_fit_start: sharded weights are loaded after it
         if any(one.is_frozen for one in populations(pl_module)):
-            self._announce(trainer, pl_module, "resumes")
+            self._announce(trainer, pl_module, "resumes" if trainer.global_step or trainer.ckpt_path else "starts")
         check_validation_data(trainer)
         if self.population == "recompute":
             self._check_readable(trainer, _lightning.train_loader(trainer).flattened)
@@ -224,13 +225,15 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
         self._while_quiet.close()
 
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._put_back(pl_module)  # before the module's own hooks
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         # not in on_train_epoch_start, which the Trainer skips when it resumes, within an epoch and right after one
         if batch_idx == 0:
             for population in populations(pl_module):
                 population.reset()
-        if self.averages.kept and self.batchnorm == "validate":
-            self.averages.put_back(pl_module)
+        self._put_back(pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._evaluation = self._guard = None
@@ -348,7 +351,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             "history": [list(choice) for choice in history],
         }
         if self.comparison is not None:
-            state["comparison"] = self.comparison.rows
+            state["comparison"] = asdict(self.comparison)
         if self.averages.kept and self.batchnorm == "validate":
             state["running_averages"] = self.averages.state_dict()
         return state
@@ -357,13 +360,17 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         saved = state_dict["result"]
         self.result = None if saved is None else SweepResult.from_dict(saved)
         self.history = [(epoch, step, mode, score) for epoch, step, mode, score in state_dict["history"]]
-        self.comparison = Comparison(state_dict["comparison"]) if "comparison" in state_dict else None
+        self.comparison = Comparison(**state_dict["comparison"]) if "comparison" in state_dict else None
         self.averages.load_state_dict(state_dict.get("running_averages", {}))
 
     def _quiet_layers(self) -> None:
         """Keep layers from warning, each, that they have no population."""
         self._while_quiet.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*needs a population.*")
+
+    def _put_back(self, module: Any) -> None:
+        if self.averages.kept and self.batchnorm == "validate":
+            self.averages.put_back(module)
 
     def _close_shared(self) -> None:
         if self._shared is not None:

@@ -22,6 +22,7 @@ from lightning_bln.callbacks import BLNStatsCallback
 from lightning_bln.cli.calibration import Calibrating, Split, few, reading
 from lightning_bln.cli.checkpoint import load_checkpoint, undo_population, write_mode, write_population
 from lightning_bln.cli.trust import check_trust, import_paths, read_config
+from lightning_bln.modes import mode_layers
 from lightning_bln.recomputation import populations
 from lightning_bln.sweep.result import Direction, SweepResult, one_direction
 
@@ -73,8 +74,10 @@ def own_config(args: list[str], folder: Path) -> list[str]:
         FileError: The file is damaged, or its configuration names foreign modules and ``args`` do not trust it.
     """
     known = parsed(args, "ckpt")
-    if known.ckpt is None or not known.ckpt.is_file():
+    if known.ckpt is None:
         return args
+    if not known.ckpt.is_file():
+        raise FileError(f"{known.ckpt}: no such file; pass a checkpoint that the Trainer has written")
     checkpoint = load_checkpoint(known.ckpt, weights_only="--weights_only=false" not in args, is_checked=True)
     if not isinstance(checkpoint.get("state_dict"), dict):
         raise FileError(f"{known.ckpt}: no checkpoint of a Trainer, since it has no state_dict")
@@ -196,10 +199,10 @@ class Trainer(L.Trainer):
         self.validate(model, dataloaders, datamodule=datamodule, **options)
         # a layer that nothing calls has no population
         if not any(population.is_frozen for population in populations(model)) or callback.result is None:
-            raise RuntimeError(
-                f"ckpt={str(ckpt)!r} has no frozen population, so there is no mode to choose; train with "
-                "BLNStatsCallback, or call recompute_population before saving"
-            )
+            mend = "train with BLNStatsCallback, or call recompute_population before saving"
+            if not mode_layers(model):
+                mend = f"{type(model).__name__} has no layer with one; to_bln(model, norm='keep') makes some"
+            raise RuntimeError(f"ckpt={str(ckpt)!r} has no frozen population, so there is no mode to choose; {mend}")
         if self.is_global_zero:
             write_mode(ckpt, model, output=output, weights_only=weights_only, callback=callback)
             print(callback.result)

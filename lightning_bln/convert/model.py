@@ -18,8 +18,14 @@ from lightning_bln.functional import NORMS
 LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 """Layers without a size; the first input makes BatchNorms of them."""
 
-FUSED_ACTIVATION = "fused_activation_before"
-"""Attribute of a Transformer's layer that keeps, for the way back, what says that there is a fused operator."""
+SWITCHES: dict[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+"""Attributes of a Transformer's parts that choose an operator which knows LayerNorm alone, and values that do not."""
+
+SWITCHED = "switched_before"
+"""Attribute that keeps, for the way back, the value that such a switch had."""
 
 OTHER_NORMS = re.compile("Norm|LSTM|GRU|RNN")
 """Pattern of the names of classes that a report mentions though they do not convert."""
@@ -88,7 +94,7 @@ def to_bln(
     converted = replace(every, {module: found.layer for module, found in made.items()})
     modules = dict.fromkeys(place.module for place in every)
     entries = [entry for module in modules if (entry := described(module, made.get(module), every)) is not None]
-    result = ConversionReport((*entries, *(plain_path(place) for place in every if is_fused_encoder(place, made))))
+    result = ConversionReport((*entries, *(plain_path(place) for place in every if is_switched(place, made))))
     log("to_bln", result)
     return (converted, result) if report else converted
 
@@ -139,18 +145,32 @@ def described(module: nn.Module, found: Counterpart | None, every: list[Place]) 
     return Conversion(tuple(names), named, None, (reason,))
 
 
-def is_fused_encoder(place: Place, made: dict[nn.Module, Counterpart]) -> bool:
-    """Whether a layer of a Transformer would evaluate by a fused operator that reads weights and skips its norms."""
-    module = place.module
-    if not isinstance(module, nn.TransformerEncoderLayer) or not module.activation_relu_or_gelu:
+def switch_of(module: nn.Module) -> tuple[str, Any] | None:
+    """The switch of a part of a Transformer, if it is on."""
+    found = next((switch for kind, switch in SWITCHES.items() if isinstance(module, kind)), None)
+    return found if found is not None and getattr(module, found[0], None) else None
+
+
+def norms_of_layers(module: nn.Module) -> list[nn.Module]:
+    """Norms of a Transformer's layers, of which ``module`` is one or has some."""
+    layers = [one for one in module.modules() if isinstance(one, nn.TransformerEncoderLayer)]
+    return [norm for one in layers for norm in (one.norm1, one.norm2)]
+
+
+def is_switched(place: Place, made: dict[nn.Module, Counterpart]) -> bool:
+    """Whether a part of a Transformer would evaluate by operators that skip its norms, or give them nested tensors."""
+    if switch_of(place.module) is None:
         return False
-    return any(one.layer in (module.norm1, module.norm2) for one in made.values())
+    converted = {id(one.layer) for one in made.values()}
+    return any(id(norm) in converted for norm in norms_of_layers(place.module))
 
 
 def plain_path(place: Place) -> Conversion:
-    """Keep a Transformer's layer from its fused operator, by the attribute that says it has none for an activation."""
-    assert isinstance(place.module, nn.TransformerEncoderLayer)
-    setattr(place.module, FUSED_ACTIVATION, place.module.activation_relu_or_gelu)
-    place.module.activation_relu_or_gelu = 0
-    kind = type(place.module)
-    return of([place.path], kind, kind, ["evaluates without torch's fused operator, which knows LayerNorm alone"], [])
+    """Switch a part of a Transformer to operators that know any norm."""
+    module, switch = place.module, switch_of(place.module)
+    assert switch is not None
+    name, off = switch
+    setattr(module, SWITCHED, getattr(module, name))
+    setattr(module, name, off)
+    note = "evaluates without torch's fused operator and nested tensors, which know LayerNorm alone"
+    return of([place.path], type(module), type(module), [note], [])

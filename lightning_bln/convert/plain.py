@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lightning_bln.convert.carried import carry
 from lightning_bln.convert.layers import BATCH_NORMS
-from lightning_bln.convert.model import FUSED_ACTIVATION
+from lightning_bln.convert.model import SWITCHED, SWITCHES, norms_of_layers
 from lightning_bln.convert.places import Counterpart, Place, places, refuse_wrapped, replace
 from lightning_bln.convert.plain_norms import known_of_norm, norm_reason, plain_norm
 from lightning_bln.convert.plain_recurrent import finish, known_of_recurrent, plain_recurrent, recurrent_reason
@@ -132,15 +132,16 @@ def told(module: nn.Module, found: Counterpart | None, reason: str | None, every
 
 
 def fused_again(every: list[Place]) -> list[Conversion]:
-    """Let layers of a Transformer evaluate by their fused operator again that only converted norms kept from it."""
+    """Let parts of a Transformer evaluate by torch's fused operators again that only converted norms kept from them."""
     entries = []
     for place in every:
         module = place.module
-        before = vars(module).get(FUSED_ACTIVATION)
-        if before is None or not isinstance(module, nn.TransformerEncoderLayer):
+        name = next((name for kind, (name, _) in SWITCHES.items() if isinstance(module, kind)), None)
+        if name is None or SWITCHED not in vars(module):
             continue
-        if isinstance(module.norm1, nn.LayerNorm) and isinstance(module.norm2, nn.LayerNorm):
-            module.activation_relu_or_gelu = before
-            delattr(module, FUSED_ACTIVATION)
-            entries.append(of([place.path], type(module), type(module), ["evaluates by its fused operator again"], []))
+        if all(isinstance(norm, nn.LayerNorm) for norm in norms_of_layers(module)):
+            setattr(module, name, vars(module)[SWITCHED])
+            delattr(module, SWITCHED)
+            note = "evaluates by torch's fused operator again"
+            entries.append(of([place.path], type(module), type(module), [note], []))
     return entries

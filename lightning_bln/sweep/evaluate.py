@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_bln._torch import is_packed
 from lightning_bln.equal_modes import differing_modes, letters_read, present_mode, standard
-from lightning_bln.modes import StatisticsMode, require_mode_layers, using_mode
+from lightning_bln.modes import HasMode, StatisticsMode, require_mode_layers, using_mode
 from lightning_bln.recomputation import populations
 from lightning_bln.sweep.result import Direction, SweepResult, one_direction
 from lightning_bln.sweep.shared_forward import SharedForward
@@ -82,6 +83,7 @@ def sweep_modes(
             f"model={type(model).__name__} has no frozen population, so all modes would be one; call "
             "recompute_population(model, batches) first"
         )
+    warn_empty(model, [run.mode for run in runs])
     shared = SharedForward(model)
     incumbent, training = present_mode(layers, named), {module: module.training for module in model.modules()}
     model.eval()
@@ -109,6 +111,23 @@ def sweep_modes(
     scores = {mode: found[standard(mode, letters)] for mode in named}
     reason = shared.reason or (None if shared.modules else HOOKED)
     return SweepResult(scores, monitor, direction, incumbent, reason=reason)
+
+
+def warn_empty(model: nn.Module, modes: Iterable[StatisticsMode]) -> None:
+    """Warn of layers without a population that some of ``modes`` would take from."""
+    modes, names = list(modes), []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, HasMode) or all(one.is_frozen for one in populations(layer)):
+            continue
+        letters = layer.reads_letters
+        if any(read and taken for mode in modes for read, taken in zip(letters, mode.uses_population, strict=True)):
+            names.append(name or type(layer).__name__)
+    if names:
+        warnings.warn(
+            f"no population is frozen in {', '.join(names)}, so that modes which would take from one take the current "
+            "input's statistics; call recompute_population(model, batches) first",
+            stacklevel=3,
+        )
 
 
 HOOKED = "there are forward hooks inside every module that holds all layers with a mode"

@@ -79,7 +79,7 @@ def draw(
     grid = [[math.nan] * len(across.values) for _ in down.values]
     for mode, value in scores.items():
         grid[down.place(mode)][across.place(mode)] = value
-    figure = Figure(figsize=(6.4, 5.4), layout="constrained")
+    figure = Figure(figsize=(6.4, 5.4), layout="compressed")
     axes = figure.add_subplot()
     finite = [value for value in scores.values() if math.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_bln import BatchLayerNorm, recompute_population
+from lightning_bln.callbacks import freezing
 from lightning_bln.callbacks.comparison import AVERAGES, COMPUTED
+from lightning_bln.callbacks.running_averages import Running, RunningAverages
 from lightning_bln.recomputation import populations
 
 WIDTH = 8
@@ -176,8 +178,9 @@ def test_the_comparison_is_that_of_two_validations(capsys: pytest.CaptureFixture
     assert float(metrics["val_loss"]) == pytest.approx(after["val_loss"])
     assert float(metrics["bln/val_loss/running_averages"]) == pytest.approx(before["val_loss"])
     assert choose.result is None
+    assert choose.comparison.epoch == 0
     lines = str(choose.comparison).splitlines()
-    assert [line.split()[0] for line in lines] == ["val_loss", "running", "recomputed"]
+    assert [line.split()[0] for line in lines] == ["running", "val_loss"]
 
 
 def test_the_mode_that_was_chosen_has_a_row_and_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,13 +220,15 @@ def test_metrics_need_not_be_the_monitored_one(logged: str) -> None:
             self.losses = []
 
     choose = chooser()
-    trained(Logs, choose, max_epochs=3)
+    trained(Logs, choose, max_epochs=1)
+    if logged == "nowhere":
+        assert choose.comparison is None
+        return
     assert choose.comparison is not None
-    name = {"step": ["other"], "epoch end": ["val_loss"], "nowhere": []}[logged]
+    name = {"step": ["other"], "epoch end": ["val_loss"]}[logged]
     assert [[*row] for row in choose.comparison.rows.values()] == [name, name]
-    if name:
-        before, after = (row[name[0]] for row in choose.comparison.rows.values())
-        assert before != pytest.approx(after, rel=1e-4)
+    before, after = (row[name[0]] for row in choose.comparison.rows.values())
+    assert before != pytest.approx(after, rel=1e-4)
 
 
 @pytest.mark.parametrize("batchnorm", [True, "validate"])
@@ -442,3 +447,194 @@ def test_the_comparison_costs_a_second_step(compare: bool) -> None:
 
     trained(Counts, chooser(compare=compare), max_epochs=1)
     assert sorted(steps) == [0, 0, 1, 1, 2, 2] if compare else [0, 1, 2]
+
+
+@pytest.mark.parametrize("batchnorm", [True, "validate"])
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_a_checkpoint_that_is_refreshed_holds_both(tmp_path: Path, batchnorm: Any, weights_only: bool) -> None:
+    """The statistics of its weights, and with ``"validate"`` the averages that training goes on from."""
+    saver = ModelCheckpoint(
+        tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_weights_only=weights_only
+    )
+    choose = chooser(batchnorm=batchnorm, refresh_on_save=True)
+    straight = trained(Normed, choose, saver, enable_checkpointing=True, max_epochs=3)
+    saved = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
+    net = batch_norm_first(nn.BatchNorm1d)
+    net.load_state_dict({name[4:]: value for name, value in saved["state_dict"].items()})
+    assert_statistics_of(net)
+    if weights_only:
+        return
+    torch.manual_seed(1)
+    resumed = Normed()
+    trainer = zoo.trainer(chooser(batchnorm=batchnorm), max_epochs=3, num_sanity_val_steps=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*resumed from a checkpoint that ended before.*")
+        trainer.fit(resumed, zoo.train_data(shuffle=False), zoo.val_data(), ckpt_path=tmp_path / "step=6.ckpt")
+    first = choose.state_dict()
+    assert "running_averages" not in first  # nothing waits at the end
+    if batchnorm == "validate":
+        before = straight.trained_from[6]
+        assert equal(resumed.trained_from[0], before)
+    else:
+        assert_equal_to_statistics(resumed.trained_from[0], net)
+
+
+def assert_equal_to_statistics(found: list[Tensor], net: nn.Module) -> None:
+    assert equal(found, running(net))
+
+
+@pytest.mark.parametrize("batchnorm", [True, "validate"])
+def test_a_fit_that_fails_in_a_validation_leaves_nothing_behind(batchnorm: Any) -> None:
+    class Fails(Normed):
+        fails = True
+
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            if self.fails and self.current_epoch == 1 and batch_idx == 1:
+                raise KeyError("on purpose")
+            return super().validation_step(batch, batch_idx)
+
+    choose = chooser(batchnorm=batchnorm)
+    with pytest.raises(KeyError, match="on purpose"):
+        trained(Fails, choose)
+
+    class Wide(zoo.Simple):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(zoo.FEATURES, 3), nn.Identity(), nn.ReLU(), nn.BatchNorm1d(3))
+
+    zoo.trainer(choose).validate(Wide(), zoo.val_data(), verbose=False)
+    other = trained(Wide, choose)
+    plain = trained(Wide)
+    assert equal(list(other.parameters()), list(plain.parameters()))
+
+
+def test_an_exception_and_a_fit_that_goes_on_trains_from_its_averages() -> None:
+    class Fails(Normed):
+        fails = True
+
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            if self.fails and self.current_epoch == 1:
+                raise KeyError("on purpose")
+            return super().validation_step(batch, batch_idx)
+
+    torch.manual_seed(0)
+    model = Fails()
+    trainer = zoo.trainer(chooser(batchnorm="validate"), max_epochs=3, num_sanity_val_steps=0)
+    with pytest.raises(KeyError, match="on purpose"):
+        trainer.fit(model, zoo.train_data(shuffle=False), zoo.val_data())
+    model.fails = False
+    model.train()
+    trainer.fit(model, zoo.train_data(shuffle=False), zoo.val_data())
+    alone = trained(Normed, max_epochs=3)
+    # the batch at which it failed is counted as done, so that steps are the same ones
+    assert all(equal(*pair) for pair in zip(alone.trained_from, model.trained_from, strict=False))
+
+
+@pytest.mark.parametrize("to", ["device and dtype", "another size"])
+def test_averages_go_where_the_layer_is(to: str) -> None:
+    averages, model = RunningAverages(), nn.Sequential(nn.BatchNorm1d(3))
+    computed = Running(torch.ones(3), torch.full((3,), 2.0))
+    trained = Running.of(model[0])
+    averages.replace(model, {"0": computed})
+    if to == "another size":
+        model[0] = nn.BatchNorm1d(5)
+        averages.put_back(model)
+        assert torch.equal(model[0].running_mean, torch.zeros(5))
+        return
+    model.to(torch.bfloat16)
+    averages.put_back(model)
+    assert torch.equal(model[0].running_mean, trained.mean.bfloat16())
+
+
+def test_averages_that_were_replaced_twice() -> None:
+    """Without training between, those of training are kept; after training, those it left then."""
+    averages, norm = RunningAverages(), nn.BatchNorm1d(3)
+    model, trained = nn.Sequential(norm), Running.of(norm)
+    for value in (1.0, 2.0):
+        averages.replace(model, {"0": Running(torch.full((3,), value), torch.ones(3))})
+        assert torch.equal(averages.kept["0"].trained.mean, trained.mean)
+    norm(torch.randn(8, 3) + 5)
+    left = Running.of(norm)
+    averages.replace(model, {"0": Running(torch.full((3,), 9.0), torch.ones(3))})
+    assert torch.equal(averages.kept["0"].trained.mean, left.mean)
+    averages.put_back(model)
+    assert torch.equal(norm.running_mean, left.mean)
+    assert not averages.kept
+
+
+def test_hooks_at_the_start_of_an_epoch_see_the_averages() -> None:
+    class Sees(Normed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[list[Tensor]] = []
+
+        def on_train_epoch_start(self) -> None:
+            self.seen.append([one.clone() for one in running(self)])
+
+    alone = trained(Sees, max_epochs=3)
+    watched = trained(Sees, chooser(batchnorm="validate"), max_epochs=3)
+    assert all(equal(*pair) for pair in zip(alone.seen, watched.seen, strict=True))
+
+
+def test_norms_that_training_freezes_or_reads_train_alike_with_validate() -> None:
+    class Freezes(Normed):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch:
+                self.net[1].eval()
+
+    class Reads(Normed):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.net.eval()
+            with torch.no_grad():
+                guessed = self.net(batch[0]).argmax(1)
+            self.net.train()
+            return super().training_step([batch[0], guessed], batch_idx)
+
+    for make in (Freezes, Reads):
+        alone, watched = trained(make, max_epochs=3), trained(make, chooser(batchnorm="validate"), max_epochs=3)
+        assert equal(list(alone.parameters()), list(watched.parameters()))
+
+
+def test_weights_that_stay_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    own = freezing.recompute
+
+    def count(trainer: Any, *args: Any, **options: Any) -> Any:
+        steps.append(trainer.global_step)
+        return own(trainer, *args, **options)
+
+    monkeypatch.setattr(freezing, "recompute", count)
+    trained(Normed, chooser())
+    assert steps == [4, 8]  # and not at the end once more
+
+
+def test_a_momentum_encoder_is_named() -> None:
+    class Encoder(Normed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.target = copy.deepcopy(self.net)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                for one, other in zip(self.target.parameters(), self.net.parameters(), strict=True):
+                    one.lerp_(other, 0.5)
+                self.target(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match="training_step writes into target"):
+        trained(Encoder, chooser(), max_epochs=1)
+
+
+@pytest.mark.parametrize("batchnorm", [True, "validate"])
+def test_a_part_that_is_compiled(batchnorm: Any) -> None:
+    if not hasattr(torch.compiler, "set_stance"):
+        pytest.skip("a graph of torch before 2.6 cannot be left out")
+
+    class Compiled(Normed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain = [self.net]
+            self.net = torch.compile(self.net, backend="eager")
+
+    model = trained(Compiled, chooser(batchnorm=batchnorm), max_epochs=3)
+    assert_statistics_of(model.plain[0])
