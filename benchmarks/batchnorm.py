@@ -37,6 +37,7 @@ SAMPLES = 1_024
 COUNTS = (32, 64, 128, 256, 512, 1_024, 4_096)
 """Samples to recompute the statistics over, after the second epoch."""
 EVALUATION_BATCH = 100
+TITLE = "# Accuracy of a ResNet with BatchNorm by its statistics: means and half the range over seeds"
 WAYS = ("running averages", "recomputed", "chosen mode")
 WEIGHTS = ("as trained", "SWA", "EMA")
 
@@ -135,32 +136,44 @@ def trained(data: Data, batch: int, seed: int) -> dict[str, Any]:
     return found
 
 
-def report(runs: list[dict[str, Any]]) -> str:
-    """Tables of mean test accuracies over seeds."""
+PARTS = ("validation", "test")
+
+
+def report(runs: list[dict[str, Any]], part: int | None = None) -> str:
+    """Tables of mean accuracies over seeds: on one part with half the range over seeds, or on both parts."""
     lines: list[str] = []
     for batch in sorted({run["batch"] for run in runs}):
         own = [run for run in runs if run["batch"] == batch]
-        lines += ["", f"Batches of {batch}, {len(own)} seeds, test accuracy in per cent after each epoch:", ""]
+        what = " / ".join(PARTS) if part is None else PARTS[part]
+        lines += ["", f"Batches of {batch}, {len(own)} seeds, {what} accuracy in per cent after each epoch:", ""]
         lines += [f"| weights | statistics | {' | '.join(str(epoch + 1) for epoch in range(EPOCHS))} |"]
         lines += [f"|{'---|' * (EPOCHS + 2)}"]
         for weights in WEIGHTS:
             for way in WAYS:
-                cells = [cell([run["epochs"][epoch][weights][way][1] for run in own]) for epoch in range(EPOCHS)]
-                lines += [f"| {weights} | {way} | {' | '.join(cells)} |"]
+                found = [[run["epochs"][epoch][weights][way] for run in own] for epoch in range(EPOCHS)]
+                lines += [f"| {weights} | {way} | {' | '.join(cell(values, part) for values in found)} |"]
         modes = sorted({run["epochs"][epoch]["as trained"]["mode"] for run in own for epoch in range(EPOCHS)})
         lines += ["", f"Modes chosen for the weights as trained: {', '.join(modes)}."]
-    lines += ["", "After the second epoch, by the samples recomputed over:", ""]
+    return "\n".join([*lines, "", *by_samples(runs)])
+
+
+def by_samples(runs: list[dict[str, Any]]) -> list[str]:
+    """A table of mean test accuracies over seeds by the samples that statistics were computed over."""
+    lines = ["Test accuracy after the second epoch, by the samples recomputed over:", ""]
     lines += [f"| batch | {' | '.join(map(str, COUNTS))} |", f"|{'---|' * (len(COUNTS) + 1)}"]
     for batch in sorted({run["batch"] for run in runs}):
         own = [run for run in runs if run["batch"] == batch]
-        cells = [cell([run["counts"][str(n)] for run in own]) for n in COUNTS]
+        cells = [cell([[run["counts"][str(n)]] for run in own], 0) if n >= batch else "" for n in COUNTS]
         lines += [f"| {batch} | {' | '.join(cells)} |"]
-    return "\n".join(lines)
+    return lines
 
 
-def cell(values: list[float]) -> str:
-    """The mean of some values and half their range."""
-    return f"{mean(values):.1f} ± {(max(values) - min(values)) / 2:.1f}"
+def cell(values: list[list[float]], part: int | None) -> str:
+    """The mean of one part's values and half their range, or the means of both parts."""
+    if part is None:
+        return " / ".join(f"{mean(one):.1f}" for one in zip(*values, strict=True))
+    own = [one[part] for one in values]
+    return f"{mean(own):.1f} ± {(max(own) - min(own)) / 2:.1f}"
 
 
 def main() -> None:
@@ -176,7 +189,9 @@ def main() -> None:
         if options.runs is not None:
             runs = [json.loads(path.read_text()) for path in sorted(options.runs.glob("*.json"))]
             RESULTS.write_text(json.dumps({"machine": machine(), "runs": runs}, indent=1) + "\n")
-        print(report(json.loads(RESULTS.read_text())["runs"]))
+        runs = json.loads(RESULTS.read_text())["runs"]
+        RESULTS.with_suffix(".md").write_text("\n".join([TITLE, *(report(runs, part) for part in (0, 1))]) + "\n")
+        print(report(runs))
         return
     torch.set_num_threads(1)
     data = Data(options.data_dir)

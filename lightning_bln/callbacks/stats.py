@@ -69,17 +69,19 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             score moves, ``"off"`` skips the check.
         tolerance: The relative change of the score that the guard accepts.
         stats_dataloader: Batches to recompute the population over, in place of the training data.
-        log: What loggers get: True for ``bln/mode`` (0 to 15, the letters as bits: p is 0, c is 1) and, where the guard
-            has looked, ``bln/<monitor>/spread``; ``"all"`` for ``bln/<metric>/<mode>`` too; False for nothing.
+        log: What loggers get: True for ``bln/mode`` (0 to 15, the letters as bits: p is 0, c is 1), where the guard has
+            looked ``bln/<monitor>/spread`` and where it compares ``bln/<monitor>/running_averages``; ``"all"`` for
+            ``bln/<metric>/<mode>`` too; False for nothing.
         plot: Whether to give the heat map to loggers that take figures, at the end of fit.
-        save_dir: Folder for ``bln_sweep.json`` and ``bln_sweep.png`` at the end of fit; None writes nothing.
+        save_dir: Folder for ``bln_sweep.json``, ``bln_sweep.png`` and ``bln_comparison.json`` at the end of fit; None
+            writes nothing.
         verbose: Whether to say what goes on and to print the table of scores at the end of fit; warnings come anyway.
         mode: Earlier name of ``direction``.
         refresh_on_save: Whether to compute the population anew before a checkpoint is saved whose weights have been
             trained since the last validation. Without, loading such a checkpoint warns.
         batchnorm: Running statistics of torch's batch norms: True computes them, too, in place of the averages that
             training keeps; ``"validate"`` gives those averages back when training goes on; False leaves them alone.
-            None of these changes how weights are trained.
+            Weights train alike, unless training reads running statistics: then only with the last two.
         compare: Whether to validate by those running averages, too, for the table of what their replacement brought.
         verify: Whether to compare, on the first batch of each validation, what modes come to together with what each
             comes to alone, and raise where they differ: for finding faults.
