@@ -83,14 +83,16 @@ class RunningStatistics(Population):
         It is not where samples are to be told apart, nor where it has one number for each channel, of which torch takes
         no variance: there running statistics normalise.
         """
-        x = whole.detach().movedim(1, -1).flatten(0, -2)
-        if len(x):
-            mean, var = mean_and_var(widen(x), (0,))
-            count = torch.full((1,), len(x), device=x.device)
+        x = whole.detach()
+        numbers = x.numel() // x.shape[1]  # of each channel
+        if numbers:
+            moments = mean_and_var(widen(x), (0, *range(2, x.ndim)))
+            mean, var = (one.view(1, -1) for one in moments)
+            count = torch.full((1,), numbers, device=x.device)
             nothing, one = mean.new_zeros(1), mean.new_ones(1)
             size = torch.full((1,), len(whole), device=x.device)
             self.gather(Observed(mean, var, nothing, one, count, size))
-        return not self.ignores_batch and len(x) > 1
+        return not self.ignores_batch and numbers > 1
 
     def _assign_frozen(self, values: list[Tensor]) -> None:
         (norm,) = self.layer
