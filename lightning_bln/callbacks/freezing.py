@@ -46,7 +46,7 @@ class Freezing:
         if callback.population == "recompute":
             if has_moved and len(asleep) < len(frozen_layers(module, callback.batchnorm)):
                 left = self.recompute(callback, trainer, module, asleep)
-                if callback.batchnorm:
+                if callback.averages.kept:
                     weights.buffers = self.present_buffers(module)  # with the statistics that stand in them now
         elif decide(any(one.is_gathering for one in populations(module)), all=False) and step != self.step:
             left = freeze_gathered(module, asleep.values())
