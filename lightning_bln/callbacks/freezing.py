@@ -55,6 +55,12 @@ class Freezing:
         self.tell_left(asleep, left)
         self.weights, self.step, self.is_fresh, self.in_training = weights, step, True, None
 
+    def freeze_again(self, callback: Any, trainer: Any, module: Any) -> None:
+        """Freeze once more if weights have moved since."""
+        has_moved = self.present(module) != self.weights
+        if self.weights is not None and trainer.strategy.reduce_boolean_decision(has_moved, all=False):
+            self.freeze(callback, trainer, module)
+
     def begin(self, callback: Any, module: nn.Module) -> None:
         """Note that a validation begins, at the first of whose batches the population is to be frozen."""
         self.is_due = True

@@ -300,7 +300,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
         self._freezing.freeze(self, trainer, pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        self._freezing.freeze(self, trainer, pl_module)  # again where the module's own on_train_end has moved weights
+        self._freezing.freeze_again(self, trainer, pl_module)  # the module's own on_train_end comes after ours
         self.averages.kept = {}
         if not trainer.is_global_zero:
             return

@@ -608,6 +608,18 @@ def test_weights_that_stay_are_not_computed_again(monkeypatch: pytest.MonkeyPatc
     assert steps == [4, 8]  # and not at the end once more
 
 
+def test_a_module_that_evaluates_after_training_hears_nothing() -> None:
+    class Evaluates(Normed):
+        def on_train_end(self) -> None:
+            self.eval()
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = trained(Evaluates, chooser())
+    assert not [one for one in said if "evaluation mode while" in str(one.message)]
+    assert_statistics_of(model.net)
+
+
 def test_a_momentum_encoder_is_named() -> None:
     class Encoder(Normed):
         def __init__(self) -> None:
