@@ -17,7 +17,7 @@ import zoo
 from torch import Tensor, nn
 
 from lightning_bln import ALL_MODES, BatchLayerNorm, set_mode
-from lightning_bln.callbacks import stats
+from lightning_bln.callbacks import choice
 
 Values = Any
 CALLS: Counter[str] = Counter()
@@ -92,16 +92,16 @@ class Keeps(pl.Callback):
         self.results: list[Any] = []
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        self.evaluation = stats.Evaluation
+        self.evaluation = choice.Evaluation
 
         def made(trainer: Any, module: Any, *args: Any, **options: Any) -> Any:
             self.modules.append(copy.deepcopy(module))
             return self.evaluation(trainer, module, *args, **options)
 
-        stats.Evaluation = made  # type: ignore[assignment, misc]
+        choice.Evaluation = made  # type: ignore[assignment, misc]
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        stats.Evaluation = self.evaluation  # type: ignore[misc]
+        choice.Evaluation = self.evaluation  # type: ignore[misc]
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")

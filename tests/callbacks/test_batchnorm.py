@@ -134,6 +134,7 @@ def equal(some: list[Tensor], others: list[Tensor]) -> bool:
     return len(some) == len(others) and all(torch.equal(one, two) for one, two in zip(some, others, strict=True))
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("batchnorm", [True, "validate", False])
 @pytest.mark.parametrize("compare", [True, False])
 @BOTH
@@ -231,6 +232,7 @@ def test_metrics_need_not_be_the_monitored_one(logged: str) -> None:
     assert before != pytest.approx(after, rel=1e-4)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("batchnorm", [True, "validate"])
 @BOTH
 def test_checkpoints(tmp_path: Path, make: Any, batchnorm: Any) -> None:
@@ -337,6 +339,7 @@ AVERAGED: dict[str, Callable[[], tuple[Any, list[Any]]]] = {
 }
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("batchnorm", [True, "validate"])
 @pytest.mark.parametrize("case", AVERAGED)
 def test_averaged_weights_have_statistics_of_their_own(case: str, batchnorm: Any, tmp_path: Path) -> None:
@@ -449,6 +452,7 @@ def test_the_comparison_costs_a_second_step(compare: bool) -> None:
     assert sorted(steps) == [0, 0, 1, 1, 2, 2] if compare else [0, 1, 2]
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("batchnorm", [True, "validate"])
 @pytest.mark.parametrize("weights_only", [True, False])
 def test_a_checkpoint_that_is_refreshed_holds_both(tmp_path: Path, batchnorm: Any, weights_only: bool) -> None:

@@ -180,7 +180,7 @@ def test_what_has_no_population_is_refused(tmp_path, recipe) -> None:
     options = ["--ckpt", str(path), "--model.init_args.norm", "false"]
     with pytest.raises(ValueError, match="has no layer with a population"):
         cli.main(["calibrate", "--config", str(recipe), *options])
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(SystemExit, match="no such file; pass a checkpoint"):
         cli.main(["calibrate", "--config", str(recipe), "--ckpt", str(tmp_path / "none.ckpt")])
 
 

@@ -160,6 +160,7 @@ def test_a_layer_on_no_device_comes_back(name) -> None:
     assert found == {key: (value.shape, value.dtype, value.device) for key, value in plain.state_dict().items()}
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "SyncBatchNorm"])
 @pytest.mark.parametrize("kind", HOOKS)
 def test_hooks_run_and_their_handles_remove_them(name, kind) -> None:
@@ -316,6 +317,7 @@ def random_model(rng: random.Random, depth: int) -> nn.Module:
     return nn.Sequential(*parts)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("seed", range(16))
 def test_any_model_is_kept_and_comes_back(seed) -> None:
     plain = random_model(random.Random(seed), 2).double()
