@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_bln._checks import check_choice
 from lightning_bln.cells.registry import build
 from lightning_bln.modes import Stacked
 from lightning_bln.per_mode import holds
-from lightning_bln.recurrence.direction import run_direction
+from lightning_bln.recurrence.backends import reason_on_torch
 from lightning_bln.recurrence.fan_out import run_each_part
 from lightning_bln.recurrence.parameters import HasCells
-from lightning_bln.recurrence.regularization import Regularization
+from lightning_bln.recurrence.prepared.directions import Directions
 from lightning_bln.recurrence.sequences import State, named_states, unwrap
 from lightning_bln.recurrence.streaming import check_start, follow
 
@@ -43,6 +44,9 @@ class RecurrentCell(HasCells):
     """
 
     weight_ih: Tensor
+    backend = "auto"  # of instances that earlier versions have pickled
+    input_dropout = recurrent_dropout = zoneout = 0.0
+    recompute = False
 
     def __init__(
         self,
@@ -62,10 +66,12 @@ class RecurrentCell(HasCells):
         delta: float = 1e-4,
         population: str = "pooled",
         momentum: float | None = None,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
+        check_choice("backend", backend, ("auto", "reference", "cpu"))
         super().__init__(
             build(cell, **options),
             input_size,
@@ -86,8 +92,14 @@ class RecurrentCell(HasCells):
             device=device,
             dtype=dtype,
         )
+        self.backend = backend
         self._register("", self.input_size)
         self.reset_parameters()
+
+    @property
+    def backend_reason(self) -> str | None:
+        """The reason why a step runs on torch operations, as :attr:`~lightning_bln.Recurrent.backend_reason`."""
+        return reason_on_torch(self.backend, self._weights(""))
 
     def forward(self, input: Tensor, hx: State | None = None, *, start: int = 0) -> State:
         """The next state, a tuple where the cell has several; ``start`` steps came before."""
@@ -109,15 +121,11 @@ class RecurrentCell(HasCells):
             state = given if batched else tuple(s[None] for s in given)
         if stacked is not None:
             x, state = stacked.enter(x, 0), tuple(stacked.enter(one, 0) for one in state)
-        _, after = run_direction(
-            x[None],
-            state,
-            self._weights(""),
-            None,
-            backend="reference",
-            regularization=Regularization(training=self.training),
-            start=start,
-        )
+        directions = Directions(self, [""], x[None], [state], None, fan, start)
+        _, after = directions.run("", x[None], state)
+        directions.keep()
+        if torch.is_grad_enabled():
+            after = tuple(one.clone() for one in after)  # the kernels' own are kept for gradients; these may be written
         if stacked is not None:
             after = tuple(stacked.leave(one, 0) for one in after)
         last = unwrap(after if batched else tuple(s[0] for s in after))

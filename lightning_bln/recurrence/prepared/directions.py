@@ -66,11 +66,12 @@ class Directions:
     ) -> None:
         self.layer, self.x, self.sizes, self.fan = layer, x, sizes, fan
         self.running = Running.of(x, sizes, start)
-        self.kept = self._kept([x, *(value for states in state for value in states)])
+        suffixes = list(suffixes)
+        self.kept = self._kept(suffixes[0], [x, *(value for states in state for value in states)])
         self.known = {} if self.kept is None else self._known(self.kept, suffixes)
         self.weights = {name: layer._weights(name) for name in suffixes if name not in self.known}
 
-    def _kept(self, tensors: Sequence[Tensor]) -> Kept | None:
+    def _kept(self, suffix: str, tensors: Sequence[Tensor]) -> Kept | None:
         """Calls that earlier ones like this have prepared; ``None`` where none is.
 
         They are of plain tensors of one dtype, where nothing looks on, in training with gradients or in evaluation
@@ -78,7 +79,7 @@ class Directions:
         """
         if self.fan is not None or self.sizes is not None or torch.compiler.is_compiling() or is_observed():
             return None
-        training, weight = self.layer.training, own_parameters(self.layer).get("weight_ih_l0")
+        training, weight = self.layer.training, own_parameters(self.layer).get(f"weight_ih{suffix}")
         if training is not torch.is_grad_enabled() or weight is None:  # one made of others is not to be made once more
             return None
         if not all(is_plain(one) and one.dtype == weight.dtype for one in tensors):
