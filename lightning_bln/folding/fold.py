@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from copy import deepcopy
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from lightning_bln._torch import BatchNorm, has_hooks, own_parameters
+from lightning_bln._torch import BatchNorm, has_hooks, own_buffers, own_parameters
 from lightning_bln.convert.layers import BATCH_NORMS, base_of
 from lightning_bln.convert.origin import origin_of
 from lightning_bln.convert.places import places, refuse_wrapped, replace
 from lightning_bln.convert.report import Conversion, ConversionReport, log, of
-from lightning_bln.folding.affine import Affine, map_of
-from lightning_bln.folding.flow import BLOCKS, Flow, is_block
-from lightning_bln.folding.reasons import OWN_STATISTICS, reasons_of_norm, reasons_of_recurrent, reasons_of_torchs
+from lightning_bln.folding.affine import Affine
+from lightning_bln.folding.blocks import plain_blocks
+from lightning_bln.folding.flow import BLOCKS, Flow
+from lightning_bln.folding.maps import map_of
+from lightning_bln.folding.reasons import LAYERS, reasons_of_norm, reasons_of_recurrent, reasons_of_torchs
 from lightning_bln.folding.recurrent import folded
 from lightning_bln.folding.weights import (
     axis_note,
@@ -35,9 +36,6 @@ from lightning_bln.norm import Normalization
 from lightning_bln.recurrence.cell_modules import RecurrentCell
 from lightning_bln.recurrent import Recurrent
 from lightning_bln.sweep.result import SweepResult
-
-LAYERS = (Normalization, Recurrent, RecurrentCell, BatchNorm, *OWN_STATISTICS)
-"""Layers that a report says something about."""
 
 FORWARDS = (Normalization.forward, Recurrent.forward, RecurrentCell.forward)
 
@@ -80,7 +78,7 @@ def fold(
         The copy; with ``report`` also a :class:`~lightning_bln.convert.ConversionReport`.
 
     Raises:
-        ValueError: A part is wrapped for DDP.
+        ValueError: A part is wrapped for DDP, or a lazy layer has seen no input yet.
 
     Example:
         >>> from lightning_bln import BatchLayerNorm, recompute_population, set_mode
@@ -94,17 +92,28 @@ def fold(
         >>> torch.allclose(plain(x), model.eval()(x), atol=1e-6)
         True
     """
-    for place in places(model, lambda module: False):
-        refuse_wrapped(place)
+    refuse(model)
     with torch.inference_mode(False), torch.no_grad():
         copy = deepcopy(model).eval()
         folding = Folding(copy, result)
-        entries = folding.layers()
+        entries, remarks = folding.layers(), folding.remarks()
         copy = replace(folding.every, folding.made)
         copy, blocks = plain_blocks(copy)
-    found = ConversionReport((*entries, *blocks, *folding.remarks()))
+    found = ConversionReport((*entries, *blocks, *remarks))
     log("fold", found)
     return (copy.eval(), found) if report else copy.eval()
+
+
+def refuse(model: nn.Module) -> None:
+    """Raise where a model cannot be copied as it should be."""
+    for place in places(model, lambda module: False):
+        refuse_wrapped(place)
+        own = (*own_parameters(place.module).values(), *own_buffers(place.module).values())
+        if any(is_lazy(one) for one in own):
+            raise ValueError(
+                f"{place.path or 'model'} is a {type(place.module).__name__} that has seen no input yet; run a batch "
+                "through the model first"
+            )
 
 
 class Outcome(NamedTuple):
@@ -161,7 +170,7 @@ class Folding:
         is_ours = isinstance(module, (Normalization, Recurrent, RecurrentCell))
         kind: Any = type_before_parametrizations(module)
         is_own = "forward" in vars(module) or (kind.forward not in FORWARDS if is_ours else False)
-        if is_own or (isinstance(module, BatchNorm) and base_of(module) not in BATCH_NORMS and not is_lazy(module)):
+        if is_own or (isinstance(module, BatchNorm) and base_of(module) not in BATCH_NORMS):
             return ["it has a forward of its own"]
         if isinstance(module, Normalization):
             found = reasons_of_norm(module, self.result)
@@ -171,17 +180,19 @@ class Folding:
             found = reasons_of_torchs(module)
         if not found and any(map(has_hooks, module.modules())):
             found = ["it has hooks, which a plain layer would not run"]
-        extra = self.flow.extra[module] | self.extra_of_block(module)
-        if not found and extra - {"hx", *(["argument 2"] if isinstance(module, (Recurrent, RecurrentCell)) else [])}:
-            found = [f"it is called with {', '.join(sorted(extra))}, which a plain layer does not take"]
+        if not found and (extra := self.extra(module)):
+            found = [f"it is called with {' and '.join(sorted(extra))}, which no plain layer takes"]
         if not found and isinstance(module, (Recurrent, RecurrentCell)) and self.is_tied(module):
             found = ["its parameters are tied to others"]
         return found
 
-    def extra_of_block(self, norm: nn.Module) -> set[str]:
-        """Further arguments of the convolution block that a norm is part of."""
-        parents = [place.parent for place in self.every if place.module is norm and isinstance(place.parent, BLOCKS)]
-        return {name for parent in parents if parent is not None for name in self.flow.extra[parent]}
+    def extra(self, module: nn.Module) -> set[str]:
+        """Further arguments that a layer, or the convolution block that it is part of, is called with."""
+        if isinstance(module, (Recurrent, RecurrentCell)):
+            return self.flow.extra[module] - {"input", "hx", "argument 2"}
+        parents = [place.parent for place in self.every if place.module is module and isinstance(place.parent, BLOCKS)]
+        given = [self.flow.extra[one] for one in (module, *parents) if one is not None]
+        return {"a mask"} if any(given) and isinstance(module, Normalization) else set().union(*given)
 
     def place_map(self, norm: Any) -> Outcome:
         """Put the map of a norm into a layer before it, behind it, or by itself."""
@@ -255,53 +266,3 @@ class Folding:
 def channel_dim(norm: Any) -> int:
     """The feature axis of a norm."""
     return norm.channel_dim if isinstance(norm, Normalization) else 1
-
-
-def is_lazy(module: nn.Module) -> bool:
-    """Whether a batch norm has no size yet."""
-    return isinstance(getattr(module, "running_mean", None), nn.UninitializedBuffer)
-
-
-ACTIVATIONS: dict[Any, type[nn.Module]] = {
-    torch.tanh: nn.Tanh,
-    F.tanh: nn.Tanh,
-    torch.relu: nn.ReLU,
-    F.relu: nn.ReLU,
-    torch.sigmoid: nn.Sigmoid,
-    F.gelu: nn.GELU,
-    F.silu: nn.SiLU,
-    F.elu: nn.ELU,
-    F.leaky_relu: nn.LeakyReLU,
-}
-"""Modules in place of functions."""
-
-
-def plain_blocks(model: nn.Module) -> tuple[nn.Module, list[Conversion]]:
-    """Put a Sequential in place of each convolution block whose norm has become plain."""
-    every = [*places(model, lambda module: isinstance(module, LAYERS))]
-    made: dict[nn.Module, nn.Module] = {}
-    entries = []
-    for block in dict.fromkeys(place.module for place in every if isinstance(place.module, BLOCKS)):
-        if not is_block(block) or not isinstance(block.norm, (nn.Identity, Affine)):
-            continue
-        names, notes = [place.path for place in every if place.module is block], []
-        sequence = None
-        if has_hooks(block):
-            notes = ["it has hooks, which a Sequential would not run"]
-        elif (activation := activation_of(block)) is None:
-            notes = ["its activation is a function, which torch has no module for"]
-        else:
-            parts = {"conv": block.conv, "activation": activation, "norm": block.norm}
-            chain = ("conv", "activation", "norm") if block.order == "conv-act-norm" else ("conv", "norm", "activation")
-            sequence = made[block] = nn.Sequential(OrderedDict((name, parts[name]) for name in chain))
-        entries.append(of(names, type(block), None if sequence is None else nn.Sequential, notes, []))
-    return replace(every, made), entries
-
-
-def activation_of(block: Any) -> nn.Module | None:
-    """A block's activation as a module."""
-    activation = block.activation
-    if isinstance(activation, nn.Module):
-        return activation
-    kind = ACTIVATIONS.get(activation)
-    return None if kind is None else kind()

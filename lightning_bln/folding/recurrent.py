@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_bln.convert.layers import SETTINGS
 from lightning_bln.convert.plain_recurrent import PLAIN_CELLS, PLAIN_LAYERS
-from lightning_bln.folding.affine import map_of
+from lightning_bln.folding.maps import map_of
 from lightning_bln.recurrence.cell_modules import RecurrentCell
 from lightning_bln.recurrence.gate_norm import GateNorm
 from lightning_bln.recurrent import Recurrent

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from lightning_bln._torch import own_modules
-from lightning_bln.folding.affine import Map
+from lightning_bln.folding.maps import Map
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
@@ -114,10 +114,11 @@ def bake(module: nn.Module) -> None:
     """
     if not is_parametrized(module):
         return
-    chains: Any = own_modules(module).pop("parametrizations")
+    plain, chains = type_before_parametrizations(module), own_modules(module).pop("parametrizations")
+    assert isinstance(chains, nn.ModuleDict)
     with torch.no_grad():
         values = {name: chain().detach().clone() for name, chain in chains.items()}
-    module.__class__ = type_before_parametrizations(module)
+    module.__class__ = plain
     for name, value in values.items():
         originals = [*chains[name].parameters(recurse=False)]
         if originals:
