@@ -211,5 +211,10 @@ def traced(root: nn.Module) -> tuple[list[fx.Graph], str | None]:
             found.append(Tracer().trace(root, given))
         except Exception as error:  # whatever a forward does with what is no tensor
             if given is None:
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+                reason = f"{type(error).__name__}: {first_sentence(str(error))}"
     return found, reason
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of an error."""
+    return text.strip().partition("\n")[0].partition(". ")[0]

@@ -109,7 +109,7 @@ def refuse(model: nn.Module) -> None:
     for place in places(model, lambda module: False):
         refuse_wrapped(place)
         own = (*own_parameters(place.module).values(), *own_buffers(place.module).values())
-        if any(is_lazy(one) for one in own):
+        if any(one is not None and is_lazy(one) for one in own):
             raise ValueError(
                 f"{place.path or 'model'} is a {type(place.module).__name__} that has seen no input yet; run a batch "
                 "through the model first"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import random
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from lightning_bln import (
+    BLNGRU,
     BatchLayerNorm,
     ConvBLN1d,
     ConvBLN2d,
@@ -608,6 +610,13 @@ def test_requires_grad_and_memory_format_stay() -> None:
     plain: Any = fold(model)
     assert not plain[0].weight.requires_grad
     assert plain[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_pickle_of_a_folded_model_does_not_name_the_library() -> None:
+    block = ConvBLN2d(3, 4, 3, positions="shared", order="conv-norm-act", activation=F.relu)
+    recurrent = BLNGRU(3, 4, norm=None)
+    for model in (populated(block, (3, 6, 6)), recurrent.eval(), populated(ResNet(), (3, 9, 9)).stem):
+        assert b"lightning_bln" not in pickle.dumps(fold(model))
 
 
 def test_moments_are_no_part_of_a_folded_model() -> None:
