@@ -8,6 +8,7 @@ from lightning_bln.averaging import AveragedModel
 from lightning_bln.calibration import Calibration, calibrate
 from lightning_bln.conv import ConvBLN1d, ConvBLN2d, ConvBLN3d
 from lightning_bln.convert import from_torch, to_bln, to_torch
+from lightning_bln.folding import fold
 from lightning_bln.functional import Statistics, batch_layer_norm
 from lightning_bln.modes import ALL_MODES, BATCH_INDEPENDENT_MODES, StatisticsMode, fan_out, set_mode, using_mode
 from lightning_bln.moments import Moments
@@ -44,6 +45,7 @@ __all__ = [
     "batch_layer_norm",
     "calibrate",
     "fan_out",
+    "fold",
     "freeze_population",
     "from_torch",
     "recompute_population",

@@ -327,3 +327,8 @@ def update_flat_weights(layer: nn.RNNBase) -> None:
     """
     held = (own_parameters(layer).get(name, vars(layer).get(name)) for name in layer._flat_weights_names)
     layer._flat_weights = [value if isinstance(value, Tensor) else None for value in held]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks of its own around its forward or its backward pass."""
+    return any(getattr(module, name) for name in HOOKS if "forward" in name or "backward" in name)

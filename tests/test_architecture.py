@@ -31,7 +31,7 @@ FLOORS = (
     ("recurrence",),
     ("recurrent", "conv"),
     ("sweep",),
-    ("convert",),
+    ("convert", "folding"),
     ("models", "data"),
     ("callbacks",),
     ("cli",),

@@ -62,7 +62,8 @@ class RecurrentNetwork(nn.Module):
             x = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
         _, state = self.recurrent(x)
         last = state[0] if isinstance(state, tuple) else state
-        ends = last[-self.recurrent.num_directions :].transpose(0, 1).flatten(1)
+        directions = 1 + self.recurrent.bidirectional  # torch's layers have it, too
+        ends = last[-directions:].transpose(0, 1).flatten(1)
         return self.linear(self.dropout(ends))
 
 
