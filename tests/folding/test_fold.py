@@ -91,6 +91,7 @@ INEXACT = {"zeros", "same", "transposed1d", "transposed2d", "transposed3d"}
 """Layers that read zeros beside their input."""
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize(("norm", "mode"), [(norm, mode) for norm, modes in AFFINE_MODES.items() for mode in modes])
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -387,6 +388,7 @@ def test_layers_that_are_called_with_a_mask_stay() -> None:
     assert torch.equal(plain(x, mask), model(x, mask))
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("seed", range(40))
 def test_random_nested_models_fold(seed: int) -> None:
     rng = random.Random(seed)
