@@ -13,7 +13,6 @@ import pytest
 import torch
 import zoo
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
-from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -23,6 +22,11 @@ from lightning_bln.callbacks import freezing
 from lightning_bln.callbacks.comparison import AVERAGES, COMPUTED
 from lightning_bln.callbacks.running_averages import Running, RunningAverages
 from lightning_bln.recomputation import populations
+
+try:
+    from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
+except ImportError:  # before lightning 2.6
+    EMAWeightAveraging = None
 
 WIDTH = 8
 
@@ -247,6 +251,8 @@ def test_checkpoints(tmp_path: Path, make: Any, batchnorm: Any) -> None:
     amid = torch.load(tmp_path / "step=7.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(validated["net.1.running_mean"], running(straight)[0])
     assert torch.equal(amid["net.1.running_mean"], straight.trained_from[7][0])
+    if zoo.IS_OLDEST:
+        return  # lightning 2.3 repeats an epoch that ended before the checkpoint
     for name in ("step=4", "step=8"):
         torch.manual_seed(1)
         resumed = make()
@@ -332,11 +338,12 @@ class CopiedEMA(pl.Callback):
 
 AVERAGED: dict[str, Callable[[], tuple[Any, list[Any]]]] = {
     "SWA": lambda: (Mixed, [StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=1)]),
-    "EMA": lambda: (Mixed, [EMAWeightAveraging(decay=0.8)]),
-    "EMA, buffers copied": lambda: (Mixed, [EMAWeightAveraging(decay=0.8, use_buffers=False)]),
     "EMA by a callback": lambda: (Mixed, [CopiedEMA()]),
     "switching optimizer": lambda: (Switched, []),
 }
+if EMAWeightAveraging is not None:
+    AVERAGED["EMA"] = lambda: (Mixed, [EMAWeightAveraging(decay=0.8)])
+    AVERAGED["EMA, buffers copied"] = lambda: (Mixed, [EMAWeightAveraging(decay=0.8, use_buffers=False)])
 
 
 @pytest.mark.exact
@@ -351,7 +358,7 @@ def test_averaged_weights_have_statistics_of_their_own(case: str, batchnorm: Any
     for net in model.validated:
         assert_statistics_of(net)
     assert_statistics_of(model.net)
-    saved = torch.load(tmp_path / "validated.ckpt", weights_only=True)["state_dict"]
+    saved = torch.load(tmp_path / "validated.ckpt", weights_only=False)["state_dict"]  # SWA's state has a function
     if case in ("SWA", "EMA", "EMA, buffers copied"):
         net = copy.deepcopy(model.net)
         net.load_state_dict({name[4:]: value for name, value in saved.items() if name.startswith("net.")})

@@ -121,8 +121,14 @@ def assert_folds_in_half(model: nn.Module, shape: tuple[int, ...], dtype: torch.
         assert one.dtype == dtype
         assert torch.equal(one, other.to(dtype))
     x = torch.randn(3, *shape).to(dtype)
-    assert plain(x).dtype == dtype
-    assert_equal(plain(x).double(), exact(x.double()), dtype)
+    try:
+        found = plain(x)
+    except RuntimeError as error:  # of torch's own operators, in earlier versions
+        if "not implemented for" not in str(error):
+            raise
+        return
+    assert found.dtype == dtype
+    assert_equal(found.double(), exact(x.double()), dtype)
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e4, -1e6])
