@@ -44,8 +44,31 @@ Packed sequences are leaves, which they would be in some versions of torch only.
 HAS_CUSTOM_OPS = hasattr(torch.library, "custom_op")
 """torch 2.3 has none: there the compiled kernels are plain autograd functions, at which torch.compile breaks."""
 
-CAN_COMPILE_STEPS = tuple(map(int, torch.__version__.split(".")[:2])) > (2, 7)
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+
+CAN_COMPILE_STEPS = VERSION > (2, 7)
 """Up to torch 2.7, torch.compile fails at the steps of cells with norms, by errors of its own."""
+
+CAN_EXPORT_LOOPS = VERSION >= (2, 13)
+"""The versions of torch whose loop operator was seen to export, to ONNX too."""
+
+
+def scan(
+    step: Callable[..., list[Tensor]], first: list[Tensor], steps: list[Tensor], constants: list[Tensor]
+) -> list[Tensor]:
+    """The loop operator of exported programs, which torch has under no public name.
+
+    Args:
+        step: The next state and an output, from the state, a part of each of ``steps`` and ``constants``.
+        first: The first state.
+        steps: Tensors with an axis of steps first.
+        constants: Other tensors.
+
+    Returns:
+        The last state, and each output of all steps.
+    """
+    return list(torch.ops.higher_order.scan(step, first, steps, tuple(constants)))
+
 
 OutOfMemoryError: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 """Of any device; torch 2.3 knows CUDA's alone."""

@@ -103,6 +103,11 @@ def merge_grown(a: Moments, b: Moments) -> Moments:
     return a.grown(longest).merge(b.grown(longest))
 
 
+def are_of_image(positions: tuple[int, ...], channel_dim: int) -> bool:
+    """Whether no axis of the positions may change its length, the features coming before several of them."""
+    return len(positions) > 1 and channel_dim % (len(positions) + 2) == 1
+
+
 def position_mismatch(positions: tuple[int, ...], known: tuple[int, ...], is_image: bool = False) -> str:
     """The error message for an input whose positions do not fit the population's."""
     rule = "images keep their size" if is_image else "only the first position axis may change its length"

@@ -26,7 +26,7 @@ from lightning_bln.kernels.gate import serves
 from lightning_bln.masks import blank, check_mask, counts_of, sizes_of
 from lightning_bln.mixing import Mixing, mixing_of
 from lightning_bln.modes import FanOut, HasMode
-from lightning_bln.norm_warnings import warn_single, warn_stale, warn_unfrozen
+from lightning_bln.norm_warnings import warn_fixed, warn_single, warn_stale, warn_unfrozen
 from lightning_bln.per_mode import NotTogether, PerMode
 from lightning_bln.population import Observed, Population, check_state_dict
 
@@ -294,6 +294,7 @@ class Normalization(HasMode):
             return Source(Statistics(), NONE_USED), None
         if self.population.is_stale:
             warn_stale(self, uses)
+        warn_fixed(self, positions)
         population, batch_size = self.population.at(positions, start)
         return Source(population, uses), batch_size
 

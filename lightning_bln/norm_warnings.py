@@ -1,4 +1,4 @@
-"""Warnings of norms, each once for a layer: a population that is missing, or of other weights, or of single samples."""
+"""Warnings of norms: a population that is missing, or of other weights, single samples, or a size that is fixed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from weakref import WeakSet
 
 import torch
 
+from lightning_bln._torch import is_exporting
 from lightning_bln.equation import Uses
+from lightning_bln.moments import are_of_image
 
 UNFROZEN: WeakSet[Any] = WeakSet()
 """Layers that have warned of a missing population; no attribute of theirs, which would be a change of the model."""
@@ -51,6 +53,17 @@ def warn_stale(layer: Any, uses: Uses) -> None:
         f"the layer has been trained since its population was frozen, which is that of other weights; {MENDS}",
         stacklevel=3,
     )
+
+
+def warn_fixed(layer: Any, positions: tuple[int, ...]) -> None:
+    """Warn that an exported program is for one size, where its population has statistics of each place."""
+    fixed = positions if are_of_image(positions, layer.population.channel_dim) else positions[1:]
+    if is_exporting() and any(isinstance(size, torch.SymInt) for size in fixed):
+        warnings.warn(
+            "positions='separate' keeps statistics of each place, so the exported program takes inputs of this size "
+            "alone; fix these axes, or build the layer with positions='shared'",
+            stacklevel=3,
+        )
 
 
 def warn_single(layer: Any, seen: int) -> None:

@@ -16,7 +16,7 @@ from lightning_bln._torch import is_fake, is_observed, is_repetition, lasting, o
 from lightning_bln._writing import may_hold, one_at_a_time
 from lightning_bln.equation import Statistics
 from lightning_bln.modes import warn_outdated
-from lightning_bln.moments import Moments, check_one_batch, filled, merge_grown, position_mismatch
+from lightning_bln.moments import Moments, are_of_image, check_one_batch, filled, merge_grown, position_mismatch
 
 ESTIMATORS = ("pooled", "paper")
 FROZEN = (*Statistics._fields, "batch_size")
@@ -261,8 +261,7 @@ class Population(nn.Module):
 
     def check_fit(self, positions: tuple[int, ...], known: tuple[int, ...]) -> None:
         """Raise unless a batch at ``positions`` goes with statistics at those known: only sequences may grow."""
-        axes = len(positions)
-        is_image = axes > 1 and self.channel_dim % (axes + 2) == 1
+        is_image = are_of_image(positions, self.channel_dim)
         if positions[1:] != known[1:] or (is_image and positions[0] != known[0]):
             raise ValueError(position_mismatch(positions, known, is_image))
 

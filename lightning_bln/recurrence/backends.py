@@ -20,6 +20,7 @@ from lightning_bln.kernels.gate import HOW_TO_BUILD, reason_against, serves
 from lightning_bln.recurrence.deferred import deferred_recurrence
 from lightning_bln.recurrence.gate_norm import SequenceNorm
 from lightning_bln.recurrence.inductor import inductor_recurrence
+from lightning_bln.recurrence.loop import is_looped, looped_recurrence
 from lightning_bln.recurrence.parameters import Weights
 from lightning_bln.recurrence.program.runtime import (
     around_of,
@@ -182,6 +183,8 @@ def stacked(results: Sequence[Result]) -> Result:
 
 def run_normalized(backend: str, cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise) -> Result:
     """:func:`run` on an input that is normalised."""
+    if backend != "cpu" and is_looped(sequences, weights, noise):
+        return looped_recurrence(cell, sequences, weights, noise)
     if backend == "reference" or (is_observed() and backend != "cpu"):
         return recurrence(cell, sequences, weights, noise)
     scans = isinstance(cell, LinearCell) and not noise.zoneout

@@ -25,8 +25,7 @@ def inductor_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights
     """:func:`~lightning_bln.recurrence.reference.recurrence` of sequences of one length, a chunk of steps at a time."""
     state: tuple[Tensor, ...] = cell.State(*sequences.state)
     x = cell.prepare(Gates(sequences.x.flatten(-2), cell.gates), state)
-    parts = x.split() if x._value is None else {"": x.joint()}
-    cut = {name: part.split(STEPS) for name, part in parts.items()}
+    cut = {name: part.split(STEPS) for name, part in parts_of(x).items()}
     kind: Any = type(cell)
     results = []
     for k, chunk in enumerate(sequences.x.split(STEPS)):
@@ -50,6 +49,11 @@ def inductor_recurrence(cell: Cell, sequences: Sequences, weights: HiddenWeights
         tuple(map(join, zip(*(result.norm_hh for result in results), strict=True))),
         None if results[0].norm_cell is None else join([result.norm_cell for result in results]),
     )
+
+
+def parts_of(x: Gates) -> dict[str, Tensor]:
+    """Prepared gates in the tensors that they are held in, by name; one that holds all has no name."""
+    return x.split() if x._value is None else {"": x.joint()}
 
 
 def run_chunk(

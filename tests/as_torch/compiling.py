@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_sequence
 
 from tests.as_torch.expected import UNROLLED
-from tests.as_torch.layers import EVAL, TRAIN, Case, Found, agree, flat, run, same, weighted
+from tests.as_torch.layers import EVAL, LAYERS, TRAIN, Case, Found, agree, flat, run, same, weighted
 from tests.as_torch.ways import few, way
 
 LENGTHS = tuple(range(2, 11))
@@ -85,7 +85,12 @@ def compile_lengths(case: Case) -> None:
 
 
 def exports(case: Case) -> bool:
-    return compiles(case) and case.situation != TRAIN
+    return (compiles(case) and case.situation != TRAIN) or is_usual(case)
+
+
+def is_usual(case: Case) -> bool:
+    """Evaluation by batch statistics of a population, on the default backend."""
+    return (case.norm, case.situation, case.backend or "auto", case.packed) == ("bln", "ppcc", "auto", False)
 
 
 def exported(case: Case, axes: dict[int, str], sizes: list[dict[str, int]], *, states: bool = True) -> None:
@@ -121,6 +126,36 @@ def export_batch(case: Case) -> None:
 def export_time(case: Case) -> None:
     assert case.time_axis is not None
     exported(case, {case.time_axis: "steps"}, [{"steps": 5}, {"steps": 9}], states=False)
+
+
+def converts(case: Case) -> bool:
+    """One case of each layer, with norms where it has any."""
+    return is_usual(case) if case.kind in LAYERS else exports(case)
+
+
+@way(
+    "ONNX",
+    "`torch.onnx.export(dynamo=True)`, run by onnxruntime at other sizes: samples, steps and positions",
+    converts,
+)
+def onnx(case: Case) -> None:
+    import onnxruntime
+
+    axes = {case.batch_axis: "samples"} | ({} if case.time_axis is None else {case.time_axis: "steps"})
+    dims = [{axis: torch.export.Dim(name, min=3 if name == "steps" else 2, max=64) for axis, name in axes.items()}]
+    dims += [{case.batch_axis: dims[0][case.batch_axis]}] * (len(case.shapes) - 1)
+    shapes = (dims[0], tuple(dims[1:])) if dims[1:] else (dims[0],)
+    with torch.no_grad():
+        program = torch.onnx.export(
+            case.module(torch.float32), case.inputs(0, torch.float32), dynamo=True, verbose=False, dynamic_shapes=shapes
+        )
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    names = [one.name for one in session.get_inputs()]
+    for sizes in ({"samples": 5, "steps": 5}, {"samples": 2, "steps": 9}):
+        inputs = case.inputs(1, torch.float32, **sizes)
+        found = session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
+        wanted = case.reference()(*(x.double() for x in inputs))
+        same(map(torch.from_numpy, found), wanted, 1e-5)
 
 
 @way("torch.jit.trace", "of the layer; the program takes as many steps as the example has", few)
