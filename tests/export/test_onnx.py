@@ -17,7 +17,7 @@ pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
-pytestmark = [exports, pytest.mark.filterwarnings("ignore")]
+pytestmark = [exports, pytest.mark.exact, pytest.mark.filterwarnings("ignore")]
 
 
 def session_of(layer: torch.nn.Module, inputs: tuple[Tensor, ...], shapes: Any, path: Path) -> Any:

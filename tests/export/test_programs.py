@@ -29,6 +29,7 @@ def program_of(layer: torch.nn.Module, case: Layer) -> torch.export.ExportedProg
     return torch.export.export(layer, (case.example(3, 6),), dynamic_shapes=(case.axes(),))
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_program_is_the_layer_at_any_size(name, mode) -> None:
     case = LAYERS[name]
