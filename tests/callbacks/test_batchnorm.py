@@ -494,6 +494,7 @@ def assert_equal_to_statistics(found: list[Tensor], net: nn.Module) -> None:
     assert equal(found, running(net))
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("batchnorm", [True, "validate"])
 def test_a_fit_that_fails_in_a_validation_leaves_nothing_behind(batchnorm: Any) -> None:
     class Fails(Normed):
@@ -587,6 +588,7 @@ def test_hooks_at_the_start_of_an_epoch_see_the_averages() -> None:
     assert all(equal(*pair) for pair in zip(alone.seen, watched.seen, strict=True))
 
 
+@pytest.mark.exact
 def test_norms_that_training_freezes_or_reads_train_alike_with_validate() -> None:
     class Freezes(Normed):
         def on_train_epoch_start(self) -> None:

@@ -79,6 +79,7 @@ def fitted(name: str) -> Any:
     return model
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("name", MODELS)
 def test_scores_are_those_of_separate_validations_of_the_modes_that_differ(name: str) -> None:
     model, modes = fitted(name), MODELS[name][1]

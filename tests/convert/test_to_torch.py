@@ -49,6 +49,7 @@ def assert_same_state(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(found[key], value), key
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("kind", BATCH_NORMS)
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("is_fresh", [True, False])

@@ -69,6 +69,7 @@ def inputs_of(layer: Recurrent, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     return [(x,), (x, first(8)), (packed,), (packed, first(3)), (x[:, 0],), (x[:, 0], first())]
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("cell", PLAIN)
 @pytest.mark.parametrize("norm", MODES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
