@@ -70,19 +70,21 @@ class RunningStatistics(Population):
         if norm.training and has_own_forward(norm):
             self.within.enter_context(Intercepting(self))
         elif norm.training:
-            norm.training = self.take_in((args or tuple(kwargs.values()))[0])
+            norm.training = self.take_in(next(iter((*args, *kwargs.values())), None))
 
     def leave(self, norm: BatchNorm, *_: Any) -> None:
         """Give the layer the mode back that the step has it in."""
         self.within.close()
         norm.training = self.is_asked
 
-    def take_in(self, whole: Tensor) -> bool:
+    def take_in(self, whole: Any) -> bool:
         """Take in an input ``(N, C, ...)``; return whether it is normalised by itself.
 
         It is not where samples are to be told apart, nor where it has one number for each channel, of which torch takes
         no variance: there running statistics normalise.
         """
+        if not self.takes(whole):
+            return False  # torch says what is wrong
         x = whole.detach()
         numbers = x.numel() // x.shape[1]  # of each channel
         if numbers:
@@ -93,6 +95,10 @@ class RunningStatistics(Population):
             size = torch.full((1,), len(whole), device=x.device)
             self.gather(Observed(mean, var, nothing, one, count, size))
         return not self.ignores_batch and numbers > 1
+
+    def takes(self, x: Any) -> bool:
+        """Whether the layer can normalise an input."""
+        return isinstance(x, Tensor) and x.ndim > 1 and x.shape[1] == self.layer[0].num_features
 
     def _assign_frozen(self, values: list[Tensor]) -> None:
         (norm,) = self.layer
@@ -132,7 +138,7 @@ class Intercepting(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
         (norm,) = self.population.layer
-        if func is not F.batch_norm or args[0].shape[1] != norm.num_features:
+        if func is not F.batch_norm or not self.population.takes(args[0]):
             return func(*args, **given)
         given = dict(zip(PARAMETERS, args, strict=False)) | given
         if self.population.take_in(given["input"]):

@@ -330,3 +330,19 @@ def test_a_mapping_is_passed_by_name() -> None:
 def test_batch_norms_that_are_left_alone_are_named() -> None:
     with pytest.raises(ValueError, match="unless batchnorm=False"):
         recompute_population(nn.BatchNorm1d(3), [torch.randn(4, 3)], batchnorm=False)
+
+
+@pytest.mark.parametrize("samples", [1024, None])
+@pytest.mark.parametrize("make", [nn.BatchNorm1d, WithActivation], ids=["torch's forward", "one of its own"])
+@pytest.mark.parametrize("x", [torch.ones(4), torch.ones(4, 5), torch.ones(4, 5, 2, 2), None], ids=str)
+def test_an_input_that_does_not_fit_is_torchs_error(make: Any, x: Any, samples: int | None) -> None:
+    layer = make(3)
+    with pytest.raises((TypeError, ValueError, RuntimeError, AttributeError)) as plain:
+        make(3)(x)
+    with pytest.raises(type(plain.value)) as found:
+        recompute_population(layer, [x], predict=layer, samples=samples)
+    # of the layer's tensors torch names the first that it is given
+    assert str(found.value).replace("weight should", "running_mean should") == str(plain.value)
+    assert layer.training
+    assert layer.track_running_stats
+    assert torch.equal(layer.running_mean, torch.zeros(3))

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_bln import BatchLayerNorm, recompute_population
-from lightning_bln.callbacks import freezing
 from lightning_bln.callbacks.comparison import AVERAGES, COMPUTED
 from lightning_bln.callbacks.running_averages import Running, RunningAverages
 from lightning_bln.recomputation import populations
@@ -608,17 +607,9 @@ def test_norms_that_training_freezes_or_reads_train_alike_with_validate() -> Non
         assert equal(list(alone.parameters()), list(watched.parameters()))
 
 
-def test_weights_that_stay_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[int] = []
-    own = freezing.recompute
-
-    def count(trainer: Any, *args: Any, **options: Any) -> Any:
-        steps.append(trainer.global_step)
-        return own(trainer, *args, **options)
-
-    monkeypatch.setattr(freezing, "recompute", count)
+def test_weights_that_stay_are_not_computed_again(counted: list[int]) -> None:
     trained(Normed, chooser())
-    assert steps == [4, 8]  # and not at the end once more
+    assert counted == [4, 8]  # and not at the end once more
 
 
 def test_a_module_that_evaluates_after_training_hears_nothing() -> None:

@@ -18,7 +18,6 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lightning_bln import BatchLayerNorm, recompute_population
-from lightning_bln.callbacks import freezing
 from lightning_bln.callbacks.weights import fingerprint
 from lightning_bln.recomputation import populations
 
@@ -120,20 +119,6 @@ class Buffered(Watching):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         self.total += batch[0].sum()
         return super().validation_step(batch, batch_idx)
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps at which a population was recomputed."""
-    steps: list[int] = []
-    own = freezing.recompute
-
-    def count(trainer: Any, *args: Any, **options: Any) -> Any:
-        steps.append(trainer.global_step)
-        return own(trainer, *args, **options)
-
-    monkeypatch.setattr(freezing, "recompute", count)
-    return steps
 
 
 def test_buffers_count_and_accumulators_do_not(counted: list[int]) -> None:
