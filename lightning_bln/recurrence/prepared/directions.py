@@ -90,10 +90,11 @@ class Directions:
         """Calls that are ready, each with the tensors it reads."""
         found = {}
         for name in suffixes:
-            if name in kept.calls:
-                tensors = kept.calls[name].ready(self.layer, name, self.running)
+            call = kept.calls.get(name)  # looked up once: another thread may put a new one in its place
+            if call is not None:
+                tensors = call.ready(self.layer, name, self.running)
                 if tensors is not None:
-                    found[name] = partial(kept.calls[name].run, tensors)
+                    found[name] = partial(call.run, tensors)
         kept.served |= bool(found)
         return found
 
@@ -130,8 +131,9 @@ class Directions:
         kept.wait, kept.served = kept.pause, False
         kind: type[Inference | Training] = Training if self.layer.training else Inference
         for name, weights in self.weights.items():
-            kept.calls.pop(name, None)
-            if runs_fused(self.layer.backend, weights, self.x):
-                found = kind.of(self.layer, name, weights, self.running)
-                if found is not None:
-                    kept.calls[name] = found
+            is_fused = runs_fused(self.layer.backend, weights, self.x)
+            found = kind.of(self.layer, name, weights, self.running) if is_fused else None
+            if found is None:
+                kept.calls.pop(name, None)
+            else:
+                kept.calls[name] = found
