@@ -19,6 +19,7 @@ from lightning_bln.recurrence.backends import BACKENDS, reason_on_torch, runs_fu
 from lightning_bln.recurrence.fan_out import run_along_batch, run_each_mode, run_each_part
 from lightning_bln.recurrence.parameters import HasCells
 from lightning_bln.recurrence.prepared.directions import Directions
+from lightning_bln.recurrence.prepared.ready import ready_sequence
 from lightning_bln.recurrence.sequences import Form, LayerState, State, first_states, flip, reversal
 from lightning_bln.recurrence.streaming import check_start, follow
 
@@ -202,6 +203,10 @@ class Recurrent(HasCells):
         Returns:
             The last layer's output at each step, and the last states of each layer and direction.
         """
+        is_single = self.num_layers == 1 and not (self.bidirectional or self.batch_first)
+        ready = ready_sequence(self, input, hx, start) if is_single else None
+        if ready is not None:
+            return ready
         check_start(start, self.bidirectional)
         if packed := isinstance(input, PackedSequence):
             self._check_input(input.data, (2,), "(packed data of 2)", self.weight_ih_l0)

@@ -15,6 +15,7 @@ from lightning_bln.recurrence.backends import reason_on_torch
 from lightning_bln.recurrence.fan_out import run_each_part
 from lightning_bln.recurrence.parameters import HasCells
 from lightning_bln.recurrence.prepared.directions import Directions
+from lightning_bln.recurrence.prepared.ready import ready_step
 from lightning_bln.recurrence.sequences import State, named_states, unwrap
 from lightning_bln.recurrence.streaming import check_start, follow
 
@@ -103,6 +104,9 @@ class RecurrentCell(HasCells):
 
     def forward(self, input: Tensor, hx: State | None = None, *, start: int = 0) -> State:
         """The next state, a tuple where the cell has several; ``start`` steps came before."""
+        ready = ready_step(self, input, hx, start)
+        if ready is not None:
+            return ready
         check_start(start, False)
         self._check_input(input, (1, 2), "(batch, input_size) or (input_size,)", self.weight_ih)
         batched, fan = input.ndim == 2, self._fan()
@@ -112,8 +116,9 @@ class RecurrentCell(HasCells):
         x = input if batched else input[None]
         names = self.cell.states
         shapes = [(x.shape[0], self.state_size(name)) for name in names]
-        state: tuple[Tensor, ...] = tuple(x.new_zeros(shape) for shape in shapes)
-        if hx is not None:
+        if hx is None:
+            state = tuple(x.new_zeros(shape) for shape in shapes)
+        else:
             given = named_states(hx, names, x)
             found, needed = [tuple(s.shape) for s in given], [shape if batched else shape[1:] for shape in shapes]
             if found != needed:

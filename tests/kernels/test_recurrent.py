@@ -77,7 +77,20 @@ def test_relu() -> None:
 
 @pytest.mark.parametrize(
     ("steps", "samples", "inputs", "units"),
-    [(1, 1, 1, 1), (3, 1, 2, 5), (1, 7, 3, 4), (3, 4, 5, 1), (2, 13, 33, 17), (2, 3, 70, 65), (30, 12, 2, 31)],
+    [
+        (1, 1, 1, 1),
+        (3, 1, 2, 5),
+        (1, 7, 3, 4),
+        (3, 4, 5, 1),
+        (2, 13, 33, 17),
+        (2, 3, 70, 65),
+        (30, 12, 2, 31),
+        (1, 1, 64, 128),
+        (8, 1, 17, 9),
+        (9, 1, 17, 9),
+        (1, 8, 5, 33),
+        (2, 2, 16, 7),
+    ],
 )
 @pytest.mark.parametrize("norm", ["bln", "layer", "batch", None])
 @pytest.mark.parametrize("kind", LAYERS)

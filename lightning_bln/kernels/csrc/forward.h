@@ -13,8 +13,13 @@ struct ForwardBuffers {
     std::vector<Range> columns;
     for (int c = 0; c < plan.column_teams; c++)
       for (Range range : plan.columns_of(plan.units_of(c))) columns.push_back(range);
-    plan.forward_hh.plan(plan.H, columns);
-    if (a.weight_ih) plan.forward_ih.plan(plan.I, columns);
+    if (plan.offset[plan.steps] <= few_rows) {
+      plan.forward_hh.leave(a.weight_hh, plan.H, columns);
+      if (a.weight_ih) plan.forward_ih.leave(a.weight_ih, plan.I, columns);
+    } else {
+      plan.forward_hh.plan(plan.H, columns);
+      if (a.weight_ih) plan.forward_ih.plan(plan.I, columns);
+    }
     const size_t step = size_t(plan.batch) * plan.D, state = size_t(plan.batch) * plan.H;
     if (a.weight_ih && !a.input_part) input_chunk.allocate(size_t(plan.longest_chunk) * plan.D);
     if (!a.hidden_part) hidden.allocate(step);

@@ -120,7 +120,41 @@ void multiply(const T* a, ptrdiff_t row, ptrdiff_t column, int rows, const T* b,
   }
 }
 
-// A right-hand side [depth, columns] as panels of panel_width columns, the last of each range filled up with zeros.
+// Rows so few that to pack a right-hand side would take longer than to multiply by it.
+constexpr int few_rows = 8;
+
+// c[rows, width] = a b, where column j of b lies as row j of w, `ld` apart.
+template <class T>
+void multiply_as_it_lies(const T* a, ptrdiff_t row, int rows, const T* w, ptrdiff_t ld, int depth, T* c, ptrdiff_t ldc,
+                         int width) {
+  using V = typename Vector<T>::type;
+  constexpr int W = Vector<T>::size, together = 8;
+  for (int b = 0; b < rows; b++) {
+    const T* x = a + b * row;
+    T* out = c + b * ldc;
+    for (int j = 0; j < width; j += together) {
+      // the last ones may come twice
+      const int first = width < together ? 0 : j + together <= width ? j : width - together;
+      const T* at[together];
+      for (int i = 0; i < together; i++) at[i] = w + ptrdiff_t(first + i < width ? first + i : width - 1) * ld;
+      V sums[together]{};
+      T found[together]{};
+      int k = 0;
+      for (; k + W <= depth; k += W) {
+        const V left = load(x + k);
+#pragma GCC unroll 8
+        for (int i = 0; i < together; i++) sums[i] += left * load(at[i] + k);
+      }
+      for (; k < depth; k++)
+        for (int i = 0; i < together; i++) found[i] += x[k] * at[i][k];
+      add_lanes<T>(sums, found, found + together / 2);
+      for (int i = 0; i < together && first + i < width; i++) out[first + i] = found[i];
+    }
+  }
+}
+
+// A right-hand side [depth, columns] as panels of panel_width columns, the last of each range filled up with zeros; for
+// a few rows it is left where it lies.
 template <class T>
 struct Packed {
   struct Panel {
@@ -129,13 +163,21 @@ struct Packed {
   int depth = 0;
   std::vector<Panel> panels;
   Buffer<T> data;
+  const T* left = nullptr;  // columns one after the other, `depth` numbers each
 
   void plan(int depth_, const std::vector<Range>& ranges) {
+    plan_panels(depth_, ranges);
+    data.allocate(panels.size() * size());
+  }
+  void leave(const T* w, int depth_, const std::vector<Range>& ranges) {
+    plan_panels(depth_, ranges);
+    left = w;
+  }
+  void plan_panels(int depth_, const std::vector<Range>& ranges) {
     depth = depth_;
     for (const Range& range : ranges)
       for (int j = range.begin; j < range.end; j += panel_width<T>)
         panels.push_back({j, range.end - j < panel_width<T> ? range.end - j : panel_width<T>});
-    data.allocate(panels.size() * size());
   }
   size_t size() const { return size_t(depth) * panel_width<T>; }
   const T* at(size_t i) const { return data.get() + i * size(); }

@@ -187,6 +187,7 @@ class Walker {
   }
 
   void fill(Packed<T>& packed, Range panels, const T* w, ptrdiff_t row, ptrdiff_t column) const {
+    if (packed.left) return;
     const Range mine = part(panels.size(), me.row, me.rows);
     for (int i = mine.begin; i < mine.end; i++) packed.fill(panels.begin + i, w, row, column);
   }
@@ -197,8 +198,13 @@ class Walker {
     if (some.size() == 0) return;
     for (int i = panels.begin; i < panels.end; i++) {
       const auto& panel = packed.panels[i];
-      multiply(left + some.begin * ld, ld, 1, some.size(), packed.at(i), packed.depth,
-               out + some.begin * ldo + panel.begin, ldo, panel.width, add);
+      if (packed.left)
+        multiply_as_it_lies(left + some.begin * ld, ld, some.size(),
+                            packed.left + ptrdiff_t(panel.begin) * packed.depth, packed.depth, packed.depth,
+                            out + some.begin * ldo + panel.begin, ldo, panel.width);
+      else
+        multiply(left + some.begin * ld, ld, 1, some.size(), packed.at(i), packed.depth,
+                 out + some.begin * ldo + panel.begin, ldo, panel.width, add);
     }
   }
 

@@ -101,7 +101,8 @@ class Directions:
     def run(self, suffix: str, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
         """Outputs and last states of one of them, forward in time."""
         if suffix in self.known:
-            return self.known[suffix](x, state, self.running.start)
+            steps, samples, _, start = self.running
+            return self.known[suffix](x, state, steps, samples, start)
         layer = self.layer
         dropout = layer.input_dropout, layer.recurrent_dropout, layer.zoneout
         return run_direction(

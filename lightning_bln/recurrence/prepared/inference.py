@@ -8,17 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_bln.equation import Statistics
 from lightning_bln.kernels.library import NormArgs, RecurrenceArgs, call
 from lightning_bln.kernels.recurrent import Constants, allocate, arguments
-from lightning_bln.population import FROZEN
 from lightning_bln.recurrence.fused import inputs_of, settings_of
 from lightning_bln.recurrence.gate_norm import GateNorm, SequenceNorm
 from lightning_bln.recurrence.parameters import HasCells, Weights
 from lightning_bln.recurrence.prepared.watched import WatchedLayer, admitted, norms_of
 from lightning_bln.recurrence.sequences import LayerState, Running
 
-Frozen = list[Tensor | None]
-"""Buffers of a population in the order of ``FROZEN``: the four statistics, then the batch sizes."""
+Final = tuple[Tensor, LayerState]
+"""Outputs and last states."""
 
 
 class FrozenNorm:
@@ -27,43 +27,74 @@ class FrozenNorm:
     def __init__(self, norm: GateNorm, sequence: SequenceNorm) -> None:
         sizes = norm.population.batch_size
         assert sequence.rows is not None
-        self.numbers, self.positions, self.rows = numbers_of(sizes), len(sizes), sequence.rows
-        self.uses = [index for index, is_used in enumerate(sequence.source.uses) if is_used]
+        self.positions, self.rows = len(sizes), sequence.rows
+        self.sizes, self.nbytes = sizes.data_ptr(), sizes.numel() * sizes.element_size()
+        self.numbers = self.numbers_now()
+        given = {name: getattr(norm.population, name) for name in uses_of(norm)}
+        self.given = {name: (one.data_ptr(), one.stride(0) * one.element_size()) for name, one in given.items()}
+
+    def numbers_now(self) -> bytes:
+        """The batch sizes' numbers: they are compared, for not every way of writing them is counted."""
+        return ctypes.string_at(self.sizes, self.nbytes)
 
     def knows(self, end: int) -> bool:
         """Whether the population has statistics of its own for all steps before ``end``, or one set for all."""
         return self.positions == 1 or end <= self.positions
 
-    def fill(self, args: NormArgs, frozen: Frozen, start: int, steps: int) -> Tensor:
+    def fill(self, args: NormArgs, start: int, steps: int) -> Tensor:
         """Let ``args`` point at the numbers of these steps; the tensor returned has to live as long."""
         rows, first = self.rows, start
         if self.positions == 1:
             args.fixed, first = 1, 0
             if rows.shape[1] < steps:
-                self.rows = rows = rows[:, :1].repeat(1, steps)
+                rows = rows[:, :1].repeat(1, steps)
         address = rows.data_ptr() + first * rows.element_size()
         args.w_feature, args.w_batch = address, address + rows.shape[1] * rows.element_size()
-        for index in self.uses:
-            value = frozen[index]
-            assert value is not None
-            setattr(args, FROZEN[index], value.data_ptr() + first * value.stride(0) * value.element_size())
+        for name, (lies, size) in self.given.items():
+            setattr(args, name, lies + first * size)
         return rows
 
 
-def numbers_of(value: Tensor | None) -> bytes:
-    """A contiguous tensor's numbers: they are compared, for not every way of writing them is counted."""
-    assert value is not None
-    return ctypes.string_at(value.data_ptr(), value.numel() * value.element_size())
+def uses_of(norm: GateNorm) -> list[str]:
+    """Names of the statistics that a frozen norm reads of its population."""
+    uses = norm.mode.uses_population
+    return [name for name, is_used in zip(Statistics._fields, uses, strict=True) if is_used]
 
 
-class Inference(NamedTuple):
-    """A call of the kernels but for the input, its first states and the outputs."""
+class Steps(NamedTuple):
+    """A call's arguments that hang on the steps alone."""
 
-    watched: WatchedLayer
-    norms: dict[str, FrozenNorm]
+    key: tuple[int, int]
+    """Steps before, and their number."""
     args: RecurrenceArgs
-    like: Tensor
-    """A row of the states."""
+    rows: list[Tensor]
+    """Mixing weights that they point at."""
+
+
+class Inference:
+    """A call of the kernels but for the input, its first states and the outputs.
+
+    Args:
+        watched: The layer's parameters, norms and options.
+        norms: Its norms by their names.
+        args: The call's arguments that never change.
+        like: A row of the states.
+        states: Their number.
+    """
+
+    def __init__(
+        self, watched: WatchedLayer, norms: dict[str, FrozenNorm], args: RecurrenceArgs, like: Tensor, states: int
+    ) -> None:
+        self.watched, self.norms, self.args = watched, norms, args
+        self.new_empty, self.new_zeros, self.dtype, self.units = (
+            like.new_empty,
+            like.new_zeros,
+            like.dtype,
+            like.shape[1],
+        )
+        self.states = states
+        self.has_steps = any(norm.positions > 1 for norm in norms.values())
+        self.steps = Steps((0, 0), args, [])
 
     @classmethod
     def of(cls, layer: HasCells, suffix: str, weights: Weights, running: Running) -> Inference | None:
@@ -71,7 +102,7 @@ class Inference(NamedTuple):
         own = norms_of(layer, suffix)
         if any(norm is not None and not norm.population.is_frozen for norm in own.values()):
             return None
-        watched = WatchedLayer.of(layer, suffix, weights, FROZEN)
+        watched = WatchedLayer.of(layer, suffix, weights, lambda norm: [*uses_of(norm), "batch_size"])
         if watched is None:
             return None
         found = {name: None if norm is None else norm.sequence(positions_of(norm)) for name, norm in own.items()}
@@ -85,38 +116,55 @@ class Inference(NamedTuple):
         constants = Constants(None, None, None, mixing, None, None, None)
         settings = settings_of(weights, sequences, inputs, 1, layer.zoneout, recompute=False)
         args = arguments(inputs, constants, settings, allocate(inputs, constants, settings))
-        return cls(watched, norms, args, row)
+        return cls(watched, norms, args, row, states)
 
-    def ready(self, layer: HasCells, suffix: str, running: Running) -> list[list[Tensor | None]] | None:
+    def ready(self, layer: HasCells, suffix: str, running: Running) -> list[Tensor | None] | None:
         """The layer's tensors where nothing has changed and there are statistics of these steps, else ``None``."""
         found = self.watched.same(layer, suffix)
         if found is None:
             return None
         end = running.start + running.steps
-        pairs = zip(self.norms.values(), found[1 + len(self.norms) :], strict=True)
-        is_known = all(norm.knows(end) and numbers_of(frozen[-1]) == norm.numbers for norm, frozen in pairs)
-        return found if is_known else None
+        for norm in self.norms.values():
+            if not norm.knows(end) or norm.numbers_now() != norm.numbers:
+                return None
+        return found
 
     def run(
-        self, tensors: list[list[Tensor | None]], x: Tensor, state: LayerState, start: int
-    ) -> tuple[Tensor, LayerState]:
-        """Outputs and last states from ``x``, ``(T, B, input_size)``, and first states; ``tensors`` are kept alive."""
-        (steps, samples, _), dtype, units = x.shape, self.like.dtype, self.like.shape[1]
-        read = [admitted(value, dtype) for value in (x, *state)]
-        output = self.like.new_empty(steps, samples, units)
-        last = [self.like.new_empty(samples, units) for _ in state]
-        args = RecurrenceArgs.from_buffer_copy(self.args)
-        args.steps, args.batch, args.rows, args.threads = steps, samples, steps * samples, torch.get_num_threads()
-        args.input, args.output = read[0].data_ptr(), output.data_ptr()
-        args.h0, args.hn = read[1].data_ptr(), last[0].data_ptr()
+        self, tensors: list[Tensor | None], x: Tensor, state: LayerState, steps: int, samples: int, start: int
+    ) -> Final:
+        """Outputs and last states from an input of so many steps and samples, and first states.
+
+        Args:
+            tensors: Of the layer, kept alive.
+            x: ``(T, B, input_size)``, with or without the axis of a single step.
+            state: ``(B, size)`` each, with or without an axis of one in front.
+            steps: T.
+            samples: B.
+            start: Steps before.
+        """
+        read = [admitted(value, self.dtype) for value in (x, *state)]
+        of_steps, new_empty, units = self.of_steps(start, steps), self.new_empty, self.units
+        args = RecurrenceArgs.from_buffer_copy(of_steps.args)
+        args.batch, args.rows, args.threads = samples, steps * samples, torch.get_num_threads()
+        output, h = new_empty(steps, samples, units), new_empty(samples, units)
+        args.input, args.output, args.h0, args.hn = map(Tensor.data_ptr, (read[0], output, read[1], h))
+        last: LayerState = (h,)
         if len(state) > 1:
-            args.c0, args.cn = read[2].data_ptr(), last[1].data_ptr()
-        frozen = tensors[1 + len(self.norms) :]
-        pairs = zip(self.norms.items(), frozen, strict=True)
-        held = [norm.fill(getattr(args, name), values, start, steps) for (name, norm), values in pairs]
-        call("forward", args, dtype)
-        del held, tensors
-        return output, tuple(last)
+            c = new_empty(samples, units)
+            args.c0, args.cn, last = read[2].data_ptr(), c.data_ptr(), (h, c)
+        call("forward", args, self.dtype)
+        del of_steps, tensors
+        return output, last
+
+    def of_steps(self, start: int, steps: int) -> Steps:
+        """The arguments for some steps, those of the call before where they are the same."""
+        found = self.steps
+        if found.key != (start, steps):
+            args = RecurrenceArgs.from_buffer_copy(self.args)
+            args.steps = steps
+            rows = [norm.fill(getattr(args, name), start, steps) for name, norm in self.norms.items()]
+            found = self.steps = Steps((start, steps), args, rows)
+        return found
 
 
 def positions_of(norm: GateNorm) -> Running:

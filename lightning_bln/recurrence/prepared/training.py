@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -96,7 +97,7 @@ class Gathering:
         module = self.module()
         assert module is not None
         with one_at_a_time():
-            if self.watched is not None and self.watched.same() is not None:
+            if self.watched is not None and self.watched.same([own_buffers(module.population)]) is not None:
                 if module.population.takes_batch:
                     merge_by(self.args, moments)
                 return
@@ -107,10 +108,11 @@ class Gathering:
         """Prepare for batches that are merged into the buffers as they lie."""
         places, self.watched = (self.running.steps, self.norm.groups), None
         if not self.running.start and population.is_gathering and can_merge(population, moments, places):
-            found = Watched.of(own_buffers, population, *Moments._fields)
-            dtypes = torch.int64, moments.dtype, moments.dtype
-            if all(is_readable(value, dtype) for value, dtype in zip(found.values(), dtypes, strict=True)):
-                own = Moments(*found.values())  # type: ignore[arg-type]
+            tables = [own_buffers(population)]
+            found = Watched.of(tables, Moments._fields)
+            values, dtypes = found.values(tables), (torch.int64, moments.dtype, moments.dtype)
+            if all(is_readable(value, dtype) for value, dtype in zip(values, dtypes, strict=True)):
+                own = Moments(*values)  # type: ignore[arg-type]
                 self.args = GatherArgs(*sizes_of(self.norm, population.num_features, self.running))
                 point(self.args, own, own)
                 self.watched = found
@@ -131,7 +133,7 @@ class Training(NamedTuple):
     @classmethod
     def of(cls, layer: HasCells, suffix: str, weights: Weights, running: Running) -> Training | None:
         """A direction that runs on the kernels; ``None`` where not all is plain."""
-        watched = WatchedLayer.of(layer, suffix, weights, ())
+        watched = WatchedLayer.of(layer, suffix, weights, lambda norm: ())
         drops = layer.input_dropout or layer.recurrent_dropout or layer.zoneout
         if watched is None or drops or not weights.weight_ih.requires_grad:
             return None
@@ -160,23 +162,22 @@ class Training(NamedTuple):
             gatherings,
         )
 
-    def ready(self, layer: HasCells, suffix: str, running: Running) -> list[list[Tensor | None]] | None:
+    def ready(self, layer: HasCells, suffix: str, running: Running) -> list[Tensor | None] | None:
         """The layer's tensors where nothing has changed and the batch is as large, else ``None``."""
         return self.watched.same(layer, suffix) if running == self.running else None
 
     def run(
-        self, tensors: list[list[Tensor | None]], x: Tensor, state: LayerState, start: int
+        self, tensors: list[Tensor | None], x: Tensor, state: LayerState, steps: int, samples: int, start: int
     ) -> tuple[Tensor, LayerState]:
         """Outputs and last states from ``x``, ``(T, B, input_size)``, first states and the layer's ``tensors``."""
-        own: list[Any] = tensors[0]
-        affine = iter(tensors[1:])
-        norms = [[None, None] if norm is None else next(affine) for norm in self.gatherings]
+        own: Any = iter(tensors)
+        weight_ih, weight_hh, bias_ih, bias_hh = islice(own, 4)
+        norms = [(None, None) if norm is None else (next(own), next(own)) for norm in self.gatherings]
         (ih, _), (hh, _), cell = norms
         h, c = state[0], state[1] if len(state) > 1 else None
-        weight_ih, weight_hh, bias_ih, bias_hh = own
         inputs = Inputs(x.flatten(0, 1), weight_ih, weight_hh, bias_ih, bias_hh, h, c, ih, hh, *cell)
         output, *last = self.operator.run(contiguous(inputs), self.constants, self.settings, self.reference)
         for gathering, moments in zip(self.gatherings, last[2:], strict=True):
             if gathering is not None:
                 gathering.take(moments)
-        return output.view(*x.shape[:2], -1), tuple(last[: len(state)])
+        return output.view(steps, samples, -1), tuple(last[: len(state)])

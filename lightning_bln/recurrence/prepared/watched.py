@@ -6,7 +6,7 @@ place, of the same shape and kind, is the same to a kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 from weakref import ref
@@ -22,43 +22,44 @@ from lightning_bln.recurrence.parameters import HasCells, Weights
 
 NORMS = ("norm_ih", "norm_hh", "norm_cell")
 PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+AFFINE = ("weight", "bias")
 
-Read = Callable[[Any], Mapping[str, Tensor | None]]
+Table = Mapping[str, Tensor | None]
 """A module's parameters or buffers by their names."""
 
 
 class Watched(NamedTuple):
-    """Tensors of a module by their names, some of which may not be there, and where their numbers lie."""
+    """Tensors by their names, some of which may not be there, and where their numbers lie."""
 
-    read: Read
-    module: ref[nn.Module]
-    names: tuple[str, ...]
-    layouts: list[tuple[Any, ...] | None]
+    names: list[tuple[str, ...]]
+    """In each of several tables."""
+    layout: tuple[list[Any], ...]
 
     @classmethod
-    def of(cls, read: Read, module: nn.Module, *names: str) -> Watched:
-        """Those of these names as they are."""
-        values = read(module)
-        return cls(read, ref(module), names, [layout_of(values.get(name)) for name in names])
+    def of(cls, tables: Sequence[Table], *names: tuple[str, ...]) -> Watched:
+        """Those of these names, a tuple for each table, as they are."""
+        found = cls([*names], ())
+        return found._replace(layout=layout_of(found.values(tables)))
 
-    def values(self) -> list[Tensor | None]:
-        """Those of these names that there are now."""
-        values = self.read(self.module())
-        return [values.get(name) for name in self.names]
+    def values(self, tables: Sequence[Table]) -> list[Tensor | None]:
+        """Those of these names that there are now, in a row."""
+        return [table.get(name) for table, names in zip(tables, self.names, strict=True) for name in names]
 
-    def same(self) -> list[Tensor | None] | None:
+    def same(self, tables: Sequence[Table]) -> list[Tensor | None] | None:
         """:meth:`values`; ``None`` where one lies elsewhere than it did."""
-        values = self.values()
-        return values if [layout_of(value) for value in values] == self.layouts else None
+        values = self.values(tables)
+        return values if layout_of(values) == self.layout else None
 
 
-def layout_of(value: Tensor | None) -> tuple[Any, ...] | None:
-    """All that tells where and how a tensor's numbers lie, and whether it has a gradient."""
-    if value is None:
-        return None
-    kind = type(value), value.dtype, value.requires_grad, value.is_neg()
+KIND = attrgetter("shape", "dtype", "requires_grad")
+
+
+def layout_of(values: Sequence[Tensor | None]) -> tuple[list[Any], ...]:
+    """All that tells which tensors these are, where and how their numbers lie, and whether they have gradients."""
+    present = [value for value in values if value is not None]
     # what is read is contiguous, so that its shape tells its strides
-    return value.data_ptr(), value.shape, value.is_contiguous(), *kind
+    places = map(id, values), map(Tensor.data_ptr, present), map(KIND, present), map(Tensor.is_contiguous, present)
+    return tuple([*one] for one in places)
 
 
 def admitted(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -75,11 +76,15 @@ class WatchedLayer(NamedTuple):
     """One direction of a layer: its parameters, its norms and theirs, and its options; it keeps none alive."""
 
     options: tuple[Any, ...]
-    tensors: list[Watched]
-    """Parameters, those of each norm, then buffers of each population."""
+    tensors: Watched
+    """Parameters, weight and bias of each norm, then buffers of each population."""
+    names: tuple[str, ...]
+    """Of the parameters."""
 
     @classmethod
-    def of(cls, layer: HasCells, suffix: str, weights: Weights, buffers: Iterable[str]) -> WatchedLayer | None:
+    def of(
+        cls, layer: HasCells, suffix: str, weights: Weights, buffers: Callable[[GateNorm], Iterable[str]]
+    ) -> WatchedLayer | None:
         """A direction whose parameters are ``weights``, and buffers of its populations.
 
         ``None`` where the kernels cannot read them as they lie, or where they come of others.
@@ -88,27 +93,32 @@ class WatchedLayer(NamedTuple):
         found = [norm for norm in norms.values() if norm is not None]
         if any(type(norm) is not GateNorm or norm.training is not layer.training for norm in found):
             return None
-        parameters = Watched.of(own_parameters, layer, *(name + suffix for name in PARAMETERS))
+        names, tables = tuple(name + suffix for name in PARAMETERS), tables_of(layer, found)
+        affine = [AFFINE] * len(found)
+        tensors = Watched.of(tables, names, *affine, *(tuple(buffers(norm)) for norm in found))
+        values = tensors.values(tables)
         if not reads_plainly(layer) or any(
-            value is not getattr(weights, name) for name, value in zip(PARAMETERS, parameters.values(), strict=True)
+            value is not getattr(weights, name) for name, value in zip(PARAMETERS, values, strict=False)
         ):
             return None  # parametrized, or made of others
-        tensors = [parameters, *(Watched.of(own_parameters, norm, "weight", "bias") for norm in found)]
-        tensors += [Watched.of(own_buffers, norm.population, *buffers) for norm in found]
-        dtype = weights.weight_ih.dtype
-        if not all(is_readable(value, dtype) for one in tensors for value in one.values()):
+        if not all(is_readable(value, weights.weight_ih.dtype) for value in values):
             return None
-        return cls(options_of(layer, norms), tensors)
+        return cls(options_of(layer, norms), tensors, names)
 
-    def same(self, layer: HasCells, suffix: str) -> list[list[Tensor | None]] | None:
+    def same(self, layer: HasCells, suffix: str) -> list[Tensor | None] | None:
         """All tensors, for as long as they are needed; ``None`` where anything is not as it was."""
-        if options_of(layer, norms_of(layer, suffix)) != self.options:
+        norms = norms_of(layer, suffix)
+        if options_of(layer, norms) != self.options:
             return None
-        found = [one.same() for one in self.tensors]
         hidden = vars(layer)
-        if None in found or any(name in hidden for name in self.tensors[0].names):
+        if any(name in hidden for name in self.names):
             return None
-        return found  # type: ignore[return-value]
+        return self.tensors.same(tables_of(layer, [norm for norm in norms.values() if norm is not None]))
+
+
+def tables_of(layer: HasCells, norms: Sequence[GateNorm]) -> list[Table]:
+    """A layer's parameters, those of its norms, and the buffers of their populations."""
+    return [own_parameters(layer), *map(own_parameters, norms), *(own_buffers(norm.population) for norm in norms)]
 
 
 def reads_plainly(layer: HasCells) -> bool:
