@@ -75,6 +75,25 @@ def settle(layers: Sequence[HasMode], candidates: Iterable[StatisticsMode]) -> t
     return modes
 
 
+def foldable_modes(layers: Iterable[HasMode], modes: Iterable[str] = ALL_MODES) -> tuple[StatisticsMode, ...]:
+    """The modes in which each letter that any of ``layers`` reads stands for the population.
+
+    In these every norm is an affine map of each feature, which :func:`lightning_bln.fold` takes into weights.
+
+    Example:
+        >>> from lightning_bln.norm import Normalization
+        >>> foldable_modes([Normalization(3, norm="layer")])
+        ('pppp', 'pcpp', 'cppp', 'ccpp')
+    """
+    letters = letters_read(layers)
+    return tuple(mode for mode in map(StatisticsMode, modes) if is_affine(mode, letters))
+
+
+def is_affine(mode: StatisticsMode, letters: Letters) -> bool:
+    """Whether every letter that is read stands for the population."""
+    return all(use for use, read in zip(mode.uses_population, letters, strict=True) if read)
+
+
 def depends_on_batch(layers: Iterable[HasMode], mode: StatisticsMode) -> bool:
     """Whether in ``mode`` a sample's output depends on which samples share its batch."""
     batch_letters = zip(letters_read(layers)[:2], mode.uses_population[:2], strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from itertools import product
 from typing import Any
 
@@ -60,6 +61,48 @@ class StatisticsMode(str):
 ALL_MODES: tuple[StatisticsMode, ...] = tuple(StatisticsMode("".join(letters)) for letters in product("pc", repeat=4))
 BATCH_INDEPENDENT_MODES: tuple[StatisticsMode, ...] = tuple(mode for mode in ALL_MODES if mode.is_batch_independent)
 DEFAULT_MODE = StatisticsMode("ppcc")
+FOLDABLE_MODES: tuple[StatisticsMode, ...] = (StatisticsMode("pppp"),)
+"""The mode in which norms of all kinds are affine maps; for a model it may be equal to others."""
+
+NAMED_MODES = {"all": ALL_MODES, "batch_independent": BATCH_INDEPENDENT_MODES, "foldable": FOLDABLE_MODES}
+"""Modes by a word for several."""
+
+
+def parse_modes(name: str, value: str | Iterable[str]) -> tuple[StatisticsMode, ...]:
+    """The modes that an argument names by words, patterns or letters, each once.
+
+    Args:
+        name: The argument's name.
+        value: A word of ``NAMED_MODES``, a pattern in which a star stands for either letter, or several of these and
+            of modes.
+
+    Raises:
+        ValueError: ``value`` names no mode.
+
+    Example:
+        >>> parse_modes("candidates", "pp*c"), parse_modes("candidates", ["foldable", "cccc"])
+        (('pppc', 'ppcc'), ('pppp', 'cccc'))
+    """
+    if isinstance(value, str):
+        found = NAMED_MODES.get(value) or matching(value)
+        if not found:
+            words = ", ".join(map(repr, NAMED_MODES))
+            raise ValueError(
+                f"{name}={value!r}, but it must be {words}, a pattern such as 'pp**', or modes by name: ['ppcc'], say"
+            )
+        return found
+    several = (NAMED_MODES.get(str(one)) or matching(str(one)) or [StatisticsMode(one)] for one in value)
+    found = tuple(dict.fromkeys(mode for modes in several for mode in modes))
+    if not found:
+        raise ValueError(f"{name} is empty, but there must be a mode to choose; pass 'all', or modes by name")
+    return found
+
+
+def matching(pattern: str) -> tuple[StatisticsMode, ...]:
+    """The modes of a pattern of ``p``, ``c`` and ``*`` for either."""
+    if len(pattern) != 4 or not set(pattern) <= set("pc*"):
+        return ()
+    return tuple(mode for mode in ALL_MODES if fnmatchcase(str(mode), pattern.replace("*", "?")))
 
 
 class HasMode(nn.Module):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import Any
 
 from lightning_bln._torch import BatchNorm
 from lightning_bln.callbacks import _lightning
-from lightning_bln.modes import ALL_MODES, BATCH_INDEPENDENT_MODES, StatisticsMode, mode_layers
+from lightning_bln.modes import mode_layers
 
 
 def check_arguments(
@@ -43,30 +41,6 @@ def check_arguments(
     for name, (value, is_allowed, rule) in rules.items():
         if not is_allowed:
             raise ValueError(f"{name}={value!r}, but it must be {rule}")
-
-
-def parse_candidates(candidates: str | Iterable[str]) -> tuple[StatisticsMode, ...]:
-    """The modes named by ``candidates``, each once."""
-    named = {"all": ALL_MODES, "batch_independent": BATCH_INDEPENDENT_MODES}
-    if isinstance(candidates, str):
-        modes = named.get(candidates, matching(candidates))
-        if not modes:
-            raise ValueError(
-                f"candidates={candidates!r}, but it must be 'all', 'batch_independent', a pattern such as 'pp**', or "
-                "modes by name: ['ppcc'], say"
-            )
-        return modes
-    modes = tuple(dict.fromkeys(mode for one in candidates for mode in matching(str(one)) or [StatisticsMode(one)]))
-    if not modes:
-        raise ValueError("candidates is empty, but there must be a mode to choose; pass 'all', or modes by name")
-    return modes
-
-
-def matching(pattern: str) -> tuple[StatisticsMode, ...]:
-    """The modes of a pattern of ``p``, ``c`` and ``*`` for either."""
-    if len(pattern) != 4 or not set(pattern) <= set("pc*"):
-        return ()
-    return tuple(mode for mode in ALL_MODES if fnmatchcase(str(mode), pattern.replace("*", "?")))
 
 
 def check_model(trainer: Any, module: Any, batchnorm: bool | str) -> None:

@@ -13,7 +13,7 @@ from lightning_bln.callbacks.evaluation import Evaluation, shared_forward
 from lightning_bln.callbacks.freezing import sleepers
 from lightning_bln.callbacks.guard import Guard
 from lightning_bln.callbacks.monitor import agree, unscored_of
-from lightning_bln.equal_modes import depends_on_batch, settle
+from lightning_bln.equal_modes import depends_on_batch, foldable_modes, settle
 from lightning_bln.modes import StatisticsMode
 from lightning_bln.recomputation import populations
 from lightning_bln.sweep.result import SweepResult
@@ -73,6 +73,7 @@ def choose(
         evaluation.incumbent,
         reason=evaluation.reason,
         unscored=unscored_of(evaluation),
+        foldable=foldable_modes(evaluation.layers, scores),
     )
     if result.reason is not None:
         sentence = f"BLNStatsCallback evaluates modes one after the other: {result.reason}."

@@ -20,7 +20,7 @@ from lightning_bln.callbacks.averaging import (
     saving_statistics,
     write_statistics,
 )
-from lightning_bln.callbacks.checks import check_arguments, check_model, check_validation_data, parse_candidates
+from lightning_bln.callbacks.checks import check_arguments, check_model, check_validation_data
 from lightning_bln.callbacks.choice import conclude, set_up
 from lightning_bln.callbacks.comparison import Comparison
 from lightning_bln.callbacks.display import SweepBar, check_log, label_bar, report, sparing
@@ -34,7 +34,7 @@ from lightning_bln.callbacks.namespaces import of_both, revive
 from lightning_bln.callbacks.readings import check_readable
 from lightning_bln.callbacks.recompute import check_recompute
 from lightning_bln.callbacks.running_averages import RunningAverages
-from lightning_bln.modes import assign_modes, mode_layers, setting_modes
+from lightning_bln.modes import assign_modes, mode_layers, parse_modes, setting_modes
 from lightning_bln.recomputation import populations
 from lightning_bln.sweep.result import Direction, SweepResult, one_direction
 from lightning_bln.sweep.shared_forward import SharedForward
@@ -56,8 +56,9 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
     Args:
         monitor: Name of the logged validation metric by which to choose.
         direction: Whether small values of the metric are good (``"min"``, the default) or large ones (``"max"``).
-        candidates: The modes to choose from: ``"all"``, ``"batch_independent"``, or modes by name or by pattern, in
-            which a star stands for either letter: ``"pp**"``, ``["cccc", "pp*c"]``. Of equal ones, one is evaluated.
+        candidates: The modes to choose from: ``"all"``, ``"batch_independent"``, ``"foldable"`` for the one that
+            :func:`lightning_bln.fold` takes into weights, or modes by name or by pattern, in which a star stands for
+            either letter: ``"pp**"``, ``["cccc", "pp*c"]``. Of equal ones, one is evaluated.
         population: ``"recompute"`` computes it over training batches at the weights to be validated; ``"epoch"``
             averages over the epoch's training batches while the weights move, as the paper does.
         samples: Recompute it over the first training batches that hold as many samples, over all ranks, which go
@@ -146,7 +147,7 @@ class BLNStatsCallback(*_lightning.callback_bases()):  # type: ignore[misc]
             batchnorm=batchnorm,
         )
         self.monitor, self.direction = monitor, one_direction(direction, mode)
-        self.candidates = parse_candidates(candidates)
+        self.candidates = parse_modes("candidates", candidates)
         self.population, self.samples, self.recompute_batches = population, samples, recompute_batches
         self.every_n_epochs, self.guard, self.tolerance = every_n_epochs, guard, tolerance
         self.stats_dataloader = stats_dataloader

@@ -22,7 +22,7 @@ from lightning_bln.callbacks import BLNStatsCallback
 from lightning_bln.cli.calibration import Calibrating, Split, few, reading
 from lightning_bln.cli.checkpoint import load_checkpoint, undo_population, write_mode, write_population
 from lightning_bln.cli.trust import check_trust, import_paths, read_config
-from lightning_bln.modes import mode_layers
+from lightning_bln.modes import mode_layers, parse_modes
 from lightning_bln.recomputation import populations
 from lightning_bln.sweep.result import Direction, SweepResult, one_direction
 
@@ -161,6 +161,7 @@ class Trainer(L.Trainer):
         monitor: str = "val_loss",
         direction: Direction | None = None,
         mode: Direction | None = None,
+        candidates: list[str] | str | None = None,
         weights_only: bool = True,
         trust: bool = False,
     ) -> SweepResult:
@@ -175,6 +176,8 @@ class Trainer(L.Trainer):
             monitor: The validation metric by which to choose, unless the configuration has a BLNStatsCallback.
             direction: Whether a small ("min", the default) or a large ("max") value of it is good.
             mode: Earlier name of ``direction``.
+            candidates: The modes to choose from, such as "foldable", "batch_independent" or "pp**"; by default those of
+                the configuration's BLNStatsCallback, or all.
             weights_only: Refuse files that could run code when they are loaded.
             trust: Import whatever classes the checkpoint's configuration names, as ``--trust``; without it, those of
                 this package, torch, lightning and torchmetrics only.
@@ -191,6 +194,8 @@ class Trainer(L.Trainer):
             raise FileNotFoundError(f"ckpt={str(ckpt)!r} is no file; pass a checkpoint that the Trainer has written")
         found = [callback for callback in self.callbacks if isinstance(callback, BLNStatsCallback)]  # type: ignore[has-type]
         callback = found[0] if found else BLNStatsCallback(monitor=monitor, direction=direction)
+        if candidates is not None:
+            callback.candidates = parse_modes("candidates", candidates)
         if not found:
             self.callbacks = [*self.callbacks, callback]  # type: ignore[has-type]
         options: dict[str, Any] = {"ckpt_path": str(ckpt), "verbose": False}

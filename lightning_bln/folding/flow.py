@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from lightning_bln._torch import BatchNorm, has_hooks
 from lightning_bln.conv import ConvBLN1d, ConvBLN2d, ConvBLN3d
 from lightning_bln.convert.plain import OURS
+from lightning_bln.folding.axes import axes_after
 
 PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 """Layers that evaluate to their input."""
@@ -34,6 +35,7 @@ class Flow:
     Attributes:
         after: For each module the modules that its output goes to, ``None`` among them for anything else.
         before: For each module those that its input comes from, likewise.
+        axes: For each layer the numbers of axes of its inputs, ``None`` among them where a trace leaves one open.
         extra: For each module the names or places of further arguments that it is called with.
         read: Modules whose tensors something reads past their forward.
         untraced: For each module that cannot be traced, the reason.
@@ -43,6 +45,7 @@ class Flow:
     def __init__(self) -> None:
         self.after: dict[nn.Module, set[nn.Module | None]] = defaultdict(set)
         self.before: dict[nn.Module, set[nn.Module | None]] = defaultdict(set)
+        self.axes: dict[nn.Module, set[int | None]] = defaultdict(set)
         self.extra: dict[nn.Module, set[str]] = defaultdict(set)
         self.read: set[nn.Module] = set()
         self.untraced: dict[nn.Module, str] = {}
@@ -106,6 +109,9 @@ class Flow:
         is_sequence = type(root) is nn.Sequential and "forward" not in vars(root)
         children = [one for one in root.children() if not isinstance(one, PASSING) or has_hooks(one)]
         layers: list[nn.Module | None] = [real[one] if is_leaf(one) else None for one in children]
+        for layer in layers:
+            if layer is not None:
+                self.axes[layer].add(None)
         if not is_sequence:
             for layer in layers:
                 self.link(None, layer)
@@ -135,16 +141,19 @@ class Flow:
     def add(self, root: nn.Module, graph: fx.Graph, real: Mapping[nn.Module, nn.Module]) -> None:
         """Note the links of a graph."""
         origin: dict[fx.Node, nn.Module | None] = {}
+        axes: dict[fx.Node, int | None] = {}
         for node in graph.nodes:
             module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
             sources = [origin[one] for one in node.all_input_nodes]
             is_plain = len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
+            axes[node] = axes_after(node, module, axes)
             if isinstance(module, PASSING) and is_plain and not has_hooks(module):
                 origin[node] = sources[0]
                 continue
             found = None if module is None else real[module]
             origin[node] = found
             if found is not None:
+                self.axes[found].add(axes[node.args[0]] if is_plain else None)
                 self.extra[found] |= {f"argument {place}" for place in range(2, len(node.args) + 1)} | set(node.kwargs)
             for source in sources:
                 self.link(source, found if is_plain else None)

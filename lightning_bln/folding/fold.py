@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, Literal, NamedTuple, overload
 
@@ -17,20 +18,12 @@ from lightning_bln.convert.places import places, refuse_wrapped, replace
 from lightning_bln.convert.report import Conversion, ConversionReport, log, of
 from lightning_bln.folding.affine import Affine
 from lightning_bln.folding.blocks import plain_blocks
+from lightning_bln.folding.example import Example
 from lightning_bln.folding.flow import BLOCKS, Flow
 from lightning_bln.folding.maps import map_of
 from lightning_bln.folding.reasons import LAYERS, reasons_of_norm, reasons_of_recurrent, reasons_of_torchs
 from lightning_bln.folding.recurrent import folded
-from lightning_bln.folding.weights import (
-    axis_note,
-    bake,
-    inputs_of,
-    outputs_of,
-    pads_zeros,
-    spatial_axes,
-    take_in_before,
-    take_in_behind,
-)
+from lightning_bln.folding.weights import SIDES, Side, bake, is_same_axis, spatial_axes
 from lightning_bln.modes import is_outdated
 from lightning_bln.norm import Normalization
 from lightning_bln.recurrence.cell_modules import RecurrentCell
@@ -41,19 +34,26 @@ FORWARDS = (Normalization.forward, Recurrent.forward, RecurrentCell.forward)
 
 OUTDATED = "its population is older than its weights"
 
+AS_SEEN = "for inputs of as many axes as the example's"
 
-@overload
-def fold(model: nn.Module, *, report: Literal[False] = ..., result: SweepResult | None = ...) -> nn.Module: ...
+TAKES: dict[type[nn.Module], set[int]] = {nn.BatchNorm1d: {2, 3}, nn.BatchNorm2d: {4}, nn.BatchNorm3d: {5}}
+"""Numbers of axes that norms of torch take; others take any."""
 
 
 @overload
 def fold(
-    model: nn.Module, *, report: Literal[True], result: SweepResult | None = ...
+    model: nn.Module, *, report: Literal[False] = ..., result: SweepResult | None = ..., example: Any = ...
+) -> nn.Module: ...
+
+
+@overload
+def fold(
+    model: nn.Module, *, report: Literal[True], result: SweepResult | None = ..., example: Any = ...
 ) -> tuple[nn.Module, ConversionReport]: ...
 
 
 def fold(
-    model: nn.Module, *, report: bool = False, result: SweepResult | None = None
+    model: nn.Module, *, report: bool = False, result: SweepResult | None = None, example: Any = None
 ) -> nn.Module | tuple[nn.Module, ConversionReport]:
     r"""Copy ``model`` for evaluation, with torch's own modules wherever every statistic comes from a population.
 
@@ -73,12 +73,17 @@ def fold(
         report: Whether to return a report as well. In any case the logger ``lightning_bln.convert`` gets it at level
             INFO, and what was left alone at level WARNING.
         result: Scores of modes, by which the report says what a mode would cost that folds.
+        example: An input to run copies of the model on, before and after: a tuple is taken for positional arguments, a
+            dict for arguments by name, all else for the one argument. It shows how many axes values have, by which
+            norms on axis 1 go into linear layers beside them, and that the folded model gives the same outputs. The
+            copy is meant for inputs of as many axes.
 
     Returns:
         The copy; with ``report`` also a :class:`~lightning_bln.convert.ConversionReport`.
 
     Raises:
-        ValueError: A part is wrapped for DDP, or a lazy layer has seen no input yet.
+        ValueError: A part is wrapped for DDP, a lazy layer has seen no input yet, or the folded model gives other
+            outputs for ``example`` than the model, past rounding.
 
     Example:
         >>> from lightning_bln import BatchLayerNorm, recompute_population, set_mode
@@ -91,17 +96,27 @@ def fold(
         >>> x = torch.randn(2, 4)
         >>> torch.allclose(plain(x), model.eval()(x), atol=1e-6)
         True
+
+        Of a norm on axis 1, as torch's BatchNorm1d is, an example says whether that is the axis of features:
+
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> fold(model)[1], fold(model, example=torch.randn(2, 4))[1]
+        (Affine(8, channel_dim=1), Identity())
     """
     refuse(model)
     with torch.inference_mode(False), torch.no_grad():
         copy = deepcopy(model).eval()
-        folding = Folding(copy, result)
+        run = None if example is None else Example(copy, example)
+        folding = Folding(copy, result, {} if run is None else run.axes)
         entries, remarks = folding.layers(), folding.remarks()
         copy = replace(folding.every, folding.made)
         copy, blocks = plain_blocks(copy)
+        copy.eval()
+        if run is not None:
+            run.check(copy)
     found = ConversionReport((*entries, *blocks, *remarks))
     log("fold", found)
-    return (copy.eval(), found) if report else copy.eval()
+    return (copy, found) if report else copy
 
 
 def refuse(model: nn.Module) -> None:
@@ -129,10 +144,11 @@ class Folding:
     Args:
         model: A copy that may be changed.
         result: Scores of modes.
+        seen: For norms the numbers of axes of their inputs in an example.
     """
 
-    def __init__(self, model: nn.Module, result: SweepResult | None) -> None:
-        self.model, self.result = model, result
+    def __init__(self, model: nn.Module, result: SweepResult | None, seen: Mapping[nn.Module, set[int]]) -> None:
+        self.model, self.result, self.seen = model, result, seen
         self.every = [*places(model, lambda module: isinstance(module, LAYERS))]
         self.flow = Flow.of(model)
         self.made: dict[nn.Module, nn.Module] = {}
@@ -197,42 +213,33 @@ class Folding:
     def place_map(self, norm: Any) -> Outcome:
         """Put the map of a norm into a layer before it, behind it, or by itself."""
         found, axis = map_of(norm), channel_dim(norm)
-        before, behind = self.flow.feeder(norm), self.flow.fed(norm)
-        obstacle = None
-        if before is not None and spatial_axes(before) is not None:
-            note = axis_note(before, axis) if outputs_of(before) == norm.num_features else None
-            obstacle = self.obstacle(before, note, norm)
+        obstacles = []
+        for side, layer in zip(SIDES, (self.flow.feeder(norm), self.flow.fed(norm)), strict=True):
+            if layer is None or spatial_axes(layer) is None or side.is_inexact(layer):
+                continue
+            obstacle = self.obstacle(layer, side, norm)
             if obstacle is None:
-                bake(before)
-                take_in_behind(before, found)
-                return self.passed(norm, f"in the weights of the {type(before).__name__} before it", note)
-        if behind is not None and spatial_axes(behind) is not None and not pads_zeros(behind):
-            note = axis_note(behind, axis) if inputs_of(behind) == norm.num_features else None
-            hindrance = self.obstacle(behind, note, norm)
-            if hindrance is None:
-                bake(behind)
-                take_in_before(behind, found)
-                return self.passed(norm, f"in the weights of the {type(behind).__name__} behind it", note)
-            obstacle = obstacle or hindrance
+                bake(layer)
+                side.take_in(layer, found)
+                self.flow.pass_over(norm)
+                place = f"in the weights of the {type(layer).__name__} {side.word} it"
+                rests = axis > 0 and not spatial_axes(layer) and None in self.flow.axes.get(norm, {None})
+                return Outcome(nn.Identity(), [place, AS_SEEN] if rests and norm in self.seen else [place])
+            obstacles.append(obstacle)
         like = next((one for one in (*norm.parameters(), *norm.buffers()) if one.is_floating_point()), None)
         assert like is not None
         # as a population, no narrower than float32
         to = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
-        return Outcome(Affine(found.factor.to(**to), found.summand.to(**to), axis), [obstacle] if obstacle else [])
+        return Outcome(Affine(found.factor.to(**to), found.summand.to(**to), axis), obstacles[:1])
 
-    def passed(self, norm: nn.Module, place: str, note: str | None) -> Outcome:
-        """The outcome for a norm that now gives its input back."""
-        self.flow.pass_over(norm)
-        return Outcome(nn.Identity(), [place, note] if note else [place])
-
-    def obstacle(self, layer: nn.Module, note: str | None, norm: Any) -> str | None:
+    def obstacle(self, layer: nn.Module, side: Side, norm: Any) -> str | None:
         """The reason why a linear layer does not take a map in."""
         name = type_before_parametrizations(layer).__name__
-        origin = origin_of(norm)
-        kind = type(norm) if origin is None else origin.kind
-        is_spatial = spatial_axes(layer) == 0 and kind in (nn.BatchNorm2d, nn.BatchNorm3d)
-        if note is None or is_spatial:
+        is_same = is_same_axis(layer, channel_dim(norm), self.axes(norm, layer))
+        if is_same is False or side.features(layer) != norm.num_features:
             return f"its feature axis is not that of the {name} beside it"
+        if is_same is None:
+            return f"whether its feature axis is that of the {name} beside it depends on the input; pass example="
         if has_hooks(layer):
             return f"the {name} beside it has hooks"
         if self.is_tied(layer):
@@ -240,6 +247,23 @@ class Folding:
         if layer in self.flow.read:
             return f"something else reads the weights of the {name} beside it"
         return None
+
+    def axes(self, norm: Any, layer: nn.Module) -> set[int]:
+        """Numbers of axes of a norm's inputs beside ``layer``; none if they are open.
+
+        They are those of the example, or else what the trace proves, what torch's norms take, or what convolutions
+        give for batches. A norm behind an input without a batch axis would take channels for samples.
+        """
+        seen, traced = self.seen.get(norm, set()), self.flow.axes.get(norm, {None})
+        if seen or None not in traced:
+            return seen | {number for number in traced if number is not None}
+        origin = origin_of(norm)
+        kind = type_before_parametrizations(norm) if origin is None else origin.kind
+        taken = next((axes for base, axes in TAKES.items() if issubclass(kind, base)), None)
+        spatial = spatial_axes(layer)
+        if spatial and (taken is None or spatial + 2 in taken):
+            return {spatial + 2}
+        return taken if taken and (spatial or len(taken) == 1) else set()
 
     def is_tied(self, module: nn.Module) -> bool:
         """Whether a parameter has several owners."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_bln._torch import BatchNorm
 from lightning_bln.convert.plain_recurrent import PLAIN_LAYERS
-from lightning_bln.equal_modes import Letters, standard
+from lightning_bln.equal_modes import is_affine, standard
 from lightning_bln.modes import StatisticsMode
 from lightning_bln.norm import Normalization
 from lightning_bln.recurrence.cell_modules import RecurrentCell
@@ -93,8 +93,3 @@ def mode_reason(norm: Normalization, result: SweepResult | None, *, suffices: bo
             score = next((result.scores[one].get(result.monitor) for one in present), None)
             cost += "" if score is None else f" instead of {number(score)}"
     return f"mode='{mode}' takes statistics from each input; {folds} {'would fold' if suffices else 'is needed'}{cost}"
-
-
-def is_affine(mode: StatisticsMode, letters: Letters) -> bool:
-    """Whether every letter that a norm reads stands for the population."""
-    return all(use for use, read in zip(mode.uses_population, letters, strict=True) if read)

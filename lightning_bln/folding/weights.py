@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,6 @@ SPATIAL: dict[type[nn.Module], int] = {
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-ONLY_BATCHES = "for inputs (batch, features), the one shape for which axis 1 holds the features of both"
-
 
 def spatial_axes(layer: Any) -> int | None:
     """Spatial axes of a layer that maps can go into; ``None`` for others, subclasses among them."""
@@ -35,12 +34,15 @@ def spatial_axes(layer: Any) -> int | None:
     return None if is_own else SPATIAL.get(type_before_parametrizations(layer))
 
 
-def axis_note(layer: Any, channel_dim: int) -> str | None:
-    """A condition under which a norm's feature axis is the layer's; an empty one if it always is, ``None`` if never."""
-    spatial = spatial_axes(layer)
-    if spatial == 0:
-        return {-1: "", 1: ONLY_BATCHES}.get(channel_dim)
-    return None if spatial is None or channel_dim not in (1, -spatial - 1) else ""
+def is_same_axis(layer: Any, channel_dim: int, axes: Collection[int]) -> bool | None:
+    """Whether a norm's feature axis is the layer's, for values of any of the numbers of ``axes``.
+
+    ``None`` if it depends on their number, and ``axes`` is empty.
+    """
+    own = -1 - SPATIAL[type_before_parametrizations(layer)]
+    if channel_dim <= 0:
+        return channel_dim == own
+    return all(channel_dim == own + number for number in axes) if axes else None
 
 
 def outputs_of(layer: Any) -> int:
@@ -64,6 +66,11 @@ def pads_zeros(layer: Any) -> bool:
     if isinstance(layer.padding, str):
         return layer.padding == "same" and any(size > 1 for size in layer.kernel_size)
     return any(layer.padding)
+
+
+def pads_nothing(layer: Any) -> bool:
+    """``False``, since what a layer reads beside its input does not matter to a map of its output."""
+    return False
 
 
 def take_in_behind(layer: Any, behind: Map) -> None:
@@ -90,6 +97,28 @@ def take_in_before(layer: Any, before: Map) -> None:
     moved = moved.flatten(2).sum(-1).flatten()
     weight = (parts * before.factor.to(weight.device).view(shape)).flatten(0, 1)
     assign(layer, weight, moved if bias is None else bias + moved)
+
+
+class Side(NamedTuple):
+    """A way for a map to go into a layer beside it.
+
+    Attributes:
+        word: The layer's place beside the norm.
+        features: Number of features on the norm's side of a layer.
+        is_inexact: Whether a layer cannot take a map in exactly.
+        take_in: Function that lets a layer compute the map, too.
+    """
+
+    word: str
+    features: Callable[[Any], int]
+    is_inexact: Callable[[Any], bool]
+    take_in: Callable[[Any, Map], None]
+
+
+SIDES = (
+    Side("before", outputs_of, pads_nothing, take_in_behind),
+    Side("behind", inputs_of, pads_zeros, take_in_before),
+)
 
 
 def exact(layer: Any) -> tuple[Tensor, Tensor | None]:

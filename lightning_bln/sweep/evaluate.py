@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bln._torch import is_packed
-from lightning_bln.equal_modes import differing_modes, letters_read, present_mode, standard
-from lightning_bln.modes import HasMode, StatisticsMode, require_mode_layers, using_mode
+from lightning_bln.equal_modes import differing_modes, foldable_modes, letters_read, present_mode, standard
+from lightning_bln.modes import HasMode, StatisticsMode, parse_modes, require_mode_layers, using_mode
 from lightning_bln.recomputation import populations
 from lightning_bln.sweep.result import Direction, SweepResult, one_direction
 from lightning_bln.sweep.shared_forward import SharedForward
@@ -23,7 +23,7 @@ def sweep_modes(
     batches: Iterable[Any],
     predict: Callable[[Any], Any],
     metrics: Mapping[str, Any],
-    modes: Iterable[str] | None = None,
+    modes: str | Iterable[str] | None = None,
     *,
     monitor: str | None = None,
     direction: Direction | None = None,
@@ -43,7 +43,8 @@ def sweep_modes(
         metrics: For each name, a function whose values are averaged over samples, or an object with ``update`` and
             ``compute``, as in torchmetrics, of which each mode gets a copy.
         modes: The modes to score; None for all that differ, which are 16, or 4 where all norms are batch norms, or all
-            are layer norms. Modes given by name all get a score, and those that are equal for the model share one.
+            are layer norms. Modes given by name all get a score, and those that are equal for the model share one;
+            ``"all"``, ``"batch_independent"``, ``"foldable"`` and patterns such as ``"pp**"`` stand for their modes.
         monitor: The metric by which the result ranks modes, by default the first.
         direction: Whether a small (``"min"``, the default) or a large (``"max"``) value of it is good.
         mode: Earlier name of ``direction``.
@@ -68,7 +69,8 @@ def sweep_modes(
     """
     layers = require_mode_layers(model)
     letters = letters_read(layers)
-    named = differing_modes(layers) if modes is None else tuple(dict.fromkeys(map(StatisticsMode, modes)))
+    modes = modes if modes is None or isinstance(modes, str) else list(modes)
+    named = differing_modes(layers) if modes is None else parse_modes("modes", modes) if modes else ()
     runs = [ScoredMode(one, metrics) for one in differing_modes(layers, named)]
     monitor = next(iter(metrics), None) if monitor is None else monitor
     if not metrics or not runs:
@@ -110,7 +112,7 @@ def sweep_modes(
     found = {standard(run.mode, letters): run.scores() for run in runs}
     scores = {mode: found[standard(mode, letters)] for mode in named}
     reason = shared.reason or (None if shared.modules else HOOKED)
-    return SweepResult(scores, monitor, direction, incumbent, reason=reason)
+    return SweepResult(scores, monitor, direction, incumbent, reason=reason, foldable=foldable_modes(layers, scores))
 
 
 def warn_empty(model: nn.Module, modes: Iterable[StatisticsMode]) -> None:

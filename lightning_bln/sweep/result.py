@@ -9,7 +9,7 @@ from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lightning_bln.modes import StatisticsMode
+from lightning_bln.modes import FOLDABLE_MODES, StatisticsMode, parse_modes
 from lightning_bln.sweep.plot import draw, number
 from lightning_bln.sweep.pytree import is_identical
 
@@ -52,6 +52,8 @@ class SweepResult:
             calls ``predict`` once per mode, the cause that no forward was shared.
         unscored: Names of metrics that other callbacks logged: they have one value, of the incumbent.
         mode: Earlier name of ``direction``, which files keep.
+        foldable: The modes in which each norm is an affine map, so that :func:`lightning_bln.fold` takes it into
+            weights; ``pppp`` is one for all norms.
 
     Raises:
         ValueError: ``direction`` is neither ``"min"`` nor ``"max"``, or no mode has a score named ``monitor``.
@@ -76,11 +78,13 @@ class SweepResult:
     reason: str | None = None
     unscored: Iterable[str] = ()
     mode: InitVar[Direction | None] = None
+    foldable: Iterable[str] = ()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state of a pickle, that of earlier versions too, whose ``mode`` is the direction."""
         mode = state.pop("mode", None)
-        self.__dict__.update({"unscored": (), "reason": None, "direction": mode, **state})
+        self.__dict__.update({"unscored": (), "reason": None, "direction": mode, "foldable": (), **state})
+        self.foldable = self._foldable()
 
     def __post_init__(self, mode: Direction | None) -> None:
         self.direction = one_direction(self.direction, mode)
@@ -92,7 +96,12 @@ class SweepResult:
         self.regrouped = {StatisticsMode(key): Regrouped(*map(float, pair)) for key, pair in self.regrouped.items()}
         self.incumbent = None if self.incumbent is None else StatisticsMode(self.incumbent)
         self.chosen = None if self.chosen is None else StatisticsMode(self.chosen)
+        self.foldable = self._foldable()
         self._column(self.monitor)
+
+    def _foldable(self) -> tuple[StatisticsMode, ...]:
+        known = {*map(StatisticsMode, self.foldable), *FOLDABLE_MODES}
+        return tuple(one for one in self.scores if one in known)
 
     @property
     def metrics(self) -> list[str]:
@@ -105,7 +114,7 @@ class SweepResult:
         monitor: str | None = None,
         direction: Direction | None = None,
         *,
-        among: Iterable[str] | None = None,
+        among: str | Iterable[str] | None = None,
         mode: Direction | None = None,
     ) -> StatisticsMode:
         """The mode with the best score; ties go to a batch-independent mode, then to the incumbent.
@@ -113,19 +122,24 @@ class SweepResult:
         Args:
             monitor: The metric that decides, by default the result's own.
             direction: ``"min"`` or ``"max"``, by default the result's own.
-            among: The modes to choose from, by default all that have scores.
+            among: The modes to choose from, by default all that have scores: ``"foldable"`` for those that
+                :func:`lightning_bln.fold` takes into weights, ``"batch_independent"``, or modes by name or pattern.
             mode: Earlier name of ``direction``.
 
         Returns:
             The best mode, or the incumbent if no score is a number.
 
         Raises:
-            ValueError: No metric is named ``monitor``; or ``among`` has no mode with a score other than NaN, and there
-                is no incumbent to keep.
+            ValueError: No metric is named ``monitor``; ``among`` is ``"foldable"`` and no such mode has a score; or
+                ``among`` has no mode with a score other than NaN, and there is no incumbent to keep.
         """
         direction = one_direction(direction, mode, default=self.direction)
         column = self._column(self.monitor if monitor is None else monitor)
-        eligible = list(column) if among is None else [StatisticsMode(one) for one in among if one in column]
+        eligible = list(column) if among is None else [one for one in self._among(among) if one in column]
+        if among == "foldable" and all(math.isnan(column[one]) for one in eligible):
+            raise ValueError(
+                f"among='foldable', but no mode that folds has a score; score one, such as {FOLDABLE_MODES[0]}"
+            )
         if all(math.isnan(column[one]) for one in eligible):
             if self.incumbent is not None:
                 return self.incumbent
@@ -134,6 +148,11 @@ class SweepResult:
                 "incumbent to keep; monitor another metric"
             )
         return self._ranked(eligible, column, direction)[0]
+
+    def _among(self, among: str | Iterable[str]) -> Iterable[StatisticsMode]:
+        if among == "foldable":
+            return self._foldable()
+        return parse_modes("among", among) if isinstance(among, str) else map(StatisticsMode, among)
 
     def ranking(self) -> list[StatisticsMode]:
         """All modes by their monitored score, the best first and NaN last."""
@@ -174,6 +193,7 @@ class SweepResult:
             "note": self.note,
             "reason": self.reason,
             **({"unscored": list(self.unscored)} if self.unscored else {}),
+            **({"foldable": [str(one) for one in self.foldable]} if self.foldable else {}),
             "scores": {
                 str(one): {name: plain(value) for name, value in values.items()} for one, values in self.scores.items()
             },
@@ -279,6 +299,7 @@ class SweepResult:
                 ("chosen", one == self.chosen),
                 ("best", one == self.best() and one != self.chosen),
                 ("incumbent", one == self.incumbent),
+                ("folds", one in self.foldable),
             ]
             rows.append([*cells, ", ".join(mark for mark, holds in marks if holds)])
         return header, rows

@@ -22,6 +22,10 @@ from lightning_bln.callbacks import BLNStatsCallback
         ({"direction": "min", "mode": "max"}, "direction='min' and mode='max'"),
         ({"log": "some"}, "log='some'"),
         ({"candidates": "most"}, "candidates='most'"),
+        (
+            {"candidates": "folds"},
+            "candidates='folds', but it must be 'all', 'batch_independent', 'foldable', a pattern",
+        ),
         ({"candidates": ["xxxx"]}, "xxxx"),
         ({"candidates": []}, "candidates is empty"),
         ({"population": "never"}, "population='never'"),
@@ -42,6 +46,9 @@ def test_bad_arguments_are_named(options: dict[str, Any], words: str) -> None:
         ("pp**", "pppp pppc ppcp ppcc"),
         ("batch_independent", "pppp pppc ppcp ppcc"),
         ("ppcc", "ppcc"),
+        ("foldable", "pppp"),
+        (["cccc", "foldable"], "cccc pppp"),
+        (["batch_independent", "cccc"], "pppp pppc ppcp ppcc cccc"),
         (["cccc", "ppc*", "ppcc"], "cccc ppcp ppcc"),
     ],
 )

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bln import ALL_MODES, set_mode
+from lightning_bln import ALL_MODES, fold, set_mode
 from lightning_bln.callbacks import BLNStatsCallback
 from lightning_bln.callbacks.guard import Guard
 from lightning_bln.modes import mode_layers
@@ -123,6 +123,10 @@ def test_the_incumbent_is_known_by_the_name_of_the_equal_candidate(mode: str, mo
         ("layer", "batch_independent", set(FOUR["layer"])),
         ("batch", "pp**", {"ppcc"}),
         ("batch", "**pp", {"pppp", "pcpp", "cppp", "ccpp"}),
+        ("batch", "foldable", {"pppp"}),
+        ("layer", "foldable", {"pppp"}),
+        ("layer and bln", "foldable", {"pppp"}),
+        ("batch", ["foldable", "ppcc", "cccc"], {"ppcc", "cccc"}),
         ("batch", ["pppp", "ppcc", "cccc"], {"ppcc", "cccc"}),
         ("batch", ["pppc", "pppp"], {"pppc"}),
         ("layer", ["cccc", "pccc", "cccp"], {"cccc", "cccp"}),
@@ -135,6 +139,30 @@ def test_equal_candidates_are_one(name: str, candidates: Any, expected: set[str]
     assert set(result.scores) == expected
     assert {result.chosen} <= expected
     assert {layer.mode for layer in mode_layers(model)} == {result.chosen}
+
+
+@pytest.mark.parametrize(
+    ("name", "folds"), [("batch", ["ppcc"]), ("layer", ["pppp"]), ("both", ["pppp"]), ("recurrent batch", ["ppcc"])]
+)
+def test_the_result_marks_modes_that_fold(name: str, folds: list[str]) -> None:
+    result = validated(fitted(name)).result
+    assert result is not None
+    assert result.foldable == tuple(folds)
+    assert result.best(among="foldable") == folds[0]
+    marked = [line.split()[0] for line in str(result).splitlines() if line.endswith("folds")]
+    assert marked == folds
+
+
+@pytest.mark.parametrize("name", ["batch", "layer", "layer and bln"])
+def test_a_fit_by_the_foldable_mode_gives_a_model_that_folds(name: str) -> None:
+    model: Any = MODELS[name][0]()
+    callback = zoo.chooser(candidates="foldable", guard="strict")
+    zoo.fitted(model, callback)
+    assert [mode for _, _, mode, _ in callback.history] == ["pppp"] * len(callback.history)
+    x = torch.randn(5, zoo.FEATURES)
+    plain = fold(model.net, example=x)
+    assert not mode_layers(plain)
+    torch.testing.assert_close(plain(x), model.net.eval()(x))
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,27 @@ def test_sweep_writes_the_best_mode_into_the_checkpoint_and_nothing_else(checkpo
     assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
 
 
+@pytest.mark.parametrize("candidates", ["foldable", "[foldable]", "ppp*"])
+def test_candidates_of_a_sweep_limit_the_choice_of_the_configuration(checkpoint, capsys, load, candidates) -> None:
+    cli.main(["sweep", "--ckpt", str(checkpoint), "--candidates", candidates])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    scored = {line[0]: line[2:] for line in lines if line and line[0] in ALL_MODES}
+    assert "folds" in scored["pppp"][-1]
+    if candidates == "ppp*":
+        assert {"pppp", "pppc"} <= set(scored)
+        assert load(checkpoint).lstm.mode in ("pppp", "pppc")
+    else:
+        assert set(scored) == {"pppp"}
+        assert load(checkpoint).lstm.mode == "pppp"
+
+
+def test_candidates_of_a_sweep_are_checked_first(checkpoint, capsys) -> None:
+    before = checkpoint.read_bytes()
+    with pytest.raises((SystemExit, ValueError), match="candidates='most', but it must be"):
+        cli.main(["sweep", "--ckpt", str(checkpoint), "--candidates", "most"])
+    assert checkpoint.read_bytes() == before
+
+
 def test_sweep_needs_a_configuration_for_a_foreign_checkpoint(checkpoint, config, capsys) -> None:
     foreign = torch.load(checkpoint, weights_only=True)
     del foreign["bln_config"], foreign["callbacks"]

@@ -52,7 +52,7 @@ def assert_equal(found: Tensor, expected: Tensor, dtype: torch.dtype = torch.flo
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE[dtype] * scale)
 
 
-def assert_folds(model: nn.Module, shape: tuple[int, ...], *, affine: int = 0) -> nn.Module:
+def assert_folds(model: nn.Module, shape: tuple[int, ...], *, affine: int = 0, has_example: bool = False) -> nn.Module:
     """The folded model computes the same, is made of torch's modules and of so many ``Affine``, all else untouched."""
     dtype = next(model.parameters()).dtype
     before = copy.deepcopy(model.state_dict())
@@ -60,7 +60,7 @@ def assert_folds(model: nn.Module, shape: tuple[int, ...], *, affine: int = 0) -
     with torch.no_grad():
         expected = model(x)
     state = torch.get_rng_state()
-    plain = fold(model)
+    plain = fold(model, example=x if has_example else None)
     assert torch.equal(torch.get_rng_state(), state)
     assert_equal(plain(x), expected, dtype)
     assert torch.equal(model(x), expected)
@@ -103,7 +103,8 @@ def test_a_norm_beside_a_layer_folds(name, norm, mode, dtype, order) -> None:
     features = 4 if order == "before" else outputs
     options: dict[str, Any] = {"scale": rng.choice([True, False, 0.3]), "affine": rng.random() < 0.7}
     options |= {"population": rng.choice(["pooled", "paper"]), "bias": rng.random() < 0.7, "dtype": torch.float64}
-    own = Normalization(features, norm=norm, channel_dim=1, positions="shared", **options)
+    axis = -1 if name == "linear" else 1  # the same one, but for a linear layer not of inputs of any number of axes
+    own = Normalization(features, norm=norm, channel_dim=axis, positions="shared", **options)
     parts = {"behind": [layer, own], "before": [own, layer], "apart": [layer, nn.Tanh(), own]}[order]
     model = populated(nn.Sequential(*parts), shape, mode).to(dtype)
     if dtype in (torch.float16, torch.bfloat16):
@@ -152,7 +153,7 @@ def test_large_means_leave_the_factors_exact(shift: float) -> None:
 def test_batchnorm_behind_a_linear_layer_folds_as_torch_folds_it(kind, affine, bias) -> None:
     model = nn.Sequential(nn.Linear(4, 5, bias=bias), kind(5, affine=affine)).double()
     model = populated(model, (4,)) if affine else model.eval()
-    plain = assert_folds(model, (4,))
+    plain = assert_folds(model, (4,), has_example=True)
     if affine:
         expected = fuse_linear_bn_eval(model[0], model[1])
         torch.testing.assert_close(plain[0].weight, expected.weight)
@@ -568,7 +569,7 @@ def test_axes_that_differ_leave_an_affine_map() -> None:
     x = torch.randn(2, 6, 3)
     assert_equal(plain(x), model(x), torch.float32)
     _, report = fold(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), report=True)
-    assert "for inputs (batch, features)" in str(report)
+    assert "whether its feature axis is that of the Linear beside it depends on the input" in str(report)
     _, report = fold(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm2d(4)), report=True)
     assert "its feature axis is not that of the Linear beside it" in str(report)
 

@@ -70,6 +70,8 @@ def test_bad_arguments_are_named() -> None:
         sweep_modes(model, batches, predict, {})
     with pytest.raises(ValueError, match="modes is empty"):
         sweep_modes(model, batches, predict, metrics, [])
+    with pytest.raises(ValueError, match="modes='most', but it must be 'all', 'batch_independent', 'foldable'"):
+        sweep_modes(model, batches, predict, metrics, "most")
     with pytest.raises(ValueError, match="batches is empty"):
         sweep_modes(model, [], predict, metrics)
     with pytest.raises(ValueError, match="monitor='f1'"):
@@ -132,6 +134,26 @@ def test_modes_that_are_equal_are_scored_once(norm: str) -> None:
             alone = [float(F.cross_entropy(model(x), y)) for x, y in batches]
         assert every.scores[mode]["loss"] == pytest.approx(sum(alone) / 3, rel=1e-6)
     assert {mode: every.scores[mode] for mode in result.scores} == result.scores
+
+
+@pytest.mark.parametrize(
+    ("norm", "modes", "expected", "folds"),
+    [
+        ("batch", "foldable", ["pppp"], ("pppp",)),
+        ("layer", "foldable", ["pppp"], ("pppp",)),
+        ("batch", None, FOUR["batch"], ("ppcc",)),
+        ("layer", None, FOUR["layer"], ("pppp",)),
+        ("batch", "pp**", FOUR["layer"], tuple(FOUR["layer"])),
+        ("layer", ["foldable", "cc**"], ["pppp", "ccpp", "ccpc", "cccp", "cccc"], ("pppp", "ccpp")),
+    ],
+)
+def test_modes_may_be_named_by_words_and_those_that_fold_are_known(norm, modes, expected, folds) -> None:
+    model, batches = halved(norm)
+    predict = lambda batch: (model(batch[0]), batch[1])  # noqa: E731
+    found = sweep_modes(model, batches, predict, {"loss": F.cross_entropy}, modes)
+    assert list(found.scores) == expected
+    assert found.foldable == folds
+    assert found.best(among="foldable") in folds
 
 
 def test_modes_given_by_name_keep_their_names_and_the_incumbent_is_among_them() -> None:

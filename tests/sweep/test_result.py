@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,39 @@ def test_table_ranks_and_marks() -> None:
     assert lines[1].split() == ["pppc", "0.1000", "0.9000", "best"]
     assert lines[2].split() == ["ppcp", "0.2000", "0.8000", "chosen"]
     assert lines[-1].startswith("pppp")
+
+
+def test_tables_mark_modes_that_fold() -> None:
+    made = result(incumbent="pppc", foldable=["ppcc", "pppc"])
+    assert made.foldable == ("pppp", "pppc", "ppcc")  # pppp folds whatever the norms
+    lines = [line.split() for line in str(made).splitlines()]
+    assert lines[1] == ["pppc", "0.1000", "0.9000", "best,", "incumbent,", "folds"]
+    assert [line[0] for line in lines if line[-1] == "folds"] == ["pppc", "ppcc", "pppp"]
+
+
+def test_the_best_mode_that_folds() -> None:
+    made = result(foldable=["ppcc", "cccc"])
+    assert made.best(among="foldable") == "ppcc"
+    assert made.best(among="batch_independent") == "pppc"
+    assert made.best("acc", "min", among="c***") == "cccc"
+    with pytest.raises(ValueError, match="among='most', but it must be 'all', 'batch_independent', 'foldable'"):
+        made.best(among="most")
+    # the incumbent, which others fall back to, may not fold
+    for scores in ({"cccc": {"loss": 1.0}}, {"pppp": {"loss": math.nan}, "cccc": {"loss": 1.0}}):
+        with pytest.raises(ValueError, match="among='foldable', but no mode that folds has a score"):
+            SweepResult(scores, "loss", incumbent="cccc").best(among="foldable")  # type: ignore[arg-type]
+
+
+def test_files_keep_which_modes_fold() -> None:
+    made = result(foldable=["ppcc"])
+    assert SweepResult.from_json(made.to_json()).foldable == ("pppp", "ppcc")
+    assert pickle.loads(pickle.dumps(made)).foldable == ("pppp", "ppcc")
+    state = made.to_dict()
+    del state["foldable"]  # as in files of earlier versions
+    assert SweepResult.from_dict(state).foldable == ("pppp",)
+    old = SweepResult.__new__(SweepResult)
+    old.__setstate__({name: value for name, value in vars(made).items() if name != "foldable"})
+    assert old.foldable == ("pppp",)
 
 
 def test_note_and_reason_stand_below_the_table() -> None:
