@@ -2,5 +2,6 @@
 
 from lightning_bln.folding.affine import Affine
 from lightning_bln.folding.fold import fold
+from lightning_bln.folding.frozen import FrozenCell, FrozenRecurrent
 
-__all__ = ["Affine", "fold"]
+__all__ = ["Affine", "FrozenCell", "FrozenRecurrent", "fold"]

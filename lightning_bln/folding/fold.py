@@ -20,8 +20,15 @@ from lightning_bln.folding.affine import Affine
 from lightning_bln.folding.blocks import plain_blocks
 from lightning_bln.folding.example import Example
 from lightning_bln.folding.flow import BLOCKS, Flow
+from lightning_bln.folding.frozen import frozen
 from lightning_bln.folding.maps import map_of
-from lightning_bln.folding.reasons import LAYERS, reasons_of_norm, reasons_of_recurrent, reasons_of_torchs
+from lightning_bln.folding.reasons import (
+    LAYERS,
+    reasons_against_torchs,
+    reasons_of_norm,
+    reasons_of_recurrent,
+    reasons_of_torchs,
+)
 from lightning_bln.folding.recurrent import folded
 from lightning_bln.folding.weights import SIDES, Side, bake, is_same_axis, spatial_axes
 from lightning_bln.modes import is_outdated
@@ -66,7 +73,8 @@ def fold(
     with one set of statistics for all positions, and for torch's BatchNorm. The map goes into the linear layer or
     convolution that the norm follows, or precedes where that is exact; elsewhere the norm becomes an
     :class:`~lightning_bln.folding.Affine`. LSTM, GRU and RNN with such norms, one set of statistics for all time steps
-    and none on the cell state become torch's. All else stays as it is, and the report says why.
+    and none on the cell state become torch's; other recurrent layers with such norms a
+    :class:`~lightning_bln.folding.FrozenRecurrent`. All else stays as it is, and the report says why.
 
     Args:
         model: Module, which stays as it is. Its copy is in evaluation mode, and meant for that alone.
@@ -177,7 +185,8 @@ class Folding:
         for one in module.modules():
             bake(one)
         if isinstance(module, (Recurrent, RecurrentCell)):
-            return Outcome(folded(module), outdated)
+            others = reasons_against_torchs(module) + self.further(module)
+            return Outcome(frozen(module) if others else folded(module), others + outdated)
         layer, notes = self.place_map(module)
         return Outcome(layer, notes + outdated)
 
@@ -196,10 +205,15 @@ class Folding:
             found = reasons_of_torchs(module)
         if not found and any(map(has_hooks, module.modules())):
             found = ["it has hooks, which a plain layer would not run"]
-        if not found and (extra := self.extra(module)):
-            found = [f"it is called with {' and '.join(sorted(extra))}, which no plain layer takes"]
-        if not found and isinstance(module, (Recurrent, RecurrentCell)) and self.is_tied(module):
-            found = ["its parameters are tied to others"]
+        return found if found or isinstance(module, (Recurrent, RecurrentCell)) else self.further(module)
+
+    def further(self, module: nn.Module) -> list[str]:
+        """Reasons against a plain layer that lie in how the model uses one."""
+        extra, found = self.extra(module), []
+        if extra:
+            found.append(f"it is called with {' and '.join(sorted(extra))}, which no plain layer takes")
+        if isinstance(module, (Recurrent, RecurrentCell)) and self.is_tied(module):
+            found.append("its parameters are tied to others")
         return found
 
     def extra(self, module: nn.Module) -> set[str]:

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from lightning_bln._torch import BatchNorm
 from lightning_bln.norm import Normalization
 from lightning_bln.recurrence.gate_norm import GateNorm
+from lightning_bln.recurrence.sequences import Running
 
 
 class Map(NamedTuple):
-    """Factors and summands of each feature, in float64 on the CPU."""
+    """Factors and summands of each feature, of each step where a norm knows several, in float64 on the CPU."""
 
     factor: Tensor
     summand: Tensor
@@ -69,9 +70,11 @@ def evaluation_of_ours(norm: Normalization) -> tuple[Evaluation, tuple[int, ...]
     def evaluate(x: Tensor, is_linear: bool) -> Tensor:
         # not by a call, which would run hooks
         layer = linear if is_linear else exact
+        if isinstance(layer, GateNorm):
+            return layer.sequence(Running(layer.steps_known, 1))(x, slice(None))[0]
         return layer.forward(x)
 
     if isinstance(norm, GateNorm):
         assert norm.weight is not None
-        return evaluate, (1, norm.gates, norm.weight.numel() // norm.gates)
+        return evaluate, (norm.steps_known, 1, norm.gates, norm.weight.numel() // norm.gates)
     return evaluate, (1, *norm.population.feature_mean.shape, norm.num_features)

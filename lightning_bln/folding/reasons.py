@@ -10,6 +10,7 @@ from torch import nn
 from lightning_bln._torch import BatchNorm
 from lightning_bln.convert.plain_recurrent import PLAIN_LAYERS
 from lightning_bln.equal_modes import is_affine, standard
+from lightning_bln.folding.frozen import FrozenCell, FrozenRecurrent
 from lightning_bln.modes import StatisticsMode
 from lightning_bln.norm import Normalization
 from lightning_bln.recurrence.cell_modules import RecurrentCell
@@ -19,6 +20,7 @@ from lightning_bln.sweep.plot import number
 from lightning_bln.sweep.result import SweepResult
 
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+FROZEN = (FrozenRecurrent, FrozenCell)
 OWN_STATISTICS = (nn.LayerNorm, nn.GroupNorm, *INSTANCE_NORMS)
 """Norms of torch that normalise by each input's own statistics."""
 
@@ -53,22 +55,29 @@ UNFROZEN = "no population is frozen; call recompute_population before"
 
 
 def reasons_of_recurrent(layer: Recurrent | RecurrentCell, result: SweepResult | None) -> list[str]:
-    """Reasons why torch has no recurrent layer that computes what ``layer`` evaluates to."""
+    """Reasons why a norm inside a recurrent layer is no affine map, and what else torch's layer lacks."""
+    if isinstance(layer, FROZEN):
+        return ["it is frozen"]
+    norms, others = [one for one in layer.children() if isinstance(one, GateNorm)], reasons_against_torchs(layer)
+    reasons = (mode_reason(norm, result, suffices=True) for norm in norms)
+    found = [*dict.fromkeys(reason for reason in reasons if reason is not None)]
+    if not found and not all(norm.population.is_frozen for norm in norms):
+        found = [UNFROZEN]
+    return [*found, *others] if found else without_data(layer)
+
+
+def reasons_against_torchs(layer: Recurrent | RecurrentCell) -> list[str]:
+    """Reasons why torch has no recurrent layer that computes what ``layer`` does with affine norms."""
     if type(layer.cell) not in PLAIN_LAYERS:
         return [f"cell {type(layer.cell).__name__}, which torch does not have"]
-    norms = {name: one for name, one in layer.named_children() if isinstance(one, GateNorm)}
-    others = []
-    if any(len(norm.population.feature_mean) > 1 for norm in norms.values()):
-        others.append("statistics of each time step; train with time_statistics='shared'")
+    norms, found = {name: one for name, one in layer.named_children() if isinstance(one, GateNorm)}, []
+    if any(norm.steps_known > 1 for norm in norms.values()):
+        found.append("statistics of each time step; train with time_statistics='shared'")
     if any(name.startswith("norm_cell") for name in norms):
-        others.append("a norm on the cell state; train with norm_cell=False")
+        found.append("a norm on the cell state; train with norm_cell=False")
     if layer.zoneout:
-        others.append(f"zoneout={layer.zoneout}, which acts in evaluation, too; train with zoneout=0")
-    reasons = (mode_reason(norm, result, suffices=not others) for norm in norms.values())
-    found = [*dict.fromkeys(reason for reason in reasons if reason is not None)]
-    if not found and not all(norm.population.is_frozen for norm in norms.values()):
-        found = [UNFROZEN]
-    return [*found, *others] or without_data(layer)
+        found.append(f"zoneout={layer.zoneout}, which acts in evaluation, too; train with zoneout=0")
+    return found
 
 
 def without_data(layer: nn.Module) -> list[str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from lightning_bln._checks import check_bool, check_choice, check_int
+from lightning_bln._torch import own_buffers
 from lightning_bln.equation import Equation, Source, Statistics, normalize_by
 from lightning_bln.functional import NORMS
 from lightning_bln.norm import Normalization
@@ -15,6 +19,10 @@ from lightning_bln.norm_warnings import warn_single
 from lightning_bln.recurrence.sequences import Running
 
 START_SCALES = {"bln": 0.3, "layer": 1.0, "batch": 0.1}
+
+
+OF_NORM = attrgetter("norm", "eps", "delta", "scale", "groups", "mode", "fan", "training")
+OF_POPULATION = attrgetter("is_stale", "estimator", "momentum", "merge_positions", "stands_for", "ignores_batch")
 
 
 class SequenceNorm(NamedTuple):
@@ -144,6 +152,32 @@ class GateNorm(Normalization):
         else:
             mixing = self._mixing(running.samples, frozen_size[:, 0])  # groups have it in common
         return SequenceNorm(self._equation(mixing), source, self.groups, self.training, mixing.rows)
+
+    @property
+    def steps_known(self) -> int:
+        """Steps of the frozen population."""
+        return len(self.population.batch_size)
+
+    def given(self) -> Mapping[str, Tensor | None]:
+        """The frozen population's buffers by their names, as they are."""
+        return own_buffers(self.population)
+
+    def reads(self) -> tuple[str, ...] | None:
+        """Names of those that evaluation reads, the batch sizes last; ``None`` where nothing is frozen."""
+        if not self.population.is_frozen:
+            return None
+        uses = zip(Statistics._fields, self.mode.uses_population, strict=True)
+        return (*(name for name, is_used in uses if is_used), "batch_size")
+
+    def mixing_rows(self) -> Tensor | None:
+        """The frozen population's mixing weights as kernels read them, ``(2, T)``."""
+        return self.sequence(Running(self.steps_known, 1)).rows
+
+    def options(self) -> tuple[Any, ...]:
+        """All but tensors that the result, what is gathered and what is warned of hang on."""
+        population = self.population
+        known = OF_NORM(self), OF_POPULATION(population), population.training_sizes is None
+        return (*known, ref(population))
 
     def _batch_size(self, running: Running) -> float | Tensor:
         """Running sequences, a number or one for each step, ``(T, 1)``."""

@@ -16,7 +16,11 @@ from lightning_bln.cells.cell import Cell
 from lightning_bln.functional import NORMS, check_dtype
 from lightning_bln.modes import FanOut, StatisticsMode
 from lightning_bln.population import check_state_dict
+from lightning_bln.recurrence.frozen_norm import FrozenNorm
 from lightning_bln.recurrence.gate_norm import GateNorm
+
+InnerNorm = GateNorm | FrozenNorm
+"""A norm inside a cell."""
 
 
 class Weights(NamedTuple):
@@ -27,9 +31,9 @@ class Weights(NamedTuple):
     bias_ih: Tensor | None
     bias_hh: Tensor | None
     weight_hr: Tensor | None
-    norm_ih: GateNorm | None
-    norm_hh: tuple[GateNorm, ...]
-    norm_cell: GateNorm | None
+    norm_ih: InnerNorm | None
+    norm_hh: tuple[InnerNorm, ...]
+    norm_cell: InnerNorm | None
     cell: Cell
     """The cell, its further parameters as attributes."""
 

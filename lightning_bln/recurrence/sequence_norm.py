@@ -17,6 +17,7 @@ from lightning_bln.kernels.batch_layer_norm import (
 )
 from lightning_bln.kernels.gate import serves
 from lightning_bln.kernels.library import bits_of
+from lightning_bln.recurrence.frozen_norm import FrozenNorm
 from lightning_bln.recurrence.gate_norm import GateNorm, SequenceNorm
 from lightning_bln.recurrence.sequences import Running, is_running
 from lightning_bln.recurrence.statistics import gather
@@ -68,9 +69,11 @@ def normalize_fused(norm: SequenceNorm, x: Tensor, running: Running) -> tuple[Te
     return y.transpose(0, 1).view(x.shape), moments.detach() if norm.observes else None
 
 
-def take_in(module: GateNorm, norm: SequenceNorm, seen: Seen, running: Running) -> None:
+def take_in(module: GateNorm | FrozenNorm, norm: SequenceNorm, seen: Seen, running: Running) -> None:
     """Let a norm's population take in what it has observed of a training batch, if anything."""
+    if seen is None or isinstance(module, FrozenNorm):
+        return
     if isinstance(seen, Tensor):
         gather(module, norm, seen, running)
-    elif seen is not None:
+    else:
         module.gather_steps(seen, running)

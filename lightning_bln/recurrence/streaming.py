@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_bln._checks import check_int
 from lightning_bln._torch import is_observed, is_plain
+from lightning_bln.recurrence.frozen_norm import FrozenNorm
 from lightning_bln.recurrence.gate_norm import GateNorm
 
 GIVEN_OUT: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
@@ -76,6 +77,6 @@ def is_the_last(layer: nn.Module, state: Tensor) -> bool:
 
 
 def evaluates_steps(layer: nn.Module) -> bool:
-    """Whether a layer evaluates by a population of several steps."""
-    norms = (one.population for one in layer.children() if isinstance(one, GateNorm))
-    return any(one.is_frozen and one.positions[0] > 1 for one in norms)
+    """Whether a layer evaluates by statistics of several steps."""
+    norms = (one for one in layer.children() if isinstance(one, (GateNorm, FrozenNorm)))
+    return any(one.reads() is not None and one.steps_known > 1 for one in norms)

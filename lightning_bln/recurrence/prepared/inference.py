@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_bln.equation import Statistics
 from lightning_bln.kernels.library import NormArgs, RecurrenceArgs, call
 from lightning_bln.kernels.recurrent import Constants, allocate, arguments
 from lightning_bln.recurrence.fused import inputs_of, settings_of
-from lightning_bln.recurrence.gate_norm import GateNorm, SequenceNorm
-from lightning_bln.recurrence.parameters import HasCells, Weights
-from lightning_bln.recurrence.prepared.watched import WatchedLayer, admitted, norms_of
+from lightning_bln.recurrence.parameters import HasCells, InnerNorm, Weights
+from lightning_bln.recurrence.prepared.watched import NORMS, WatchedLayer, admitted, norms_of
 from lightning_bln.recurrence.sequences import LayerState, Running
 
 Final = tuple[Tensor, LayerState]
 """Outputs and last states."""
 
 
-class FrozenNorm:
-    """A norm at the positions of its population, whose mixing weights follow from the batch sizes."""
+class KeptNorm:
+    """A norm at the steps that it knows, whose mixing weights follow from the batch sizes."""
 
-    def __init__(self, norm: GateNorm, sequence: SequenceNorm) -> None:
-        sizes = norm.population.batch_size
-        assert sequence.rows is not None
-        self.positions, self.rows = len(sizes), sequence.rows
-        self.sizes, self.nbytes = sizes.data_ptr(), sizes.numel() * sizes.element_size()
+    def __init__(self, norm: InnerNorm, rows: Tensor, reads: Sequence[str]) -> None:
+        self.positions, self.rows, buffers = norm.steps_known, rows, norm.given()
+        sizes = buffers.get("batch_size")
+        self.sizes, self.nbytes = (0, 0) if sizes is None else (sizes.data_ptr(), sizes.numel() * sizes.element_size())
         self.numbers = self.numbers_now()
-        given = {name: getattr(norm.population, name) for name in uses_of(norm)}
+        given: Any = {name: buffers[name] for name in reads if name != "batch_size"}
         self.given = {name: (one.data_ptr(), one.stride(0) * one.element_size()) for name, one in given.items()}
 
     def numbers_now(self) -> bytes:
         """The batch sizes' numbers: they are compared, for not every way of writing them is counted."""
-        return ctypes.string_at(self.sizes, self.nbytes)
+        return ctypes.string_at(self.sizes, self.nbytes) if self.nbytes else b""
 
     def knows(self, end: int) -> bool:
         """Whether the population has statistics of its own for all steps before ``end``, or one set for all."""
@@ -53,12 +51,6 @@ class FrozenNorm:
         for name, (lies, size) in self.given.items():
             setattr(args, name, lies + first * size)
         return rows
-
-
-def uses_of(norm: GateNorm) -> list[str]:
-    """Names of the statistics that a frozen norm reads of its population."""
-    uses = norm.mode.uses_population
-    return [name for name, is_used in zip(Statistics._fields, uses, strict=True) if is_used]
 
 
 class Steps(NamedTuple):
@@ -83,7 +75,7 @@ class Inference:
     """
 
     def __init__(
-        self, watched: WatchedLayer, norms: dict[str, FrozenNorm], args: RecurrenceArgs, like: Tensor, states: int
+        self, watched: WatchedLayer, norms: dict[str, KeptNorm], args: RecurrenceArgs, like: Tensor, states: int
     ) -> None:
         self.watched, self.norms, self.args = watched, norms, args
         self.new_empty, self.new_zeros, self.dtype, self.units = (
@@ -99,18 +91,18 @@ class Inference:
     @classmethod
     def of(cls, layer: HasCells, suffix: str, weights: Weights, running: Running) -> Inference | None:
         """A direction that runs on the kernels; ``None`` where it cannot be prepared for such sequences."""
-        own = norms_of(layer, suffix)
-        if any(norm is not None and not norm.population.is_frozen for norm in own.values()):
+        own = {name: norm for name, norm in norms_of(layer, suffix).items() if norm is not None}
+        reads = {norm: norm.reads() for norm in own.values()}
+        if None in reads.values():
             return None
-        watched = WatchedLayer.of(layer, suffix, weights, lambda norm: [*uses_of(norm), "batch_size"])
+        watched = WatchedLayer.of(layer, suffix, weights, reads.__getitem__)
         if watched is None:
             return None
-        found = {name: None if norm is None else norm.sequence(positions_of(norm)) for name, norm in own.items()}
-        norms = {name: FrozenNorm(own[name], one) for name, one in found.items() if one is not None}
+        norms = {name: KeptNorm(norm, norm.mixing_rows(), reads[norm]) for name, norm in own.items()}
         if not all(norm.knows(running.start + running.steps) for norm in norms.values()):
             return None
         row, states = weights.weight_ih.new_empty(1, layer.hidden_size), len(weights.cell.states)
-        sequences = [*found.values()]
+        sequences = [own[name].sequence(Running(1, 1)) if name in own else None for name in NORMS]
         inputs = inputs_of(weights.weight_ih[:1], (row,) * states, weights, sequences)
         mixing = torch.zeros(3, 2, 1, dtype=torch.float64, device="cpu") if norms else None
         constants = Constants(None, None, None, mixing, None, None, None)
@@ -165,8 +157,3 @@ class Inference:
             rows = [norm.fill(getattr(args, name), start, steps) for name, norm in self.norms.items()]
             found = self.steps = Steps((start, steps), args, rows)
         return found
-
-
-def positions_of(norm: GateNorm) -> Running:
-    """Steps at the positions that a frozen population has statistics of."""
-    return Running(len(norm.population.batch_size), 1)

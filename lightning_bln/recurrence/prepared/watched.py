@@ -14,12 +14,14 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from lightning_bln._torch import is_plain, own_buffers, own_modules, own_parameters
+from lightning_bln._torch import is_plain, own_modules, own_parameters
 from lightning_bln.kernels.gate import checked
 from lightning_bln.recurrence.backends import name_of
+from lightning_bln.recurrence.frozen_norm import FrozenNorm
 from lightning_bln.recurrence.gate_norm import GateNorm
-from lightning_bln.recurrence.parameters import HasCells, Weights
+from lightning_bln.recurrence.parameters import HasCells, InnerNorm, Weights
 
+KINDS = (GateNorm, FrozenNorm)
 NORMS = ("norm_ih", "norm_hh", "norm_cell")
 PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 AFFINE = ("weight", "bias")
@@ -83,7 +85,7 @@ class WatchedLayer(NamedTuple):
 
     @classmethod
     def of(
-        cls, layer: HasCells, suffix: str, weights: Weights, buffers: Callable[[GateNorm], Iterable[str]]
+        cls, layer: HasCells, suffix: str, weights: Weights, buffers: Callable[[InnerNorm], Iterable[str]]
     ) -> WatchedLayer | None:
         """A direction whose parameters are ``weights``, and buffers of its populations.
 
@@ -91,7 +93,7 @@ class WatchedLayer(NamedTuple):
         """
         norms = norms_of(layer, suffix)
         found = [norm for norm in norms.values() if norm is not None]
-        if any(type(norm) is not GateNorm or norm.training is not layer.training for norm in found):
+        if any(type(norm) not in KINDS or norm.training is not layer.training for norm in found):
             return None
         names, tables = tuple(name + suffix for name in PARAMETERS), tables_of(layer, found)
         affine = [AFFINE] * len(found)
@@ -116,9 +118,9 @@ class WatchedLayer(NamedTuple):
         return self.tensors.same(tables_of(layer, [norm for norm in norms.values() if norm is not None]))
 
 
-def tables_of(layer: HasCells, norms: Sequence[GateNorm]) -> list[Table]:
+def tables_of(layer: HasCells, norms: Sequence[InnerNorm]) -> list[Table]:
     """A layer's parameters, those of its norms, and the buffers of their populations."""
-    return [own_parameters(layer), *map(own_parameters, norms), *(own_buffers(norm.population) for norm in norms)]
+    return [own_parameters(layer), *map(own_parameters, norms), *(norm.given() for norm in norms)]
 
 
 def reads_plainly(layer: HasCells) -> bool:
@@ -135,17 +137,9 @@ def norms_of(layer: HasCells, suffix: str) -> dict[str, Any]:
 
 
 OF_LAYER = attrgetter("cell", "proj_size", "backend", "recompute", "input_dropout", "recurrent_dropout", "zoneout")
-OF_NORM = attrgetter("norm", "eps", "delta", "scale", "groups", "mode", "fan", "training")
-OF_POPULATION = attrgetter("is_stale", "estimator", "momentum", "merge_positions", "stands_for", "ignores_batch")
 
 
-def options_of(layer: HasCells, norms: Mapping[str, GateNorm | None]) -> tuple[Any, ...]:
+def options_of(layer: HasCells, norms: Mapping[str, InnerNorm | None]) -> tuple[Any, ...]:
     """All but tensors that a layer's result, what it gathers and what it warns of hang on."""
-    found: list[Any] = [OF_LAYER(layer), name_of(layer.cell)]
-    for norm in norms.values():
-        if norm is not None:
-            one = norm.population
-            found += [ref(norm), OF_NORM(norm), ref(one), OF_POPULATION(one), one.training_sizes is None]
-        else:
-            found.append(None)
-    return tuple(found)
+    found = [None if norm is None else (ref(norm), norm.options()) for norm in norms.values()]
+    return OF_LAYER(layer), name_of(layer.cell), *found
