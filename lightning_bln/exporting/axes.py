@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,7 +56,12 @@ def most_open(model: nn.Module, calls: Sequence[Call]) -> Program:
     program = capture(model, calls, every)
     found = program.axes.open
     refused = {place for name in found if not any(takes(calls[0], model, found[name], name)) for place in found[name]}
-    return capture(model, calls, every - refused) if refused - places_needed(calls) else program
+    if refused - places_needed(calls):
+        program = capture(model, calls, every - refused)
+    fixed = sorted(every - {place for places in program.axes.open.values() for place in places})
+    constant = [place for place in fixed if any(takes(calls[0], model, [place], ""))]
+    notes = [f"axis {axis} of {program.axes.names[number]} is fixed by torch.export" for number, axis in constant]
+    return replace(program, axes=replace(program.axes, notes=program.axes.notes or tuple(notes)))
 
 
 def takes(call: Call, model: nn.Module, places: Sequence[Place], name: str) -> Iterator[bool]:
@@ -72,10 +77,11 @@ def takes(call: Call, model: nn.Module, places: Sequence[Place], name: str) -> I
 
 
 def other_sizes(call: Call, places: Sequence[Place], name: str) -> tuple[int, int]:
-    """Two sizes to try along an axis: of samples one and twice as many, else half and twice as many."""
+    """Two other sizes to try along an axis: of samples one and twice as many, else half and twice as many."""
     number, axis = places[0]
     size = call.tensors()[number].shape[axis]
-    return 1 if name == BATCH else max(2, size // 2), 2 * size
+    half = size // 2 if size > 3 else size + 1  # one is special to torch, and to convolutions
+    return (1 if size > 1 else 3) if name == BATCH else half, 2 * size
 
 
 def capture(model: nn.Module, calls: Sequence[Call], places: Collection[Place]) -> Program:

@@ -139,11 +139,11 @@ def written(
         file.truncate()
         try:
             axes = write(file)
+            file.flush()
+            run = load(to, Path(file.name), folded, expected)
         except ExportError as error:
             reasons.append(str(error))
             continue
-        file.flush()
-        run = load(to, Path(file.name), folded, expected)
         comparison.at(run, first, expected)
         if axes is None:
             names = staying(folded)
@@ -155,6 +155,8 @@ def written(
             continue
         return run, axes, [*(f"other axes are fixed, since {one}" for one in reasons), *axes.notes]
     every = "; then ".join(dict.fromkeys(reasons))
+    if to == "torch":
+        raise ExportError(every)
     raise ExportError(
         f"{type(folded).__name__} cannot be exported with an open batch axis: {every}. "
         "In forward, take sizes from the input's shape and branch on no values; to='torch' needs no tracing"

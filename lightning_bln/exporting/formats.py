@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_bln._torch import open_recurrences
 from lightning_bln.exporting.axes import Axes, Program, capture, most_open, places_needed, shapes_of
 from lightning_bln.exporting.calls import Call, filled
 from lightning_bln.exporting.errors import ExportError, first_line, quiet
@@ -59,13 +60,18 @@ def format_of(path: str | Path, to: str | None) -> Format:
 def write_onnx(program: Program, model: nn.Module, call: Call, file: BinaryIO) -> None:
     """Write an ONNX file whose open axes have names."""
     names = {place: name for name, places in program.axes.open.items() for place in places}
-    with quiet():
+    with quiet(), open_recurrences():  # the converter traces recurrent layers once more
         try:
             made = torch.onnx.export(
                 program.program, dynamo=True, verbose=False, dynamic_shapes=shapes_of(model, call, names)
             )
             assert made is not None
-            content = made.model_proto.SerializeToString()
+            proto = made.model_proto
+            for value, sizes in zip(proto.graph.input, program.axes.sizes, strict=True):
+                for axis, size in zip(value.type.tensor_type.shape.dim, sizes, strict=True):
+                    if isinstance(size, int):  # the name of a symbol, where torch found that out late
+                        axis.dim_value = size
+            content = proto.SerializeToString()
         except Exception as error:  # the converter raises errors of all kinds
             raise ExportError(f"torch.onnx.export: {first_line(error.__cause__ or error)}") from error
     file.write(content)
@@ -76,7 +82,7 @@ def load_onnx(path: Path, like: Any) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # its warnings are about its own optimisations
+    options.log_severity_level = 4  # its warnings are about its own optimisations, and errors are raised as well
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
@@ -138,10 +144,17 @@ def attempts(to: Format, model: nn.Module, calls: Sequence[Call]) -> Iterator[Ca
 
 
 def load(to: Format, path: Path, model: nn.Module, like: Any) -> Run:
-    """A function that runs a file."""
-    if to == "onnx":
-        return load_onnx(path, like)
-    return load_pt2(path) if to == "pt2" else load_torch(path, model)
+    """A function that runs a file.
+
+    Raises:
+        ExportError: What is to run it does not take it.
+    """
+    try:
+        if to == "onnx":
+            return load_onnx(path, like)
+        return load_pt2(path) if to == "pt2" else load_torch(path, model)
+    except Exception as error:  # of any library
+        raise ExportError(f"the file does not load: {first_line(error)}") from error
 
 
 def staying(model: nn.Module) -> list[str]:

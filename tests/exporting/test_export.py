@@ -48,7 +48,7 @@ class Case(NamedTuple):
 
 FOLDS = {"time_statistics": "shared", "norm_cell": False}
 CASES = {
-    "folded": Case(lambda: Sequences(**FOLDS), (5, 4), "pppp", {"LSTM"}, "x (batch, x_1, 4)"),
+    "folded": Case(lambda: Sequences(**FOLDS), (4, 4), "pppp", {"LSTM"}, "x (batch, x_1, 4)"),
     "folded gru": Case(
         lambda: Sequences(BLNGRU, time_statistics="shared"), (5, 4), "pppp", {"GRU"}, "x (batch, x_1, 4)"
     ),
@@ -102,6 +102,10 @@ def round_trip(name: str, to: Any, path: Path) -> Exported:
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     if to != "torch":
         assert str(found.axes) == CASES[name].sizes
+    if to == "onnx":
+        assert found.axes is not None
+        session = import_module("onnxruntime").InferenceSession(path)
+        assert [tuple(one.shape) for one in session.get_inputs()] == [*found.axes.sizes]
     return found
 
 
@@ -203,6 +207,14 @@ def test_axes_that_a_converter_gets_wrong_are_fixed(tmp_path) -> None:
     found = export(model, tmp_path / "model.onnx", [torch.randn(n, 3, 8, 8) for n in (8, 3)])
     assert str(found.axes) == "input (batch, 3, 8, 8)"
     assert "other axes are fixed, since the file's results on an input of shape (8, 3, 4, 8) are of" in str(found)
+
+
+@exports
+def test_an_axis_that_torch_fixes_is_named(tmp_path) -> None:
+    model = nn.RNN(4, 5, batch_first=True)
+    found = export(model, tmp_path / "model.pt2", [torch.randn(n, 6, 4) for n in (1, 3)])
+    assert str(found.axes) == "input (batch, 6, 4)"
+    assert "axis 1 of input is fixed by torch.export" in found.notes
 
 
 @exports
