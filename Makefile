@@ -36,7 +36,7 @@ test: $(VENV)/.installed
 
 # Tables of modules of every kind against plain validations, and every rule of a tensor with a part for each mode.
 test-exact: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m exact tests/callbacks tests/convert tests/export tests/folding tests/kernels tests/recurrence tests/test_as_torch.py tests/test_per_mode_rules.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m exact tests/callbacks tests/cli tests/convert tests/export tests/exporting tests/folding tests/kernels tests/recurrence tests/test_as_torch.py tests/test_per_mode_rules.py
 
 # Made beside its place and moved there whole, so that one cut short is never used.
 $(OLDEST)/.installed:

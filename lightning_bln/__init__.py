@@ -8,6 +8,7 @@ from lightning_bln.averaging import AveragedModel
 from lightning_bln.calibration import Calibration, calibrate
 from lightning_bln.conv import ConvBLN1d, ConvBLN2d, ConvBLN3d
 from lightning_bln.convert import from_torch, to_bln, to_torch
+from lightning_bln.exporting import Exported, export
 from lightning_bln.folding import fold
 from lightning_bln.functional import Statistics, batch_layer_norm
 from lightning_bln.modes import ALL_MODES, BATCH_INDEPENDENT_MODES, StatisticsMode, fan_out, set_mode, using_mode
@@ -35,6 +36,7 @@ __all__ = [
     "ConvBLN1d",
     "ConvBLN2d",
     "ConvBLN3d",
+    "Exported",
     "Moments",
     "Normalization",
     "Population",
@@ -44,6 +46,7 @@ __all__ = [
     "SweepResult",
     "batch_layer_norm",
     "calibrate",
+    "export",
     "fan_out",
     "fold",
     "freeze_population",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from copy import copy
 from functools import partial
+from importlib import import_module
 from typing import Any
 from weakref import ref
 
@@ -51,6 +52,25 @@ CAN_COMPILE_STEPS = VERSION > (2, 7)
 
 CAN_EXPORT_LOOPS = VERSION >= (2, 13)
 """The versions of torch whose loop operator was seen to export, to ONNX too."""
+
+
+@contextmanager
+def open_recurrences() -> Iterator[None]:
+    """Context in which torch.export leaves the number of steps of nn.LSTM and nn.GRU open.
+
+    Without, it runs them step by step to learn their shapes. torch.onnx.export enters the same for models, not for
+    programs; there is no public name. Operators keep the functions that they have called once, until told to forget.
+    """
+    kept = [getattr(one, "_dispatch_cache", {}) for one in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input)]
+    with ExitStack() as stack:
+        for name in ("register_lstm_while_loop_decomposition", "register_gru_while_loop_decomposition"):
+            with suppress(ImportError):  # older versions have none, or the LSTM's alone
+                patch = getattr(import_module("torch.export._patches"), name, nullcontext)
+                stack.enter_context(patch())
+        for one in kept:
+            stack.callback(one.clear)
+            one.clear()
+        yield
 
 
 def scan(

@@ -31,7 +31,7 @@ FLOORS = (
     ("recurrence",),
     ("recurrent", "conv"),
     ("sweep",),
-    ("convert", "folding"),
+    ("convert", "folding", "exporting"),
     ("models", "data"),
     ("callbacks",),
     ("cli",),

@@ -19,6 +19,7 @@ LIGHTNING = {
     "predict": "compute a checkpoint's predictions",
     "sweep": "evaluate a checkpoint in every statistics mode and write the best one into it",
     "calibrate": "compute a checkpoint's population anew on unlabelled data of a new domain",
+    "export": "write a checkpoint's model, folded, as an ONNX file, a torch.export program or a plain state dict",
 }
 """Subcommands parsed by LightningCLI, each with its summary."""
 

@@ -1,4 +1,4 @@
-"""LightningCLI with the further subcommands ``sweep`` and ``calibrate``, as ``bln fit`` and others run it."""
+"""LightningCLI with the further subcommands ``sweep``, ``calibrate`` and ``export``, as ``bln`` runs it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ import torch
 import yaml
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 
+from lightning_bln._checks import check_int
 from lightning_bln._files import FileError
 from lightning_bln.calibration import Calibration
 from lightning_bln.callbacks import BLNStatsCallback
 from lightning_bln.cli.calibration import Calibrating, Split, few, reading
 from lightning_bln.cli.checkpoint import load_checkpoint, undo_population, write_mode, write_population
+from lightning_bln.cli.exporting import PLAIN_TRAINER, Validation, export_checkpoint
 from lightning_bln.cli.trust import check_trust, import_paths, read_config
+from lightning_bln.exporting import Exported
+from lightning_bln.exporting.formats import Format
 from lightning_bln.modes import mode_layers, parse_modes
 from lightning_bln.recomputation import populations
 from lightning_bln.sweep.result import Direction, SweepResult, one_direction
@@ -40,8 +44,8 @@ NOISE = (
 """Patterns of warnings that a user of the command cannot act on."""
 
 
-REWRITING = ("sweep", "calibrate")
-"""Subcommands that change a checkpoint."""
+OF_CHECKPOINT = ("sweep", "calibrate", "export")
+"""Subcommands of a checkpoint, which may say itself which model and data it is of."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -50,7 +54,7 @@ def run(args: Sequence[str]) -> None:
         warnings.filterwarnings("ignore", message=message)
     if args[0] == "calibrate" and "--undo=true" in with_value(list(args), "--undo"):
         undo(list(args))
-    elif args[0] in REWRITING:
+    elif args[0] in OF_CHECKPOINT:
         with tempfile.TemporaryDirectory() as folder:
             CLI(args=own_config(with_value(list(args), "--trust"), Path(folder)))
     else:
@@ -190,8 +194,7 @@ class Trainer(L.Trainer):
             RuntimeError: The checkpoint has no population.
         """
         direction = one_direction(direction, mode)
-        if not Path(ckpt).is_file():
-            raise FileNotFoundError(f"ckpt={str(ckpt)!r} is no file; pass a checkpoint that the Trainer has written")
+        check_file(ckpt)
         found = [callback for callback in self.callbacks if isinstance(callback, BLNStatsCallback)]  # type: ignore[has-type]
         callback = found[0] if found else BLNStatsCallback(monitor=monitor, direction=direction)
         if candidates is not None:
@@ -253,8 +256,7 @@ class Trainer(L.Trainer):
         if undo:
             undo_population(ckpt, output=output, weights_only=weights_only)
             return None
-        if not Path(ckpt).is_file():
-            raise FileNotFoundError(f"ckpt={str(ckpt)!r} is no file; pass a checkpoint that the Trainer has written")
+        check_file(ckpt)
         callback = Calibrating(model, samples)
         self.callbacks = [*self.callbacks, callback]
         options: dict[str, Any] = {"ckpt_path": str(ckpt), "return_predictions": False}
@@ -277,6 +279,52 @@ class Trainer(L.Trainer):
         self.strategy.barrier()
         return calibration
 
+    def export(
+        self,
+        model: L.LightningModule,
+        dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        *,
+        ckpt: Path,
+        output: Path,
+        to: Format | None = None,
+        batches: int = 16,
+        tolerance: float | None = None,
+        weights_only: bool = True,
+        trust: bool = False,
+    ) -> Exported:
+        """Write the model of a checkpoint to a file that is kept if it computes the same on validation data.
+
+        Args:
+            model: The checkpoint's module, whose ``forward`` is exported, in the statistics mode of the checkpoint.
+            dataloaders: Validation data, unless ``datamodule`` or ``model`` have them.
+            datamodule: Datamodule with the validation data.
+            ckpt: The checkpoint, which stays as it is.
+            output: The file to write; one that is there is replaced once the new one has been compared.
+            to: "onnx", "pt2" (torch.export) or "torch" (the folded model's state dict); by default as output ends:
+                .onnx, .pt2, .pt.
+            batches: How many validation batches to compare and score, the last one among them.
+            tolerance: Accepted difference, relative to the largest number of the results; 1e-4 for float32 by default.
+            weights_only: Refuse files that could run code when they are loaded.
+            trust: Import whatever classes the checkpoint's configuration names, as for ``bln sweep``.
+
+        Returns:
+            What was found.
+
+        Raises:
+            FileNotFoundError: There is no file at ``ckpt``.
+            ExportError: The model cannot be exported, or the file computes something else.
+        """
+        check_file(ckpt)
+        options: dict[str, Any] = {"ckpt_path": str(ckpt)}
+        if "weights_only" in inspect.signature(self.validate).parameters:  # lightning 2.6 and later
+            options["weights_only"] = weights_only
+        owner = dataloaders if dataloaders is not None else datamodule or model
+        validation = Validation(self, owner, check_int("batches", batches, 1))
+        return export_checkpoint(
+            validation, model, Path(output), to, load=options, ckpt=Path(ckpt), tolerance=tolerance
+        )
+
     def predict(self, *args: Any, output: Path | None = None, **kwargs: Any) -> Any:
         """Run inference on your data.
 
@@ -290,6 +338,12 @@ class Trainer(L.Trainer):
             Path(output).parent.mkdir(parents=True, exist_ok=True)
             torch.save(predictions, output)
         return predictions
+
+
+def check_file(ckpt: str | Path) -> None:
+    """Raise where there is no file at ``ckpt``."""
+    if not Path(ckpt).is_file():
+        raise FileNotFoundError(f"ckpt={str(ckpt)!r} is no file; pass a checkpoint that the Trainer has written")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -320,16 +374,23 @@ class CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands, ``sweep`` and ``calibrate``."""
-        return {**LightningCLI.subcommands(), **{name: {"model", "dataloaders", "datamodule"} for name in REWRITING}}
+        """Lightning's subcommands, and those of a checkpoint."""
+        return {
+            **LightningCLI.subcommands(),
+            **{name: {"model", "dataloaders", "datamodule"} for name in OF_CHECKPOINT},
+        }
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Create the Trainer, for a sweep or a calibration without the callbacks and loggers that would write files."""
+        """Create the Trainer, for a checkpoint's commands without the callbacks and loggers that would write files."""
         if self.subcommand not in (None, "fit"):
             self.save_config_callback = None  # it would overwrite the file of the training
-        if self.subcommand in REWRITING:
+        if self.subcommand in OF_CHECKPOINT:
             callbacks = self.config_init[self.subcommand]["trainer"].get("callbacks") or []
             callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
             kwargs["callbacks"] = [one for one in callbacks if isinstance(one, BLNStatsCallback)]
             kwargs |= {"logger": False, "enable_checkpointing": False}
+        if self.subcommand == "export":
+            precision = str(self.config_init[self.subcommand]["trainer"].get("precision"))
+            kwargs["callbacks"] = []  # one could set another mode
+            kwargs |= {**PLAIN_TRAINER, "precision": "64-true" if precision.startswith("64") else "32-true"}
         return super().instantiate_trainer(**kwargs)
