@@ -18,6 +18,7 @@ from lightning_bln.modes import FanOut, StatisticsMode
 from lightning_bln.population import check_state_dict
 from lightning_bln.recurrence.frozen_norm import FrozenNorm
 from lightning_bln.recurrence.gate_norm import GateNorm
+from lightning_bln.recurrence.stream import Stream
 
 InnerNorm = GateNorm | FrozenNorm
 """A norm inside a cell."""
@@ -206,6 +207,21 @@ class HasCells(nn.Module):
             norm_cell=get("norm_cell"),
             cell=cell,
         )
+
+    def stream(self, hx: Any = None, start: int = 0) -> Stream:
+        """A :class:`~lightning_bln.recurrence.stream.Stream` of sequences that come bit by bit.
+
+        Args:
+            hx: First states; zeros if left out.
+            start: Steps that came before.
+
+        Example:
+            >>> from lightning_bln.cells import BLNGRUCell
+            >>> stream = BLNGRUCell(4, 8, norm=None).eval().stream()
+            >>> stream.step(torch.randn(2, 4)).shape
+            torch.Size([2, 8])
+        """
+        return Stream(self, hx, start)
 
     def reset_parameters(self) -> None:
         """Draw weights and biases uniformly within 1/sqrt(hidden_size), as nn.LSTM does; set norms to their start."""

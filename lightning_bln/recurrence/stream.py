@@ -1,0 +1,96 @@
+"""Sequences that come bit by bit: a layer, the state that it is in, and the steps before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bln.recurrence.streaming import check_start, first_of
+
+
+class Stream:
+    """Inference over sequences of which a step, or a few, come at a time.
+
+    A stream keeps the last states and counts the steps, so that each is normalised by the statistics that belong to it.
+    An input that raises leaves the stream as it was.
+
+    Args:
+        layer: A recurrent layer or single-step cell in evaluation; torch's, which ``fold`` makes, too.
+        hx: First states; zeros if left out.
+        start: Steps that came before.
+
+    Attributes:
+        state: The last states, ``None`` before the first step. One of another stream may be assigned.
+        start: Steps so far.
+
+    Raises:
+        ValueError: The layer reads sequences from their end, too, or ``start`` is negative.
+        TypeError: ``start`` is no integer.
+
+    Example:
+        >>> from lightning_bln import BLNLSTM, recompute_population
+        >>> layer = BLNLSTM(3, 8)
+        >>> recompute_population(layer, [torch.randn(20, 16, 3)])
+        >>> stream = layer.eval().stream()
+        >>> x = torch.randn(20, 1, 3)
+        >>> outputs = [stream.step(x[0]), *stream(x[1:])]
+        >>> torch.allclose(torch.stack(outputs), layer(x)[0], atol=1e-6)
+        True
+        >>> stream.start
+        20
+    """
+
+    def __init__(self, layer: nn.Module, hx: Any = None, start: int = 0) -> None:
+        if getattr(layer, "bidirectional", False):
+            raise ValueError(
+                "the layer is bidirectional and reads whole sequences; stream one built with bidirectional=False"
+            )
+        self.layer = layer
+        self.is_cell = not hasattr(layer, "num_layers")
+        self.reset(hx, start)
+
+    def reset(self, hx: Any = None, start: int = 0) -> None:
+        """Begin anew."""
+        check_start(start, False)
+        self.state, self.start = hx, start
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Outputs for the next steps.
+
+        Args:
+            x: In the shape that the layer takes, ``(T, B, input_size)`` for one; a cell takes one step.
+
+        Raises:
+            RuntimeError: The layer is in training.
+            TypeError: ``x`` is no tensor; packed sequences end, so that none could go on.
+        """
+        if self.layer.training:
+            raise RuntimeError("the layer is in training; call eval() on it before it serves")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x is a {type(x).__name__}, but a tensor is needed; convert it with torch.as_tensor")
+        with torch.no_grad():
+            found = self._run(x)
+        if self.is_cell:
+            self.state, output, steps = found, first_of(found), 1
+        else:
+            output, self.state = found
+            steps = x.shape[1 if self.layer.batch_first and x.ndim == 3 else 0]
+        self.start += steps
+        return output
+
+    def step(self, x: Tensor) -> Tensor:
+        """The output, ``(B, size)`` or ``(size,)``, for one step, ``(B, input_size)`` or ``(input_size,)``."""
+        if self.is_cell:
+            return self(x)
+        axis = 1 if self.layer.batch_first and x.ndim == 2 else 0
+        return self(x.unsqueeze(axis)).squeeze(axis)
+
+    def _run(self, x: Tensor) -> Any:
+        if hasattr(self.layer, "stream"):
+            return self.layer(x, self.state, start=self.start)
+        return self.layer(x, self.state)
+
+    def __repr__(self) -> str:
+        return f"Stream({type(self.layer).__name__}, start={self.start})"
