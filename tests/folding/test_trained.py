@@ -108,6 +108,15 @@ def test_its_state_dict_loads_where_the_package_is_missing(digits, tmp_path: Pat
     subprocess.run([sys.executable, "-c", LOADS, str(tmp_path / "model.pt")], check=True, cwd=tmp_path)
 
 
+def test_the_folded_lstm_can_be_trained_further(digits) -> None:
+    model, data, _, _ = digits
+    plain: Any = fold(model)
+    losses = [L.Trainer(**QUIET).validate(plain, data.val_dataloader(), verbose=False)[0]["val_loss"]]
+    L.Trainer(max_epochs=1, **QUIET).fit(plain.train(), data.train_dataloader())
+    losses += [L.Trainer(**QUIET).validate(plain, data.val_dataloader(), verbose=False)[0]["val_loss"]]
+    assert losses[1] < losses[0]
+
+
 def test_a_trained_lstm_of_other_modes_stays_and_the_report_names_the_price(digits) -> None:
     model, data, _, _ = digits
     other = copy.deepcopy(model)
