@@ -68,6 +68,30 @@ def medians(
     return {name: statistics.median(found) for name, found in times.items()}
 
 
+def ratios(
+    jobs: dict[str, Job], rounds: int, clock: Callable[[Job], float] = wall_clock, least: float = 2.0
+) -> tuple[float, dict[str, float]]:
+    """Microseconds of one call of the first job, and each job's time relative to it: medians over rounds.
+
+    In a round all jobs run one after the other, each round from the next one on, and each ratio is of times of one
+    round. A job is called once untimed, and then so often that the first one takes ``least`` milliseconds.
+    """
+    base, *_ = names = list(jobs)
+    for job in jobs.values():
+        job()
+    calls = max(1, round(least / max(min(clock(jobs[base]) for _ in range(5)), 1e-3)))
+    times: list[dict[str, float]] = []
+    for i in range(rounds):
+        found = {}
+        for name in (*names[i % len(names) :], *names[: i % len(names)]):
+            job = jobs[name]
+            job()
+            found[name] = clock(lambda job=job: [job() for _ in range(calls)]) / calls  # type: ignore[misc]
+        times.append(found)
+    took = 1e3 * statistics.median(one[base] for one in times)
+    return took, {name: statistics.median(one[name] / one[base] for one in times) for name in names}
+
+
 def peaks(jobs: dict[str, Job]) -> dict[str, float]:
     """Peak megabytes of one call of each job above those in use before it (Linux)."""
     found = {}
