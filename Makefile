@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-exact test-oldest compatibility bench bench-cells bench-sweep bench-calibration bench-folding asan lint types check clean
+.PHONY: demo test test-exact test-oldest compatibility bench bench-cells bench-sweep bench-calibration bench-deployed bench-folding asan lint types check clean
 
 # The oldest versions the package declares, and torchtext, in an environment of 5 GB that outlives the clone.
 OLDEST_PYTHON ?= python3.11
@@ -85,6 +85,9 @@ bench-sweep: $(VENV)/.installed
 
 bench-calibration: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.calibration $(BENCH)
+
+bench-deployed: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.deployed $(BENCH)
 
 bench-folding: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.folding $(BENCH)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bln import ALL_MODES, ConvBLN2d
+from tests.export.helpers import exports
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="runs from a clone")
@@ -124,3 +128,23 @@ def test_the_pages_sweep_without_a_trainer_runs() -> None:
     }
     exec(next(block for block in blocks("docs/callback.md") if "sweep_modes" in block), names)
     assert set(names["result"].scores) == set(ALL_MODES)
+
+
+@exports
+@pytest.mark.filterwarnings("ignore")
+def test_the_deploy_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime", "sklearn"):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    every = blocks("docs/deploy.md")
+    alone = [block for block in every if "class Served" in block]
+    assert len(alone) == 1
+    names: dict[str, Any] = {"__name__": "page"}
+    monkeypatch.setitem(sys.modules, "page", ModuleType("page"))
+    for block in every:
+        if block in alone:  # where the package is not installed
+            program = "import sys; sys.modules['lightning_bln'] = None\n" + block
+            subprocess.run([sys.executable, "-c", program], check=True)
+        else:
+            exec(block, names)
+    assert names["scores"].shape == (1, 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,5 +26,6 @@ def searched(tmp_path_factory):
     config = folder / "tune.yaml"
     config.write_text(yaml.safe_dump(helpers.small_search(epochs=2, log=str(folder / "log"))))
     cli.main(["tune", "--config", str(config), "--trials", "5", "--output", str(folder / "out"), "--no-progress"])
+    shutil.copy(folder / "log", folder / "log of the search")  # to train the best one again adds a line
     study = optuna.load_study(study_name="bln", storage=f"sqlite:///{folder / 'out' / 'study.db'}")
     return folder, study

@@ -22,7 +22,7 @@ def test_a_trial_trains_once_and_scores_every_mode(searched) -> None:
     folder, study = searched
     complete = study.get_trials(states=(TrialState.COMPLETE,))
     assert len(complete) == 5
-    assert len((folder / "log").read_text().splitlines()) == 5
+    assert len((folder / "log of the search").read_text().splitlines()) == 5
     for trial in complete:
         assert set(trial.user_attrs[SCORES]) == set(ALL_MODES)
         assert trial.value == trial.user_attrs[SCORES][trial.user_attrs[MODE]]
