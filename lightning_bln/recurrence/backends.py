@@ -34,7 +34,7 @@ from lightning_bln.recurrence.scan import scan_recurrence
 from lightning_bln.recurrence.sequence_norm import normalize_steps
 from lightning_bln.recurrence.sequences import Running
 
-BACKENDS = ("auto", "reference", "compile", "cpu")
+BACKENDS = ("auto", "reference", "compile", "cpu", "triton")
 
 
 def name_of(cell: Cell) -> str | None:
@@ -62,7 +62,7 @@ def runs_fused(backend: str, weights: Weights, x: Tensor, state: Sequence[Tensor
     Raises:
         ValueError: ``backend="cpu"`` asks for compiled kernels where none can run.
     """
-    if backend in ("reference", "compile"):
+    if backend in ("reference", "compile", "triton"):
         return False
     reason = reason_against_fused(weights, x, state)
     if backend == "auto" and reason is not None and "not installed" in reason:
@@ -188,6 +188,12 @@ def run_normalized(backend: str, cell: Cell, sequences: Sequences, weights: Hidd
     if backend == "reference" or (is_observed() and backend != "cpu"):
         return recurrence(cell, sequences, weights, noise)
     scans = isinstance(cell, LinearCell) and not noise.zoneout
+    if backend == "triton":
+        from lightning_bln.recurrence.triton.run import TritonRecurrence
+
+        found = recorded_recurrence(cell, sequences, weights, noise, function=TritonRecurrence)
+        assert found is not None
+        return found
     if backend == "compile" and sequences.sizes is None and not scans:
         return inductor_recurrence(cell, sequences, weights, noise)
     found = recorded_recurrence(cell, sequences, weights, noise)

@@ -119,11 +119,17 @@ def is_plain(value: Any) -> bool:
     return all(map(is_plain, value)) if isinstance(value, tuple) else isinstance(value, int | float | str)
 
 
+def without_parameters(kind: type[Cell], options: Options) -> Cell:
+    """A cell of its options alone."""
+    cell = object.__new__(kind)
+    cell.__dict__.update({name: value for name, value, _ in options})
+    return cell
+
+
 @lru_cache(maxsize=256)
 def record(kind: type[Cell], options: Options, signature: Signature) -> RecordedCell | str:
     """The recorded program of a kind of cell; if its step cannot be recorded, why."""
-    cell = object.__new__(kind)
-    cell.__dict__.update({name: value for name, value, _ in options})
+    cell = without_parameters(kind, options)
     layout = {
         name: Place(("x", index), offset)
         for index, names in enumerate(signature.segments)

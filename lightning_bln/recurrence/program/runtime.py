@@ -43,10 +43,12 @@ def recorded_recurrence(
     noise: Noise,
     norm_ih: SequenceNorm | None = None,
     bias_ih: Tensor | None = None,
+    function: type[torch.autograd.Function] | None = None,
 ) -> Result | None:
     """:func:`~lightning_bln.recurrence.reference.recurrence` by a recorded program; ``None`` if there is none.
 
-    With ``norm_ih`` the input is still to be normalised, and ``bias_ih`` to be added.
+    With ``norm_ih`` the input is still to be normalised, and ``bias_ih`` to be added. ``function`` runs the program,
+    :class:`RecordedRecurrence` if left out.
     """
     norms = [norm for norm in (norm_ih, *weights.norm_hh, weights.norm_cell) if norm is not None]
     if reason_against_program(cell, sequences, weights, norms, bias_ih) is not None:
@@ -71,7 +73,8 @@ def recorded_recurrence(
     )
     calls = tuple(NormCall.of(norm, steps, dtype) for norm in norms)
     needs_grad = torch.is_grad_enabled()  # which it is not within the function
-    outputs, *rest = RecordedRecurrence.apply(recorded, sequences.sizes, calls, needs_grad, *tensors.flat())
+    apply: Any = (function or RecordedRecurrence).apply
+    outputs, *rest = apply(recorded, sequences.sizes, calls, needs_grad, *tensors.flat())
     number = len(recorded.states)
     state, moments = recorded.whole(rest[:number]), iter(rest[number:])
     keys = signature.norms(cell)

@@ -1,0 +1,1 @@
+"""Recurrences as persistent Triton kernels, generated from a cell's recorded step."""
