@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_bln.recurrence.program.graph import Value
 from lightning_bln.recurrence.triton.elementwise import written
-from lightning_bln.recurrence.triton.phases import forward_phases, source_of
+from lightning_bln.recurrence.triton.phases import forward_phases, is_masked_state, source_of
 from lightning_bln.recurrence.triton.source import Kernel, Recorded, room
 
 
@@ -44,12 +44,8 @@ class Forward(Kernel):
         for value in self.recorded.values:
             if value.op == "state":
                 self.names[value] = state(value.key)
-            elif not value.inputs and not self.is_of_rows(value):
+            elif not value.inputs:
                 self.leaf(value)
-
-    def is_of_rows(self, value: Value) -> bool:
-        """Whether a mask enters products alone, whose rows it is applied to as they are loaded."""
-        return value.op == "mask"
 
     def weights(self, number: int, product: Value) -> None:
         """Load a product's weights before the first step: they stay for all."""
@@ -75,14 +71,8 @@ class Forward(Kernel):
             of = value.inputs[0]
             gates = room(self.recorded.width(of))
             self.let(value, f"pick({self.names[of]}, {value.key}, {gates})")
-        elif self.is_masked_state(value):
-            return
-        else:
+        elif not is_masked_state(value):
             self.let(value, written(value, [self.names[operand] for operand in value.inputs]))
-
-    def is_masked_state(self, value: Value) -> bool:
-        """Whether a value is the state under recurrent dropout, which products alone read."""
-        return value.op == "multiply" and value.inputs[1].op == "mask"
 
     def product(self, value: Value) -> None:
         """A product of all gates of own units with all units of its input."""

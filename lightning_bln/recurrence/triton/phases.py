@@ -39,11 +39,18 @@ class NormForm(NamedTuple):
         return self.has_feature and not (self.given[2] and self.given[3])
 
 
+def is_masked_state(value: Value) -> bool:
+    """Whether a value is a state before the step under the mask of recurrent dropout.
+
+    Products alone read it, of all units: they load the state and the mask.
+    """
+    return value.op == "multiply" and value.inputs[1].op == "mask" and value.inputs[0].op == "state"
+
+
 def source_of(product: Value) -> Value:
-    """What a product multiplies, without the mask of recurrent dropout."""
+    """What a product multiplies, a state without its mask."""
     operand = product.inputs[0]
-    masked = operand.op == "multiply" and operand.inputs[1].op == "mask"
-    return operand.inputs[0] if masked and operand.inputs[0].op == "state" else operand
+    return operand.inputs[0] if is_masked_state(operand) else operand
 
 
 def forward_phases(values: Iterable[Value], forms: Mapping[Any, NormForm]) -> dict[Value, int]:

@@ -19,7 +19,7 @@ from lightning_bln.recurrence.program.recording import RecordedCell, Tensors, op
 from lightning_bln.recurrence.program.runtime import joined, on_torch
 from lightning_bln.recurrence.sequences import lengths_of
 from lightning_bln.recurrence.triton.kernels import Form, Kernels, kernels_of
-from lightning_bln.recurrence.triton.phases import NormForm
+from lightning_bln.recurrence.triton.phases import NormForm, is_masked_state, source_of
 from lightning_bln.recurrence.triton.source import Kernel, room
 
 Arrays = dict[str, Tensor]
@@ -215,11 +215,9 @@ def collected(
         if product not in step.adjoint.products:
             continue
         gradient = found[f"grad_product{number}"].flatten(0, 1)
-        source = product.inputs[0]
-        masked = source.op == "multiply" and source.inputs[1].op == "mask" and source.inputs[0].op == "state"
-        of = source.inputs[0] if masked else source
+        of = source_of(product)
         rows = found[f"state_{of.key}".replace(" ", "_")][:-1] if of.op == "state" else found[f"input{number}"]
-        rows = rows * tensors.mask if masked else rows
+        rows = rows * tensors.mask if is_masked_state(product.inputs[0]) else rows
         part = gradient.t() @ rows.flatten(0, 1)
         products[product.key] = products[product.key] + part if product.key in products else part
         if isinstance(product.key, int):
