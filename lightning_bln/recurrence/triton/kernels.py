@@ -25,7 +25,7 @@ USED = (
     "leave_moments", "load_batch", "load_features", "merged_moments", "multiplied", "of_batch", "of_features",
     "over_features", "over_samples", "pick", "put", "softplus", "store_batch", "store_features", "summed", "tanh",
 )  # fmt: skip
-"""Names of ``kernels.triton.tiles`` that kernels call."""
+"""Names of ``kernels.triton.parts`` that kernels call."""
 
 START = (
     "pid = tl.program_id(0)",
@@ -88,7 +88,7 @@ def source_of(forward: Kernel, backward: Kernel | None) -> str:
     """The text of a module of both kernels."""
     parts = [
         '"""Generated from a recorded cell."""\n\nimport triton\nimport triton.language as tl\n\n'
-        f"from lightning_bln.kernels.triton.tiles import {', '.join(USED)}\n",
+        f"from lightning_bln.kernels.triton.parts import {', '.join(USED)}\n",
         text_of("forward", forward, "t = 0", "t < T", "t += 1"),
     ]
     if backward is not None:
