@@ -111,6 +111,8 @@ def fold(
         >>> fold(model)[1], fold(model, example=torch.randn(2, 4))[1]
         (Affine(8, channel_dim=1), Identity())
     """
+    if result is not None and not isinstance(result, SweepResult):
+        raise TypeError(f"result is a {type(result).__name__}, but a SweepResult is needed; pass callback.result")
     refuse(model)
     with torch.inference_mode(False), torch.no_grad():
         copy = deepcopy(model).eval()

@@ -44,9 +44,7 @@ def reasons_of_norm(norm: Normalization, result: SweepResult | None) -> list[str
     population = norm.population
     is_apart = math.prod(population.feature_mean.shape) > 1
     others = ["statistics of each position; train with positions='shared'"] if is_apart else []
-    reason = mode_reason(norm, result, suffices=not others)
-    if reason is None and not population.is_frozen:
-        reason = UNFROZEN
+    reason = mode_reason(norm, result, suffices=not others) if population.is_frozen else UNFROZEN
     found = others if reason is None else [reason, *others]
     return found or without_data(norm)
 
@@ -59,10 +57,10 @@ def reasons_of_recurrent(layer: Recurrent | RecurrentCell, result: SweepResult |
     if isinstance(layer, FROZEN):
         return ["it is frozen"]
     norms, others = [one for one in layer.children() if isinstance(one, GateNorm)], reasons_against_torchs(layer)
+    if not all(norm.population.is_frozen for norm in norms):
+        return [UNFROZEN, *others]
     reasons = (mode_reason(norm, result, suffices=True) for norm in norms)
     found = [*dict.fromkeys(reason for reason in reasons if reason is not None)]
-    if not found and not all(norm.population.is_frozen for norm in norms):
-        found = [UNFROZEN]
     return [*found, *others] if found else without_data(layer)
 
 
