@@ -24,8 +24,20 @@ FROZEN = (FrozenRecurrent, FrozenCell)
 OWN_STATISTICS = (nn.LayerNorm, nn.GroupNorm, *INSTANCE_NORMS)
 """Norms of torch that normalise by each input's own statistics."""
 
+PACKAGE = __name__.split(".")[0]
 LAYERS = (Normalization, Recurrent, RecurrentCell, BatchNorm, *OWN_STATISTICS)
 """Layers that a report says something about."""
+
+
+HARMLESS = ("__init__", "__doc__", "__module__", "__annotations__", "__firstlineno__", "__static_attributes__")
+"""Names in a class that neither change what its layers compute nor are missed in a copy of another class."""
+
+
+def names_of_its_own(kind: type) -> list[str]:
+    """Methods and attributes that classes outside this package give a layer, the constructor aside."""
+    ours = (Normalization, Recurrent, RecurrentCell)
+    classes = (one for one in kind.__mro__ if issubclass(one, ours) and one.__module__.split(".")[0] != PACKAGE)
+    return [name for one in classes for name in vars(one) if name not in HARMLESS]
 
 
 def reasons_of_torchs(norm: Any) -> list[str]:

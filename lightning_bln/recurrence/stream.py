@@ -77,7 +77,8 @@ class Stream:
         with torch.no_grad():
             found = self._run(x)
         if self.is_cell:
-            self.state, output, steps = found, first_of(found), 1
+            # the output may be written into, and the state may not
+            self.state, output, steps = found, first_of(found).clone(), 1
         else:
             output, self.state = found
             steps = x.shape[1 if self.layer.batch_first and x.ndim == 3 else 0]
