@@ -239,7 +239,8 @@ class Population(nn.Module):
         if self.momentum is None and not frozen and traced.gathers_by_ticket(self.count.device):
             traced.gather(self._ticket, [], 0)
             return
-        own_buffers(self).update({n: getattr(self, n)[:0] for n in (*Moments._fields, *(FROZEN if frozen else ()))})
+        names = (*Moments._fields, *(FROZEN if frozen else ()))  # no views, which would keep, and save, what there was
+        own_buffers(self).update({name: getattr(self, name)[:0].clone() for name in names})
 
     def at(self, positions: tuple[int, ...], start: int = 0) -> tuple[Statistics, Tensor]:
         """Frozen statistics and batch size at ``positions``, with a feature axis of size 1 or ``d``.

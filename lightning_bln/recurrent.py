@@ -204,7 +204,8 @@ class Recurrent(HasCells):
             The last layer's output at each step, and the last states of each layer and direction.
         """
         is_single = self.num_layers == 1 and not (self.bidirectional or self.batch_first)
-        ready = ready_sequence(self, input, hx, start) if is_single else None
+        is_plain = is_single and type(self)._layers is Recurrent._layers
+        ready = ready_sequence(self, input, hx, start) if is_plain else None
         if ready is not None:
             return ready
         check_start(start, self.bidirectional)

@@ -77,12 +77,19 @@ class Call(NamedTuple):
 
 
 def as_call(example: Any, model: nn.Module) -> Call:
-    """An example, a tensor or a tuple of arguments, as a call on the CPU, with arguments in the order of ``forward``.
+    """An example as a call on the CPU, with arguments in the order of ``forward``.
+
+    A tuple holds positional arguments, a dictionary arguments by name, and all else is the one argument.
 
     Raises:
         ExportError: It has no tensor, an empty one, or values that a file cannot take.
     """
-    call = example if isinstance(example, Call) else Call(example if isinstance(example, tuple) else (example,))
+    if isinstance(example, Call):
+        call = example
+    elif isinstance(example, dict):
+        call = Call((), example)
+    else:
+        call = Call(example if isinstance(example, tuple) else (example,))
     bound = signature(model.forward).bind(*call.args, **call.kwargs)
     call = Call(bound.args, bound.kwargs, call.samples)
     others = {type(one).__name__ for one in call.leaves() if not isinstance(one, Tensor) and one is not None}

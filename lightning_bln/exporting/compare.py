@@ -80,6 +80,20 @@ class Comparison:
         with torch.no_grad():
             return call.run(self.model)
 
+    def check_repeats(self) -> None:
+        """Raise where the model gives other results when it is called once more, as one that draws numbers does."""
+        distance = difference(self.results(self.calls[0]), self.expected[0], self.tolerance)
+        if distance.excess > 1:
+            raise ExportError(
+                f"{type(self.model).__name__} itself gives other results on a second call, by up to "
+                f"{distance.largest:.3g}: its forward draws numbers or keeps what it computed; export one that repeats"
+            )
+
+    def remarks(self) -> list[str]:
+        """A sentence on results that are no numbers."""
+        every = [one for expected in self.expected for one in tensors_in(expected) if one.is_floating_point()]
+        return ["the model's results hold NaN"] if any(bool(one.isnan().any()) for one in every) else []
+
     def largest(self, run: Run) -> float:
         """The largest difference of a file's results from the model's.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_bln._files import replacing
 from lightning_bln.convert.report import ConversionReport
@@ -19,6 +19,7 @@ from lightning_bln.exporting.compare import Comparison, milliseconds
 from lightning_bln.exporting.errors import ExportError
 from lightning_bln.exporting.formats import Format, Run, attempts, format_of, load, staying
 from lightning_bln.folding.fold import fold
+from lightning_bln.modes import mode_layers
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def export(
     Args:
         model: Module, which stays as it is; evaluated on the CPU.
         path: The file to write; one that is there is replaced.
-        examples: What the model is called with: tensors, tuples of arguments, or
+        examples: What the model is called with: tensors, tuples of arguments, dictionaries of those by name, or
             :class:`~lightning_bln.exporting.Call`. The first one is traced.
         to: ``"onnx"``, ``"pt2"`` (torch.export) or ``"torch"`` (a state dict); by default as the name ends.
         tolerance: Difference that is accepted, relative to the largest number among a model's results, or to 1. By
@@ -104,9 +105,11 @@ def export(
     """
     to = format_of(os.fspath(path), to)
     check_path(Path(path))
+    check_arguments(examples, tolerance)
     original = deepcopy(model).cpu().eval()
     calls = of_one_kind([as_call(example, model) for example in examples])
     comparison = Comparison(original, calls, tolerance)
+    comparison.check_repeats()
     folded, report = fold(original, report=True)
     with replacing(path) as file:
         run, axes, notes = written(to, folded, comparison, file)
@@ -115,8 +118,43 @@ def export(
             check(lambda *args, **kwargs: run(as_call(Call(args, kwargs), original)))
         first = calls[0]
         model_time, file_time = milliseconds([lambda: first.run(original), lambda: run(first)], first.size())
-    times = model_time, file_time
+    times, notes = (model_time, file_time), [*notes, *remarks(original), *comparison.remarks()]
     return Exported(Path(path), to, report, axes, largest, len(calls), times, first.size(), tuple(notes))
+
+
+def check_arguments(examples: Any, tolerance: Any) -> None:
+    """Raise unless ``examples`` is a collection of calls, and ``tolerance`` a positive number, if it is given."""
+    if isinstance(examples, (Tensor, dict, Call)):
+        raise ExportError(
+            f"examples is a {type(examples).__name__}, one input, where a list of them is needed; pass [example]"
+        )
+    if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance > 0):
+        raise ExportError(f"tolerance={tolerance!r}, but a positive number is needed; leave it out for the default")
+
+
+def remarks(model: nn.Module) -> list[str]:
+    """Sentences on a model whose results hang on what else is in a batch."""
+    layers: list[Any] = [one for one in mode_layers(model) if hasattr(one, "population")]
+    found = []
+    if any(not layer.population.is_frozen for layer in layers):
+        found.append(
+            "no population is frozen, so that the statistics are those of each input; call recompute_population, or "
+            "train with BLNStatsCallback"
+        )
+        return found
+    modes = sorted({str(layer.mode) for layer in layers if reads_the_batch(layer)})
+    if modes:
+        found.append(
+            f"mode {', '.join(modes)} takes statistics from the batch: the result for a sample depends on those beside "
+            "it; for single samples choose among pp**"
+        )
+    return found
+
+
+def reads_the_batch(layer: Any) -> bool:
+    """Whether a norm takes a statistic of the batch from its input."""
+    pairs = zip(layer.mode.uses_population[:2], layer.reads_letters[:2], strict=True)
+    return any(read and not given for given, read in pairs)
 
 
 def check_path(path: Path) -> None:
@@ -147,7 +185,7 @@ def written(
         comparison.at(run, first, expected)
         if axes is None:
             names = staying(folded)
-            return run, None, [f"loading it needs lightning_bln, since these stay: {', '.join(names)}"] if names else []
+            return run, None, [f"loading it needs lightning_bln, for its layers {', '.join(names)}"] if names else []
         try:
             comparison.check_sizes(run, axes)
         except ExportError as error:

@@ -45,7 +45,7 @@ def format_of(path: str | Path, to: str | None) -> Format:
     found = SUFFIXES.get(Path(path).suffix.lower()) if to is None else to
     if found not in get_args(Format):
         what = f"to={to!r}" if to is not None else f"{path}: its name stands for no format"
-        raise ExportError(f"{what}; pass to='onnx', 'pt2' or 'torch'")
+        raise ExportError(f"{what}; choose onnx, pt2 or torch (to=, --to)")
     if found != "torch" and not hasattr(getattr(torch.export, "Dim", None), "AUTO"):
         raise ExportError(
             f"to={found!r} needs torch 2.6 or newer, whose exporter finds open axes; this is {torch.__version__}; "
@@ -99,7 +99,10 @@ def write_pt2(program: Program, file: BinaryIO) -> None:
     """Write a program of torch.export."""
     content = io.BytesIO()  # which has no name, as torch wants one that ends with .pt2
     with quiet():
-        torch.export.save(program.program, content)
+        try:
+            torch.export.save(program.program, content)
+        except Exception as error:  # torch raises errors of all kinds
+            raise ExportError(f"torch.export.save: {first_line(error)}") from error
     file.write(content.getvalue())
 
 

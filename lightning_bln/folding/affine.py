@@ -2,7 +2,11 @@
 
 # without postponed annotations, which torch.jit.script does not resolve
 
+from typing import Any
+
 from torch import Tensor, nn
+
+from lightning_bln.recurrence.frozen_norm import at_least_float
 
 
 class Affine(nn.Module):
@@ -34,6 +38,11 @@ class Affine(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.channel_dim = channel_dim
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.weight, self.bias = at_least_float(self.weight), at_least_float(self.bias)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x``."""

@@ -24,6 +24,7 @@ from lightning_bln.folding.frozen import frozen
 from lightning_bln.folding.maps import map_of
 from lightning_bln.folding.reasons import (
     LAYERS,
+    names_of_its_own,
     reasons_against_torchs,
     reasons_of_norm,
     reasons_of_recurrent,
@@ -111,6 +112,8 @@ def fold(
         >>> fold(model)[1], fold(model, example=torch.randn(2, 4))[1]
         (Affine(8, channel_dim=1), Identity())
     """
+    if result is not None and not isinstance(result, SweepResult):
+        raise TypeError(f"result is a {type(result).__name__}, but a SweepResult is needed; pass callback.result")
     refuse(model)
     with torch.inference_mode(False), torch.no_grad():
         copy = deepcopy(model).eval()
@@ -186,7 +189,9 @@ class Folding:
             bake(one)
         if isinstance(module, (Recurrent, RecurrentCell)):
             others = reasons_against_torchs(module) + self.further(module)
-            return Outcome(frozen(module) if others else folded(module), others + outdated)
+            is_open = not others and any(module in {*one.modules()} for one in self.flow.untraced)
+            taken = ["taken to be called without start= and stream()"] if is_open else []
+            return Outcome(frozen(module) if others else folded(module), others + taken + outdated)
         layer, notes = self.place_map(module)
         return Outcome(layer, notes + outdated)
 
@@ -197,6 +202,8 @@ class Folding:
         is_own = "forward" in vars(module) or (kind.forward not in FORWARDS if is_ours else False)
         if is_own or (isinstance(module, BatchNorm) and base_of(module) not in BATCH_NORMS):
             return ["it has a forward of its own"]
+        if is_ours and (own := names_of_its_own(kind)):
+            return [f"{kind.__name__} has {', '.join(own)} of its own, which another class would not have"]
         if isinstance(module, Normalization):
             found = reasons_of_norm(module, self.result)
         elif is_ours:

@@ -24,8 +24,20 @@ FROZEN = (FrozenRecurrent, FrozenCell)
 OWN_STATISTICS = (nn.LayerNorm, nn.GroupNorm, *INSTANCE_NORMS)
 """Norms of torch that normalise by each input's own statistics."""
 
+PACKAGE = __name__.split(".")[0]
 LAYERS = (Normalization, Recurrent, RecurrentCell, BatchNorm, *OWN_STATISTICS)
 """Layers that a report says something about."""
+
+
+HARMLESS = ("__init__", "__doc__", "__module__", "__annotations__", "__firstlineno__", "__static_attributes__")
+"""Names in a class that neither change what its layers compute nor are missed in a copy of another class."""
+
+
+def names_of_its_own(kind: type) -> list[str]:
+    """Methods and attributes that classes outside this package give a layer, the constructor aside."""
+    ours = (Normalization, Recurrent, RecurrentCell)
+    classes = (one for one in kind.__mro__ if issubclass(one, ours) and one.__module__.split(".")[0] != PACKAGE)
+    return [name for one in classes for name in vars(one) if name not in HARMLESS]
 
 
 def reasons_of_torchs(norm: Any) -> list[str]:
@@ -44,9 +56,7 @@ def reasons_of_norm(norm: Normalization, result: SweepResult | None) -> list[str
     population = norm.population
     is_apart = math.prod(population.feature_mean.shape) > 1
     others = ["statistics of each position; train with positions='shared'"] if is_apart else []
-    reason = mode_reason(norm, result, suffices=not others)
-    if reason is None and not population.is_frozen:
-        reason = UNFROZEN
+    reason = mode_reason(norm, result, suffices=not others) if population.is_frozen else UNFROZEN
     found = others if reason is None else [reason, *others]
     return found or without_data(norm)
 
@@ -59,10 +69,10 @@ def reasons_of_recurrent(layer: Recurrent | RecurrentCell, result: SweepResult |
     if isinstance(layer, FROZEN):
         return ["it is frozen"]
     norms, others = [one for one in layer.children() if isinstance(one, GateNorm)], reasons_against_torchs(layer)
+    if not all(norm.population.is_frozen for norm in norms):
+        return [UNFROZEN, *others]
     reasons = (mode_reason(norm, result, suffices=True) for norm in norms)
     found = [*dict.fromkeys(reason for reason in reasons if reason is not None)]
-    if not found and not all(norm.population.is_frozen for norm in norms):
-        found = [UNFROZEN]
     return [*found, *others] if found else without_data(layer)
 
 

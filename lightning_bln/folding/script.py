@@ -3,31 +3,58 @@
 # without postponed annotations, which torch.jit.script does not resolve
 
 import warnings
+from collections.abc import Sequence
 from copy import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_bln.cells.cell import Cell
 from lightning_bln.cells.gates import Gates
 from lightning_bln.recurrence.frozen_norm import FrozenNorm
 from lightning_bln.recurrence.inductor import parts_of, run_chunk
 from lightning_bln.recurrence.parameters import HasCells, Weights
 from lightning_bln.recurrence.reference import HiddenWeights, Noise, Sequences
 
+PACKAGE = Path(__file__).parent.parent
+
 
 class Prepared(nn.Module):
-    """A cell's ``prepare``: all that it computes of the gates for all steps at once."""
+    """Products of the input with the weights, normalised, and what a cell computes of them for all steps at once."""
+
+    cell: Any
+    norms: Any
+    weight_ih: Tensor
+    bias_ih: Tensor | None
 
     def __init__(self, weights: Weights) -> None:
         super().__init__()
         self.cell = weights.cell
-        hold(self, vars(self.cell))
+        hold(self, {f"own_{name}": value for name, value in vars(self.cell).items()})
+        hold(self, {"weight_ih": weights.weight_ih, "bias_ih": weights.bias_ih})
+        self.norms = nn.ModuleList([norm for norm in (weights.norm_ih,) if norm is not None])
 
-    def forward(self, gates: Tensor, state: list[Tensor]) -> list[Tensor]:
-        """Parts of the gates, ``(T, B, size)`` each, from all of them and the first state."""
-        return [*parts_of(self.cell.prepare(Gates(gates, self.cell.gates), self.cell.State(*state))).values()]
+    def parts(self, x: Tensor, state: Sequence[Tensor], maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Parts of the gates by their names."""
+        gates = F.linear(x, self.weight_ih, None if len(self.norms) else self.bias_ih)
+        for norm in self.norms:
+            found = norm.by(*maps)
+            found = found._replace(equation=found.equation._replace(bias=self.bias_ih))
+            gates = found(gates.unflatten(-1, (norm.gates, -1)), slice(None))[0].flatten(-2)
+        return parts_of(self.cell.prepare(Gates(gates, self.cell.gates), self.cell.State(*state)))
+
+    def forward(self, x: Tensor, state: list[Tensor], maps: list[Tensor]) -> list[Tensor]:
+        """Parts of the gates, ``(T, B, size)`` each.
+
+        Args:
+            x: ``(T, B, input_size)``.
+            state: First states.
+            maps: Means and variances of the input's norm at each step; anything where there is none.
+        """
+        return [*self.parts(x, state, maps).values()]
 
 
 class Step(nn.Module):
@@ -42,7 +69,7 @@ class Step(nn.Module):
     def __init__(self, weights: Weights, zoneout: float, names: list[str]) -> None:
         super().__init__()
         self.cell, self.zoneout, self.names = copy(weights.cell), zoneout, names
-        hold(self, vars(self.cell))
+        hold(self, {f"own_{name}": value for name, value in vars(self.cell).items()})
         norms = [*weights.norm_hh, weights.norm_cell]
         self.norms = nn.ModuleList([norm for norm in norms if norm is not None])
         self.has_norm_cell = weights.norm_cell is not None
@@ -83,39 +110,10 @@ class Rows(nn.Module):
         self.register_buffer("mean", norm.mean)
         self.register_buffer("var", norm.var)
 
-    def forward(self, t: int) -> tuple[Tensor, Tensor]:
-        """Mean and variance at a step."""
-        row = min(t, self.mean.size(0) - 1)
-        return self.mean[row], self.var[row]
-
-
-class InputMap(nn.Module):
-    """Products of the input with the weights, normalised, of all steps."""
-
-    weight: Tensor
-    bias: Tensor | None
-    mean: Tensor | None
-    slope: Tensor | None
-
-    def __init__(self, weights: Weights) -> None:
-        super().__init__()
-        norm = weights.norm_ih
-        hold(self, {"weight": weights.weight_ih, "bias": weights.bias_ih})
-        assert norm is None or isinstance(norm, FrozenNorm)
-        hold(self, {"mean": None, "slope": None})
-        if norm is not None:
-            slope = norm.weight * norm.var.flatten(1).rsqrt()
-            hold(self, {"mean": norm.mean.flatten(1), "slope": slope})
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(T, B, gates * units)`` from ``(T, B, input_size)``."""
-        mean, slope, bias = self.mean, self.slope, self.bias
-        if mean is None or slope is None:
-            return F.linear(x, self.weight, bias)
-        gates = F.linear(x, self.weight)
-        rows = torch.arange(x.size(0), device=x.device).clamp(max=mean.size(0) - 1)
-        gates = (gates - mean[rows].unsqueeze(1)) * slope[rows].unsqueeze(1)
-        return gates.to(x.dtype) if bias is None else (gates + bias).to(x.dtype)
+    def forward(self, first: int, end: int) -> list[Tensor]:
+        """Means and variances at some steps, of which those beyond the last have the last one's."""
+        rows = torch.arange(first, end, device=self.mean.device).clamp(max=self.mean.size(0) - 1)
+        return [self.mean[rows], self.var[rows]]
 
 
 class Direction(nn.Module):
@@ -125,24 +123,25 @@ class Direction(nn.Module):
     def __init__(self, layer: HasCells, suffix: str) -> None:
         super().__init__()
         weights = layer._weights(suffix)
-        like, cell = weights.weight_ih.detach(), weights.cell
-        self.input, prepared = InputMap(weights), Prepared(weights)
-        gates = like.new_zeros(2, 3, like.shape[0])
-        state = [like.new_zeros(3, layer.state_size(name)) for name in cell.states]
-        parts = parts_of(cell.prepare(Gates(gates, cell.gates), cell.State(*state)))
-        step = Step(weights, layer.zoneout, [*parts])
-        self.rows = nn.ModuleList([Rows(norm) for norm in step.norms])
-        maps = [value[0] for norm in step.norms for value in (norm.mean, norm.var)]
+        like, prepared = weights.weight_ih.detach(), Prepared(weights)
+        x = like.new_ones(2, 3, like.shape[1])
+        state = [like.new_zeros(3, layer.state_size(name)) for name in weights.cell.states]
         # a list of none has no type
-        example = [part[0] for part in parts.values()], state, maps or [like]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit says that it is old, and that lists keep their lengths
-            self.prepared = torch.jit.trace(prepared, (gates, state), strict=False, check_trace=False)
-            self.step = torch.jit.trace(step, example, strict=False, check_trace=False)
+        maps = [value[[0, 0]] for norm in prepared.norms for value in (norm.mean, norm.var)] or [like]
+        parts = prepared.parts(x, state, maps)
+        step = Step(weights, layer.zoneout, [*parts])
+        self.input_rows = nn.ModuleList([Rows(norm) for norm in prepared.norms])
+        self.rows = nn.ModuleList([Rows(norm) for norm in step.norms])
+        of_step = [value[0] for norm in step.norms for value in (norm.mean, norm.var)] or [like]
+        self.prepared = traced(prepared, (x, state, maps), weights.cell)
+        self.step = traced(step, ([part[0] for part in parts.values()], state, of_step), weights.cell)
 
     def forward(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Outputs and last states from ``(T, B, input_size)`` and first states ``(B, size)``."""
-        parts = self.prepared(self.input(x), state)
+        of_input: list[Tensor] = []
+        for of_norm in self.input_rows:
+            of_input = of_norm(0, x.size(0))
+        parts = self.prepared(x, state, of_input if len(of_input) else [x])
         outputs: list[Tensor] = []
         for t in range(x.size(0)):
             now: list[Tensor] = []
@@ -150,14 +149,31 @@ class Direction(nn.Module):
                 now.append(part[t])
             maps: list[Tensor] = []
             for rows in self.rows:
-                mean, var = rows(t)
-                maps.append(mean)
-                maps.append(var)
-            if len(maps) == 0:
-                maps.append(x)
-            state = self.step(now, state, maps)
+                for one in rows(t, t + 1):
+                    maps.append(one[0])
+            state = self.step(now, state, maps if len(maps) else [x])
             outputs.append(state.pop())
         return torch.stack(outputs), state
+
+
+def traced(module: nn.Module, example: tuple[Any, ...], cell: Cell) -> Any:
+    """A module traced.
+
+    Raises:
+        ValueError: What a cell does depends on the numbers or the sizes of tensors, which a trace does not follow.
+    """
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        found = torch.jit.trace(module, example, strict=False, check_trace=False)
+    for one in seen:
+        text, place = str(one.message), Path(one.filename)
+        is_ours = PACKAGE in place.parents and place.parent.name != "cells"
+        if not is_ours and ("to a Python" in text or "Using len" in text):
+            raise ValueError(
+                f"{type(cell).__name__} cannot be scripted, since what it does depends on numbers or sizes of tensors "
+                f"({place.name}, line {one.lineno}); use torch operations there, or export with torch.export"
+            )
+    return found
 
 
 class Scripted(nn.Module):
@@ -198,6 +214,8 @@ class Scripted(nn.Module):
         """A layer's call."""
         if x.size(-1) != self.input_size:
             raise ValueError("the input's feature axis (dim -1) does not have input_size features; change one of them")
+        if x.dim() != 2 and x.dim() != 3:
+            raise ValueError("the input has neither 2 nor 3 axes; add or drop some")
         is_batched = x.dim() == 3
         if not is_batched:
             x = x.unsqueeze(1)
@@ -207,6 +225,9 @@ class Scripted(nn.Module):
             state = self.zeros(x, len(self.directions))
         elif not is_batched:
             state = [one.unsqueeze(1) for one in state]
+        for one in state:
+            if one.dim() != 3 or one.size(0) != len(self.directions) or one.size(1) != x.size(1):
+                raise ValueError("hx does not fit the input; each state is (layers * directions, batch, size)")
         outputs, last = self.run(x, state)
         if not is_batched:
             return outputs.squeeze(1), [one.squeeze(1) for one in last]
@@ -214,7 +235,13 @@ class Scripted(nn.Module):
 
     def single(self, x: Tensor, state: list[Tensor] | None) -> list[Tensor]:
         """A single-step cell's call."""
+        if x.dim() != 1 and x.dim() != 2:
+            raise ValueError("the input has neither 1 nor 2 axes; a cell takes one step")
         is_batched = x.dim() == 2
+        if state is not None and is_batched:
+            for one in state:
+                if one.dim() != 2 or one.size(0) != x.size(0):
+                    raise ValueError("hx does not fit the input; each state is (batch, size)")
         if state is not None:
             state = [one.unsqueeze(0) if is_batched else one.unsqueeze(0).unsqueeze(0) for one in state]
         row = x if is_batched else x.unsqueeze(0)

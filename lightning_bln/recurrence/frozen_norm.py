@@ -43,6 +43,11 @@ class FrozenNorm(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("var", var)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenNorm:
+        super()._apply(fn, recurse)
+        self.mean, self.var = (at_least_float(value) for value in (self.mean, self.var))
+        return self
+
     @property
     def steps_known(self) -> int:
         """Steps that have a map of their own; one for all counts as one."""
@@ -80,3 +85,8 @@ class FrozenNorm(nn.Module):
     def extra_repr(self) -> str:
         steps, gates, units = self.mean.shape
         return f"{units}, gates={gates}, steps={steps}"
+
+
+def at_least_float(value: Tensor) -> Tensor:
+    """Statistics in a dtype no narrower than float32, as a population has them."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value

@@ -27,7 +27,7 @@ class Stream:
 
     Raises:
         ValueError: The layer reads sequences from their end, too, or ``start`` is negative.
-        TypeError: ``start`` is no integer.
+        TypeError: ``layer`` is no recurrent layer, or ``start`` no integer.
 
     Example:
         >>> from lightning_bln import BLNLSTM, recompute_population
@@ -43,6 +43,9 @@ class Stream:
     """
 
     def __init__(self, layer: nn.Module, hx: Any = None, start: int = 0) -> None:
+        if not isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) and not hasattr(layer, "stream"):
+            kind = type(layer).__name__
+            raise TypeError(f"layer is a {kind}, but a recurrent layer or single-step cell is needed; pass that one")
         if getattr(layer, "bidirectional", False):
             raise ValueError(
                 "the layer is bidirectional and reads whole sequences; stream one built with bidirectional=False"
@@ -68,12 +71,14 @@ class Stream:
         """
         if self.layer.training:
             raise RuntimeError("the layer is in training; call eval() on it before it serves")
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x is a {type(x).__name__}, but a tensor is needed; convert it with torch.as_tensor")
+        check_tensor(x)
+        self._check_samples(x)
+        check_start(self.start, False)
         with torch.no_grad():
             found = self._run(x)
         if self.is_cell:
-            self.state, output, steps = found, first_of(found), 1
+            # the output may be written into, and the state may not
+            self.state, output, steps = found, first_of(found).clone(), 1
         else:
             output, self.state = found
             steps = x.shape[1 if self.layer.batch_first and x.ndim == 3 else 0]
@@ -81,11 +86,38 @@ class Stream:
         return output
 
     def step(self, x: Tensor) -> Tensor:
-        """The output, ``(B, size)`` or ``(size,)``, for one step, ``(B, input_size)`` or ``(input_size,)``."""
+        """The output, ``(B, size)`` or ``(size,)``, for one step, ``(B, input_size)`` or ``(input_size,)``.
+
+        Raises:
+            RuntimeError: The layer is in training.
+            TypeError: ``x`` is no tensor.
+            ValueError: It has other axes.
+        """
+        check_tensor(x)
+        if x.ndim not in (1, 2):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, but one step is (batch, input_size) or (input_size,); call the stream "
+                "itself for several steps"
+            )
         if self.is_cell:
             return self(x)
         axis = 1 if self.layer.batch_first and x.ndim == 2 else 0
         return self(x.unsqueeze(axis)).squeeze(axis)
+
+    def _check_samples(self, x: Tensor) -> None:
+        """Raise where the state is of another number of sequences."""
+        if self.state is None:
+            return
+        first, has_batch = first_of(self.state), x.ndim == (2 if self.is_cell else 3)
+        axis = 1 if has_batch and not self.is_cell and not self.layer.batch_first else 0
+        own = x.shape[axis] if has_batch else None
+        known = first.shape[-2] if first.ndim == (2 if self.is_cell else 3) else None
+        if own != known:
+            names = ["a single sequence" if number is None else f"{number} sequences" for number in (known, own)]
+            raise ValueError(
+                f"the stream holds the state of {names[0]}, but x has {names[1]}; assign that of these to "
+                "stream.state, or call reset()"
+            )
 
     def _run(self, x: Tensor) -> Any:
         if hasattr(self.layer, "stream"):
@@ -94,3 +126,9 @@ class Stream:
 
     def __repr__(self) -> str:
         return f"Stream({type(self.layer).__name__}, start={self.start})"
+
+
+def check_tensor(x: object) -> None:
+    """Raise unless ``x`` is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}, but a tensor is needed; convert it with torch.as_tensor")

@@ -152,7 +152,7 @@ class SweepResult:
     def _among(self, among: str | Iterable[str]) -> Iterable[StatisticsMode]:
         if among == "foldable":
             return self._foldable()
-        return parse_modes("among", among) if isinstance(among, str) else map(StatisticsMode, among)
+        return parse_modes("among", among)
 
     def ranking(self) -> list[StatisticsMode]:
         """All modes by their monitored score, the best first and NaN last."""

@@ -272,14 +272,14 @@ def test_places_that_cannot_be_written(tmp_path) -> None:
     model, x = nn.Linear(4, 2), [torch.randn(8, 4)]
     (tmp_path / "file").write_text("")
     for path, message in {
-        "model.zip": "stands for no format; pass to='onnx', 'pt2' or 'torch'",
+        "model.zip": "stands for no format; choose onnx, pt2 or torch",
         "file/model.pt": "file is no folder; name a file",
     }.items():
         with pytest.raises(ExportError, match=message):
             export(model, tmp_path / path, x)
     with pytest.raises(ExportError, match="it is a folder"):
         export(model, tmp_path, x, to="torch")
-    with pytest.raises(ExportError, match="to='tensorrt'; pass to="):
+    with pytest.raises(ExportError, match="to='tensorrt'; choose onnx"):
         export(model, tmp_path / "model.onnx", x, to="tensorrt")  # type: ignore[arg-type]
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
@@ -302,7 +302,7 @@ def test_a_state_dict_says_what_it_needs(tmp_path) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), BatchLayerNorm(3))
     recompute_population(model, [torch.randn(16, 4)])
     found = export(model, tmp_path / "model.pt", [torch.randn(8, 4)])
-    assert "loading it needs lightning_bln, since these stay: 2" in str(found)
+    assert "loading it needs lightning_bln, for its layers 2" in str(found)
 
 
 @pytest.mark.parametrize(

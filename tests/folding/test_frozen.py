@@ -6,7 +6,7 @@ import copy
 import io
 import subprocess
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_bln import BLNGRU, BLNLSTM, Recurrent, fold, recompute_population, set_mode
-from lightning_bln.cells import BLNLSTMCell, RecurrentCell, registry
+from lightning_bln.cells import BLNLSTMCell, Cell, Extra, RecurrentCell, registry
 from lightning_bln.folding import FrozenCell, FrozenRecurrent
 from lightning_bln.kernels import available
 from lightning_bln.recurrence.prepared.directions import KEPT
@@ -270,6 +270,111 @@ def test_ties_and_start_do_not_matter() -> None:
     folded, report = fold(two, report=True)
     assert "0, 1: BLNGRU -> FrozenRecurrent (its parameters are tied to others)" in str(report)
     assert folded[0].weight_hh_l0 is folded[1].weight_hh_l0
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mgu"])
+def test_it_trains_with_its_maps(cell: str) -> None:
+    one, two = fold(made(cell)).train(), fold(made(cell)).train()
+    two.backend = "reference"
+    x = inputs(6, 4)
+    for _ in range(3):
+        for layer in (one, two):
+            layer.zero_grad()
+            layer(x)[0].square().sum().backward()
+        for (name, left), right in zip(one.named_parameters(), two.parameters(), strict=True):
+            if left.requires_grad:
+                torch.testing.assert_close(left.grad, right.grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
+class Branching(Cell):
+    gates = ("a",)
+
+    def step(self, x: Any, state: Any, project: Any) -> Any:
+        v = x + project(state.h)
+        return self.State(h=torch.zeros_like(v.a) if bool(v.a.abs().max() > 1.5) else torch.tanh(v.a))
+
+
+class Counting(Cell):
+    gates = ("a",)
+
+    def step(self, x: Any, state: Any, project: Any) -> Any:
+        v = x + project(state.h)
+        return self.State(h=torch.tanh(v.a) / int(v.a.shape[-2]))
+
+
+@pytest.mark.parametrize("cell", [Branching, Counting])
+def test_a_script_of_what_hangs_on_numbers_is_refused(cell: type[Cell]) -> None:
+    found = fold(Recurrent(cell, 3, 5, norm=None))
+    with pytest.raises(ValueError, match=f"{cell.__name__} cannot be scripted, since what it does depends on numbers"):
+        torch.jit.script(found)
+
+
+class WithName(Cell):
+    gates = ("a",)
+    parameters: ClassVar[dict[str, Extra]] = {"cell": Extra(), "zoneout": Extra(), "names": Extra()}
+
+    def step(self, x: Any, state: Any, project: Any) -> Any:
+        return self.State(h=torch.tanh((x + project(state.h)).a * self.cell + self.zoneout * self.names))
+
+
+def test_a_cells_parameters_may_have_any_name() -> None:
+    found, x = fold(Recurrent(WithName, 3, 5, norm=None, dtype=torch.float64)), inputs(4, 2)
+    compare(torch.jit.script(found)(x), found(x), torch.float64)
+
+
+def test_scripts_refuse_what_does_not_fit() -> None:
+    script = torch.jit.script(fold(made("lstm")))
+    x, one = inputs(4, 3), torch.zeros(1, 1, 5, dtype=torch.float64)
+    for wrong in ((one, one), (one.expand(2, 3, 5), one.expand(2, 3, 5))):
+        with pytest.raises(torch.jit.Error, match="hx does not fit"):
+            script(x, wrong)
+    for ranks in (x[0, 0], x[None]):
+        with pytest.raises(torch.jit.Error, match="axes"):
+            script(ranks)
+
+
+def test_a_subclass_with_ways_of_its_own_stays() -> None:
+    class Doubled(BLNLSTM):
+        def _layers(self, *arguments: Any) -> Any:
+            outputs, last = super()._layers(*arguments)
+            return 2 * outputs, last
+
+    class Helped(BLNLSTM):
+        def head(self, x: Tensor) -> Tensor:
+            return self(x)[0][-1]
+
+    class Sized(BLNLSTM):
+        def __init__(self) -> None:
+            super().__init__(3, 5)
+
+    for kind, name in ((Doubled, "_layers"), (Helped, "head")):
+        layer = populated(kind(3, 5))
+        folded, report = fold(layer, report=True)
+        assert type(folded) is kind
+        assert f"{kind.__name__} has {name} of its own" in str(report)
+    assert type(fold(populated(Sized()))) is FrozenRecurrent
+
+
+def test_where_the_trace_does_not_reach_the_report_says_what_is_taken() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent = BLNGRU(3, 5, time_statistics="shared")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x if float(x.sum()) > 1e9 else self.recurrent(x)[0]
+
+    model = Reads()
+    populated(model.recurrent)
+    folded, report = fold(model, report=True)
+    assert type(folded.recurrent) is nn.GRU
+    assert "taken to be called without start= and stream()" in str(report)
+
+
+def test_maps_are_no_narrower_than_a_population() -> None:
+    found = fold(made("lstm", dtype=torch.float32)).bfloat16()
+    assert {value.dtype for value in found.buffers()} == {torch.float32}
+    assert found.weight_ih_l0.dtype is torch.bfloat16
 
 
 def test_zero_weights_and_narrow_dtypes() -> None:

@@ -373,6 +373,19 @@ def test_tensors_may_be_swapped() -> None:
     assert_same(layer, x)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_norm_whose_parameters_are_attributes(name: str, training: bool) -> None:
+    """As torch's pruning makes them, before each forward."""
+    layer, steps = build().train(training), train if training else infer
+    x, norm = torch.randn(6, 4, 3, dtype=torch.float64), layer.norm_cell_l0
+    value = getattr(norm, name).detach()
+    delattr(norm, name)
+    for factor in (1.0, 1.0, 1.0, 0.1, 3.0):
+        norm.__dict__[name] = value * factor
+        assert_same(layer, x, steps)
+
+
 class Quantized(BLNLSTM):
     """Its weights are not what its parameters are."""
 

@@ -125,6 +125,36 @@ def test_results_are_arrays_of_their_own(kind: type) -> None:
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_that_is_prepared_goes_past_all_else(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, state = build(kind, "bln", "shared")
+    expected = outcome(layer, x, state, 0)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the way for other inputs")
+
+    for name in ("lightning_bln.recurrent.Directions", "lightning_bln.recurrence.cell_modules.Directions"):
+        monkeypatch.setattr(name, fail)
+    for one, two in zip(outcome(layer, x, state, 0), expected, strict=True):
+        assert torch.equal(one, two)
+    layer.train()
+    assert outcome(layer, x, state, 0) == (AssertionError, "the way for other inputs")
+
+
+def test_a_subclass_that_runs_its_layers_in_its_own_way() -> None:
+    class Doubled(BLNLSTM):
+        def _layers(self, *arguments: object) -> object:
+            outputs, last = super()._layers(*arguments)
+            return 2 * outputs, last
+
+    layer = Doubled(3, 5, norm=None).eval()
+    x = torch.randn(4, 2, 3)
+    with torch.no_grad():
+        first = layer(x)[0]
+        for _ in range(3):
+            assert torch.equal(layer(x)[0], first)
+
+
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_a_state_that_comes_back_without_start_is_noticed(kind: type) -> None:
     layer, x, state = build(kind, "bln", "separate")

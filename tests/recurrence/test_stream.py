@@ -119,7 +119,37 @@ def test_an_error_leaves_the_stream_as_it_was() -> None:
     assert repr(stream) == "Stream(Recurrent, start=3)".replace("Recurrent", type(layer).__name__)
 
 
+@pytest.mark.parametrize("make", [lambda: RecurrentCell("gru", 3, 5, norm=None), lambda: BLNLSTM(3, 5, norm=None)])
+def test_an_output_may_be_written_into(make: Any) -> None:
+    layer, x = make().double().eval(), torch.randn(4, 2, 3, dtype=torch.float64)
+    one, two = layer.stream(), layer.stream()
+    for step in x:
+        expected = two.step(step).clone()
+        found = one.step(step)
+        torch.testing.assert_close(found, expected)
+        found.zero_()
+
+
+def test_another_number_of_sequences_is_named() -> None:
+    for layer in (BLNLSTM(3, 5, norm=None), BLNGRU(3, 5, norm=None, batch_first=True), nn.GRU(3, 5), nn.LSTMCell(3, 5)):
+        stream = Stream(layer.eval())
+        stream.step(torch.randn(2, 3))
+        for wrong, name in ((torch.randn(4, 3), "4 sequences"), (torch.randn(3), "a single sequence")):
+            with pytest.raises(ValueError, match=f"the state of 2 sequences, but x has {name}"):
+                stream.step(wrong)
+        with pytest.raises(ValueError, match="one step is"):
+            stream.step(torch.randn(1, 2, 3))
+        stream.step(torch.randn(2, 3))
+
+
 def test_what_cannot_be_streamed() -> None:
+    frozen = torch.jit.script(fold(built("lstm")))
+    for wrong in (nn.Linear(3, 3), nn.Sequential(BLNLSTM(3, 5)), frozen):
+        with pytest.raises(TypeError, match="a recurrent layer or single-step cell is needed"):
+            Stream(wrong)
+    for x in (None, [1.0], "x"):
+        with pytest.raises(TypeError, match="a tensor is needed"):
+            BLNLSTM(3, 5, norm=None).eval().stream().step(x)
     with pytest.raises(ValueError, match="bidirectional"):
         BLNLSTM(3, 5, bidirectional=True).stream()
     with pytest.raises(ValueError, match="start=-1"):

@@ -32,6 +32,7 @@ from lightning_bln.kernels.recurrent import admitted as admitted_inputs
 from lightning_bln.merging import can_merge, merge_by, point
 from lightning_bln.moments import Moments
 from lightning_bln.population import Population
+from lightning_bln.recurrence.frozen_norm import FrozenNorm
 from lightning_bln.recurrence.fused import contiguous, inputs_of, mixings, on_torch, settings_of
 from lightning_bln.recurrence.gate_norm import GateNorm, SequenceNorm
 from lightning_bln.recurrence.parameters import HasCells, Weights
@@ -138,6 +139,8 @@ class Training(NamedTuple):
         if watched is None or drops or not weights.weight_ih.requires_grad:
             return None
         modules = norms_of(layer, suffix).values()
+        if any(isinstance(module, FrozenNorm) for module in modules):
+            return None  # its statistics are given, which is for inference
         if any(module is not None and module.population.training_sizes is not None for module in modules):
             return None
         norms = [None if module is None else module.sequence(running) for module in modules]

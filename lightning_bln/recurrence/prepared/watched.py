@@ -103,6 +103,8 @@ class WatchedLayer(NamedTuple):
             value is not getattr(weights, name) for name, value in zip(PARAMETERS, values, strict=False)
         ):
             return None  # parametrized, or made of others
+        if any(getattr(norm, name) is not own_parameters(norm).get(name) for norm in found for name in AFFINE):
+            return None
         if not all(is_readable(value, weights.weight_ih.dtype) for value in values):
             return None
         return cls(options_of(layer, norms), tensors, names)
