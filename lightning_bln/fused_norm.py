@@ -85,6 +85,11 @@ def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
     return y if has_adjacent_features(x) else torch.empty_like(x).copy_(y)
 
 
+def has_strides_of(x: Tensor, y: Tensor) -> bool:
+    """Whether ``y`` lies in memory as ``x`` of the same shape does; strides of axes of one entry are of no meaning."""
+    return all(one == two or n == 1 for one, two, n in zip(x.stride(), y.stride(), x.shape, strict=True))
+
+
 def normalize_fused(
     x: Tensor,
     equation: Equation,
@@ -167,7 +172,7 @@ def normalize_on_triton(
     settings = NormSettings(keeps_moments(observes, inputs), *numbers)
     y, moments = norm(inputs, NormConstants(mixing, given, None), settings)
     y = y.view(x.shape)
-    y = y if y.stride() == x.stride() else in_layout_of(x, y)
+    y = y if has_strides_of(x, y) else in_layout_of(x, y)
     if not observes:
         return y, None
     return y, Seen(moments.detach(), positions, math.prod(x.shape[:-1]) // math.prod(positions), False, equation, x)

@@ -22,7 +22,7 @@ CURRENT = tl.constexpr(0)
 
 @triton.jit
 def sum_at(which: tl.constexpr, p, g, f, P, G, F, SHARED: tl.constexpr):
-    """Where one of the sums of a feature lies: ``(3, places, G, F)``."""
+    """Place of one of the sums of a feature: ``(3, places, G, F)``."""
     places = 1 if SHARED else P
     q = p * 0 if SHARED else p
     return ((which * places + q) * G + g)[:, None] * F + f[None, :]

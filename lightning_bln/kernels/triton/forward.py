@@ -33,14 +33,14 @@ def lengths(sizes, p, N, P):
 
 @triton.jit
 def batch_at(which: tl.constexpr, p, g, f, G, F, SHARED: tl.constexpr):
-    """Where a feature's mean (0) or variance (1) lies: ``(places, 2, G, F)``."""
+    """Place of a feature's mean (0) or variance (1): ``(places, 2, G, F)``."""
     q = p * 0 if SHARED else p
     return ((q * 2 + which) * G + g)[:, None] * F + f[None, :]
 
 
 @triton.jit
 def feature_at(which: tl.constexpr, n, p, g, N, P, G, SHARED: tl.constexpr):
-    """Where the mean or variance of a sample's features lies: ``(places, 2, G, rows)``."""
+    """Place of the mean or variance of a sample's features: ``(places, 2, G, rows)``."""
     if SHARED:
         return (which * G + g) * N * P + n[:, None] * P + p[None, :]
     else:

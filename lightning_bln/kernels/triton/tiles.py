@@ -76,8 +76,8 @@ def tiling(x: Tensor, groups: int, is_shared: bool) -> Tiling:
     """The layout for ``x``, shaped ``(samples, positions, features of all groups)``, with any strides."""
     (samples, positions, width), (of_samples, of_positions, of_features) = x.shape, x.stride()
     features = width // groups
-    if is_shared and (positions == 1 or of_samples == positions * of_positions):
-        samples, positions, of_samples, of_positions = samples * positions, 1, of_positions, 0
+    if positions > 1 and is_shared and (samples == 1 or of_samples == positions * of_positions):
+        samples, positions, of_samples = samples * positions, 1, of_positions
     is_shared = is_shared and positions > 1
     strides = of_samples, of_positions, of_features * features, of_features
     tile = tile_of(samples, positions, features, of_positions > 0 and of_features > of_positions)
