@@ -30,10 +30,12 @@ LAYOUTS: dict[str, tuple[Any, int, bool, str]] = {
     "wide features": (lambda: torch.empty(256, 1, 8192, device="meta"), 1, False, "fp32"),
     "images": (lambda: torch.empty(64, 64, 1024, device="meta").mT, 1, False, "fp32"),
     "images, shared positions": (lambda: torch.empty(64, 64, 1024, device="meta").mT, 1, True, "fp16"),
+    "one number": (lambda: torch.empty(1, 1, 1, device="meta"), 1, False, "fp32"),
     "three channels": (lambda: torch.empty(64, 3, 1024, device="meta").mT, 1, False, "bf16"),
 }
 """An input, groups, whether positions are shared, and the dtype."""
 
+SIZES = ("N", "P", "G", "F", "sn", "sp", "sg", "sf", "CHUNK")
 INTEGERS = {"N", "P", "G", "F", "CHUNK", "PARTS", "COLUMNS", "WIDTH", "LENGTH", "TILES"}
 NARROW = {"x", "y", "grad", "grad_x", "weight", "bias"}
 """Arrays of the input's dtype; the others hold float32."""
@@ -43,8 +45,8 @@ def constants_of(tiles: Tiling, uses: int) -> dict[Any, dict[str, Any]]:
     """Each kernel, and what it is compiled for."""
     samples, positions, features = tiles.tile
     base = {"SHARED": tiles.is_shared, "ACC": tl.float32, "BM": samples, "BP": positions, "BN": features}
-    strides = zip(("sn", "sp", "sg", "sf"), tiles.strides, strict=True)
-    base |= {name: 1 for name, stride in strides if stride == 1}
+    sizes = *tiles[:4], *tiles.strides, tiles.chunk
+    base |= {name: 1 for name, size in zip(SIZES, sizes, strict=True) if size == 1}  # as Triton specialises them
     if tiles.groups == 1:
         base["sizes"] = None
     equation = {**base, "HAS_B": True, "HAS_F": True, "USES": uses, "SCALE": 0.3, "EPS": 1e-3}
@@ -54,7 +56,8 @@ def constants_of(tiles: Tiling, uses: int) -> dict[Any, dict[str, Any]]:
         norm_apply: equation,
         norm_sums: {**equation, "NEEDS_COLUMNS": True, "NEEDS_F": True},
         norm_backward: equation,
-        merge_parts: {"ACC": tl.float32, "BK": 64, "BC": 32, "sizes": None},
+        merge_parts: {"ACC": tl.float32, "BK": 64, "BC": 32, "sizes": None}
+        | ({} if tiles.is_shared else {"TILES": 1, "P": 1, "BP": 1}),
     }
 
 
