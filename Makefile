@@ -1,10 +1,10 @@
-# make demo | test | test-exact | test-oldest | check | bench | bench-cells | bench-folding | asan: each sets up .venv by itself and is quick the second time.
+# make demo | test | test-exact | test-triton | test-oldest | check | bench | bench-cells | bench-folding | asan: each sets up .venv by itself and is quick the second time.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-exact test-oldest compatibility bench bench-cells bench-sweep bench-calibration bench-deployed bench-folding asan lint types check clean
+.PHONY: demo test test-exact test-triton test-oldest compatibility bench bench-cells bench-sweep bench-calibration bench-deployed bench-folding asan lint types check clean
 
 # The oldest versions the package declares, and torchtext, in an environment of 5 GB that outlives the clone.
 OLDEST_PYTHON ?= python3.11
@@ -37,6 +37,15 @@ test: $(VENV)/.installed
 # Tables of modules of every kind against plain validations, and every rule of a tensor with a part for each mode.
 test-exact: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m exact tests/callbacks tests/cli tests/convert tests/export tests/exporting tests/folding tests/kernels tests/recurrence tests/test_as_torch.py tests/test_per_mode_rules.py
+
+# Beside the others alone, for only torch for CUDA asks for it; it needs nothing, and is to move nothing.
+$(VENV)/.triton: $(VENV)/.installed
+	$(BIN)/pip install -q --no-deps -c constraints.txt triton==3.7.1
+	touch $@
+
+# Kernels for GPUs by Triton's interpreter on the CPU, and compiled for GPUs that are not there.
+test-triton: $(VENV)/.triton
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/triton
 
 # Made beside its place and moved there whole, so that one cut short is never used.
 $(OLDEST)/.installed:

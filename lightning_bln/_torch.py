@@ -141,8 +141,13 @@ PLAIN_TYPES = (Tensor, nn.Parameter)
 
 def is_plain(value: Tensor | None) -> bool:
     """Whether a tensor's numbers lie in this process's memory as its strides say, behind no subclass."""
+    return is_ordinary(value) and (value is None or value.is_cpu)
+
+
+def is_ordinary(value: Tensor | None) -> bool:
+    """Whether a tensor's numbers lie in some device's memory as its strides say, behind no subclass."""
     # a tensor that vmap batches is of the plain type and has no storage
-    return value is None or (type(value) in PLAIN_TYPES and value.is_cpu and torch._C._has_storage(value))
+    return value is None or (type(value) in PLAIN_TYPES and torch._C._has_storage(value))
 
 
 def written_out(value: Tensor) -> Tensor:

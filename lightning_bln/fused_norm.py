@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +17,40 @@ from lightning_bln.kernels.batch_layer_norm import (
     dense,
     dense_in_modes,
     has_adjacent_features,
+    reason_against_fused,
     statistics_of,
 )
+from lightning_bln.kernels.gate import serves, serves_triton
 from lightning_bln.kernels.library import bits_of
 from lightning_bln.kernels.planes import PlanesSettings, has_planes, planes, planes_in_modes, statistics_of_planes
+from lightning_bln.kernels.triton.dense import NormConstants, NormSettings, mixing_rows_like, norm
 from lightning_bln.merging import merge
 from lightning_bln.modes import StatisticsMode
 from lightning_bln.population import Population
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+"""Backends of norms."""
+
+
+def kernels_for(backend: str, x: Tensor, tensors: Iterable[Tensor | None]) -> str | None:
+    """Kernels that a norm of this backend runs on, ``"cpu"`` or ``"triton"``; ``None`` for torch operations.
+
+    Args:
+        backend: One of ``BACKENDS``.
+        x: The input, features last.
+        tensors: All else that the call reads.
+
+    Raises:
+        ValueError: The backend asks for kernels that cannot run.
+    """
+    tensors = tuple(tensors)
+    if serves_triton(backend, x.dtype, (x, *tensors)):
+        return "triton"
+    if backend not in ("auto", "cpu"):
+        return None
+    if backend == "auto" and torch.compiler.is_compiling() and not has_adjacent_features(x):
+        return None  # inductor fuses torch operations, and no copy
+    return "cpu" if serves(backend, reason_against_fused(x, tensors)) else None
 
 
 class Seen(NamedTuple):
@@ -58,6 +85,11 @@ def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
     return y if has_adjacent_features(x) else torch.empty_like(x).copy_(y)
 
 
+def has_strides_of(x: Tensor, y: Tensor) -> bool:
+    """Whether ``y`` lies in memory as ``x`` of the same shape does; strides of axes of one entry are of no meaning."""
+    return all(one == two or n == 1 for one, two, n in zip(x.stride(), y.stride(), x.shape, strict=True))
+
+
 def normalize_fused(
     x: Tensor,
     equation: Equation,
@@ -66,6 +98,7 @@ def normalize_fused(
     observes: bool,
     modes: Sequence[StatisticsMode] | None = None,
     rows: Tensor | None = None,
+    kernels: str = "cpu",
 ) -> tuple[Tensor, Seen | None]:
     """:func:`~lightning_bln.equation.normalize_by` on the fused kernels.
 
@@ -77,7 +110,10 @@ def normalize_fused(
         observes: Whether to return what the batch's statistics are read from.
         modes: The statistics mode of each group of samples, without gradients.
         rows: The mixing weights as kernels read them, where they are known.
+        kernels: ``"cpu"`` or ``"triton"``.
     """
+    if kernels == "triton":
+        return normalize_on_triton(x, equation, source, over, observes, modes)
     batch_axis, is_shared = over[0], over[-1] == x.ndim - 2
     is_planar = has_planes(x, batch_axis + 1)
     is_one = is_shared and not is_planar  # position, at which the batch is all that there are
@@ -93,7 +129,7 @@ def normalize_fused(
             return y.view(x.shape), None
         y = dense_in_modes(inputs, constants, DenseSettings(0, 0, *numbers), each)
         return in_layout_of(x, y.view(x.shape)), None
-    keeps = int(observes or (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in inputs)))
+    keeps = keeps_moments(observes, inputs)
     uses = bits_of(source.uses)
     if is_planar:
         y, moments = planes(inputs, constants, PlanesSettings(keeps, uses, int(is_shared), *numbers))
@@ -106,3 +142,43 @@ def normalize_fused(
     positions = (1,) if is_shared else tuple(x.shape[1:-1])
     rows_of_each = math.prod(x.shape[:-1]) // math.prod(positions)
     return y, Seen(moments.detach(), positions, rows_of_each, is_planar, equation, x)
+
+
+def normalize_on_triton(
+    x: Tensor,
+    equation: Equation,
+    source: Source,
+    over: tuple[int, ...],
+    observes: bool,
+    modes: Sequence[StatisticsMode] | None,
+) -> tuple[Tensor, Seen | None]:
+    """:func:`normalize_fused` by Triton kernels, which take any layout as it is."""
+    if modes is not None:
+        parts = zip(x, modes, strict=True)
+        over = tuple(axis - 1 for axis in over)
+        sources = [(one, source._replace(uses=mode.uses_population)) for one, mode in parts]
+        return torch.stack(
+            [normalize_on_triton(one, equation, own, over, False, None)[0] for one, own in sources]
+        ), None
+    is_shared = over[-1] == x.ndim - 2
+    positions = (1,) if is_shared else tuple(x.shape[1:-1])
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+    inputs = DenseInputs(flat, equation.weight, equation.bias)
+    w_feature, w_batch = equation.w_feature, equation.w_batch
+    given = source.flat(torch.promote_types(x.dtype, torch.float32))
+    mixing = mixing_rows_like(w_feature, w_batch, math.prod(positions), x)
+    halves = int(w_batch is not None) + 2 * int(w_feature is not None)
+    numbers: Any = bits_of(source.uses), 1, int(is_shared), halves, equation.scale, equation.eps
+    settings = NormSettings(keeps_moments(observes, inputs), *numbers)
+    y, moments = norm(inputs, NormConstants(mixing, given, None), settings)
+    y = y.view(x.shape)
+    y = y if has_strides_of(x, y) else in_layout_of(x, y)
+    if not observes:
+        return y, None
+    return y, Seen(moments.detach(), positions, math.prod(x.shape[:-1]) // math.prod(positions), False, equation, x)
+
+
+def keeps_moments(observes: bool, inputs: Sequence[Tensor | None]) -> int:
+    """Whether a call has to return moments: for a population, or for the gradient."""
+    needs_grad = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
+    return int(observes or needs_grad)

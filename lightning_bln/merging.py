@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_bln._torch import own_buffers
 from lightning_bln._writing import one_at_a_time
 from lightning_bln.kernels.gate import admit
-from lightning_bln.kernels.library import GatherArgs, call, pointer
+from lightning_bln.kernels.library import GatherArgs, call, is_built, pointer
 from lightning_bln.moments import Moments
 from lightning_bln.population import Population
 
@@ -66,6 +66,9 @@ def can_merge(population: Population, moments: Tensor, positions: tuple[int, ...
         and population.training_sizes is None
         and type(count) is Tensor
         and type(mean) is Tensor
+        and moments.is_cpu
+        and mean.is_cpu
+        and is_built()
         and mean.dtype == moments.dtype
         and mean.shape[-1] == population.num_features + 3
         and count.shape in (positions, (0,))

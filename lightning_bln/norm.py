@@ -20,8 +20,7 @@ from lightning_bln._checks import (
 from lightning_bln.distributed import is_distributed, joint_batch
 from lightning_bln.equation import Equation, Source, Statistics, Uses, normalize_by, observation, widen
 from lightning_bln.functional import NORMS, check_dtype, check_input, parts, scale_factor
-from lightning_bln.fused_norm import normalize_fused
-from lightning_bln.kernels.batch_layer_norm import has_adjacent_features, reason_against_fused
+from lightning_bln.fused_norm import BACKENDS, kernels_for, normalize_fused
 from lightning_bln.kernels.gate import serves
 from lightning_bln.masks import blank, check_mask, counts_of, sizes_of
 from lightning_bln.mixing import Mixing, mixing_of
@@ -29,8 +28,6 @@ from lightning_bln.modes import FanOut, HasMode
 from lightning_bln.norm_warnings import warn_fixed, warn_single, warn_stale, warn_unfrozen
 from lightning_bln.per_mode import NotTogether, PerMode
 from lightning_bln.population import Observed, Population, check_state_dict
-
-BACKENDS = ("auto", "reference", "cpu")
 
 NONE_USED: Uses = (False,) * 4
 """All statistics are the current input's."""
@@ -166,7 +163,7 @@ class Normalization(HasMode):
         """Raise unless ``mask`` fits ``x``, batch first and features last, and the layer takes one."""
         fan = None if self.training else self.fan
         check_mask(mask if fan is None else fan.repeat_mask(mask, x.shape[0]), x)
-        serves(self.backend, "mask is given, and the compiled kernels take all of x")
+        serves(self.backend, f"mask is given, and the {self.backend} kernels take all of x")
 
     def _normalize(self, x: Tensor, fan: FanOut | None, mask: Tensor | None = None) -> Tensor:
         """Normalise ``x``, shaped ``(m, *positions, d)``, or ``(modes, m, *positions, d)`` under a fan-out."""
@@ -187,23 +184,18 @@ class Normalization(HasMode):
             if observed is not None:
                 self.gather(observed, *counts_of(mask, over, widen(x).dtype), has_gaps=True)
             return blank(y, mask)
-        if not (fan is not None and torch.is_grad_enabled()) and self._runs_fused(x, source):
+        kernels = None
+        if fan is None or not torch.is_grad_enabled():
+            kernels = kernels_for(self.backend, x, (self.weight, self.bias, source.given.batch_mean))
+        if kernels is not None:
             modes = None if fan is None else fan.modes
-            y, batch = normalize_fused(x, equation, source, over, self.training, modes, mixing.rows)
+            y, batch = normalize_fused(x, equation, source, over, self.training, modes, mixing.rows, kernels)
             observed = None if batch is None or batch.merge_into(self.population) else batch.statistics()
         else:
             y, observed = normalize_by(x, equation, source, over, observes=self.training)
         if observed is not None:
             self.gather(observed, x.shape[0], seen)
         return y
-
-    def _runs_fused(self, x: Tensor, source: Source) -> bool:
-        """Whether the fused kernels take ``x``, features last."""
-        if self.backend == "reference":
-            return False
-        if self.backend == "auto" and torch.compiler.is_compiling() and not has_adjacent_features(x):
-            return False  # inductor fuses torch operations, and no copy
-        return serves(self.backend, reason_against_fused(x, (self.weight, self.bias, source.given.batch_mean)))
 
     def _normalize_jointly(self, x: Tensor, is_shared: bool, mask: Tensor | None) -> Tensor:
         """Normalise in training by the batch that all ranks hold together; each rank gathers the same."""
@@ -337,8 +329,8 @@ class BatchLayerNorm(Normalization):
         sync_batch_stats: In distributed training take batch statistics, and :math:`m`, over all ranks together, as if
             one process held the whole batch, with exact gradients. Ranks may hold different numbers of samples, but
             each has to run the layer equally often.
-        backend: ``"auto"`` for the fastest there is, ``"reference"`` for plain torch operations, or ``"cpu"`` for the
-            compiled kernels or an error.
+        backend: ``"auto"`` for the fastest that is measured, ``"reference"`` for plain torch operations, ``"cpu"`` for
+            the compiled kernels or an error, ``"triton"`` for Triton's kernels on a CUDA device or an error.
         device: Where parameters and statistics lie.
         dtype: Their dtype.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_bln.kernels import batch_layer_norm, recurrent
 from lightning_bln.kernels.dispatch import Operator
+from lightning_bln.kernels.triton.dense import TRITON_NORM
 
 
 def register(operator: Operator) -> tuple[Any, Any]:
@@ -97,3 +98,4 @@ def results(count: int) -> str:
 
 recurrence, recurrence_backward = register(recurrent.RECURRENCE)
 dense, dense_backward = register(batch_layer_norm.DENSE)
+triton_norm, triton_norm_backward = register(TRITON_NORM)

@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
-from lightning_bln._torch import HAS_CUSTOM_OPS, is_observed, is_plain
+from lightning_bln._torch import HAS_CUSTOM_OPS, is_observed, is_ordinary
 
 I = TypeVar("I", bound=NamedTuple)  # noqa: E741
 C = TypeVar("C", bound=NamedTuple)
@@ -127,7 +127,7 @@ class EagerFunction(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * len(needs_grad)
         inputs, constants, saved = operator.split(ctx.saved_tensors)
-        if torch.is_grad_enabled() or is_observed() or not all(map(is_plain, grads)):
+        if torch.is_grad_enabled() or is_observed() or not all(map(is_ordinary, grads)):
             reference, settings = ctx.reference, ctx.settings
             found = gradients_on_torch(
                 lambda *own: reference(operator.inputs(*own), constants, settings), inputs, grads

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_bln._torch import is_exporting, is_observed, is_plain, written_out
 from lightning_bln.kernels.library import DTYPES, is_built
+from lightning_bln.kernels.triton.available import is_wanted, reason_against_triton
 
 HOW_TO_BUILD = (
     "install a C++ compiler (g++ or clang) and, in a clone of lightning-bln, install it again: "
@@ -43,15 +44,30 @@ def reason_against(dtype: torch.dtype, tensors: Iterable[Tensor | None]) -> str 
 
 
 def serves(backend: str, reason: str | None) -> bool:
-    """Whether a layer of this backend runs on the library, given the obstacle, if any.
+    """Whether a layer of this backend runs on the library, or on Triton, given the obstacle, if any.
 
     Raises:
-        ValueError: ``backend="cpu"`` asks for it where it cannot run.
+        ValueError: ``backend="cpu"`` or ``"triton"`` asks for it where it cannot run.
     """
-    if backend == "cpu" and reason is not None:
-        raise ValueError(f"backend='cpu', but {reason}; pass backend='auto' to run on torch operations instead")
+    is_asked = backend in ("cpu", "triton")
+    if is_asked and reason is not None:
+        raise ValueError(f"backend={backend!r}, but {reason}; pass backend='auto' to run on torch operations instead")
     # exported on torch operations a program loads without this package, and converts to other formats
-    return reason is None and (backend == "cpu" or not is_exporting())
+    return reason is None and (is_asked or not is_exporting())
+
+
+def serves_triton(backend: str, dtype: torch.dtype, tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a norm of this backend runs on Triton kernels.
+
+    Raises:
+        ValueError: ``backend="triton"`` asks for them where they cannot run.
+    """
+    if backend not in ("auto", "triton"):
+        return False
+    there = [value for value in tensors if value is not None]
+    if backend == "auto" and not (there[0].device.type == "cuda" and is_wanted()):
+        return False
+    return serves(backend, reason_against_triton(dtype, there))
 
 
 def admit(name: str, value: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:

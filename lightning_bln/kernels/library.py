@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_bln.kernels.triton.available import described
+
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 """In the order of ``Cell`` in ``csrc/recurrence.h``."""
 
@@ -108,13 +110,13 @@ STRUCTURES = (NormArgs, RecurrenceArgs, DenseArgs, GatherArgs, ProgramArgs, Inst
 
 
 def available() -> dict[str, str | None]:
-    """The backends of the recurrent layers and what each runs on here; ``None`` where one is missing.
+    """The backends and what each runs on here; ``None`` where one is missing. Triton's has norms alone so far.
 
     Example:
         >>> available()["reference"]
         'torch operations'
     """
-    return {"reference": "torch operations", "cpu": variant()}
+    return {"reference": "torch operations", "cpu": variant(), "triton": described()}
 
 
 def variant() -> str | None:
