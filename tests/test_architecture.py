@@ -41,7 +41,7 @@ FLOORS = (
 
 HEAVY = ("lightning", "pytorch_lightning", "matplotlib", "rich", "optuna", "ray", "torchmetrics")
 
-PRIVATE_PLACES = {"_torch.py", "callbacks/_lightning.py", "tuning/_private.py"}
+PRIVATE_PLACES = {"_torch.py", "callbacks/_lightning.py", "kernels/triton/_interpreter.py", "tuning/_private.py"}
 """Files that may use private names of other libraries."""
 
 HOOKS = {"_load_from_state_dict", "_apply", "_extra_state", "_asdict", "_replace", "_fields", "_fields_"}

@@ -33,6 +33,7 @@ from lightning_bln.recurrence.reference import HiddenWeights, Noise, Result, Seq
 from lightning_bln.recurrence.scan import scan_recurrence
 from lightning_bln.recurrence.sequence_norm import normalize_steps
 from lightning_bln.recurrence.sequences import Running
+from lightning_bln.recurrence.triton.run import recurrence_on_triton
 
 BACKENDS = ("auto", "reference", "compile", "cpu", "triton")
 
@@ -142,11 +143,12 @@ def run(
         norm_ih: The norm of the products, whose dtype may still be a narrow one.
         bias_ih: Their bias.
     """
-    if sequences.x.ndim == 5 and backend in ("auto", "cpu") and not torch.is_grad_enabled():
+    if sequences.x.ndim == 5 and backend in ("auto", "cpu", "triton") and not torch.is_grad_enabled():
         parts = list(parts_in_modes(sequences, weights, norm_ih))
         own, hidden, norm = parts[0]
         norms = [one for one in (norm, *hidden.norm_hh, hidden.norm_cell) if one is not None]
-        if reason_against_recorded(cell, own, hidden, noise, norms, bias_ih, norm is not None) is None:
+        reason = reason_against_recorded(cell, own, hidden, noise, norms, bias_ih, norm is not None)
+        if reason is None or backend == "triton":
             # a recorded program repays to run one mode after the other
             return stacked([run(backend, cell, own, hidden, noise, norm, bias_ih) for own, hidden, norm in parts])
     dtype, running = sequences.state[0].dtype, Running.of(sequences.x[..., 0], sequences.sizes)
@@ -188,12 +190,9 @@ def run_normalized(backend: str, cell: Cell, sequences: Sequences, weights: Hidd
     if backend == "reference" or (is_observed() and backend != "cpu"):
         return recurrence(cell, sequences, weights, noise)
     scans = isinstance(cell, LinearCell) and not noise.zoneout
-    if backend == "triton":
-        from lightning_bln.recurrence.triton.run import TritonRecurrence
-
-        found = recorded_recurrence(cell, sequences, weights, noise, function=TritonRecurrence)
-        assert found is not None
-        return found
+    on_triton = recurrence_on_triton(backend, cell, sequences, weights, noise)
+    if on_triton is not None:
+        return on_triton
     if backend == "compile" and sequences.sizes is None and not scans:
         return inductor_recurrence(cell, sequences, weights, noise)
     found = recorded_recurrence(cell, sequences, weights, noise)

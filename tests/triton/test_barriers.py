@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from lightning_bln.kernels.triton.cooperative import Stuck, cooperative
+from lightning_bln.kernels.triton._interpreter import Stuck, cooperative
 from lightning_bln.recurrence.triton import kernels, run
 from tests.triton.test_recurrent import compare, pair
 

@@ -1,7 +1,7 @@
 """Parts of generated recurrent kernels: a program of the grid owns some units, all their gates, of all samples.
 
-Wide tiles are ``(samples, units, gates)``, the gates filled up to a power of two. Statistics of features have one column
-for each gate, or one for all where they are joint.
+Wide tiles are ``(samples, units, gates)``, the gates filled up to a power of two. Statistics of features have one
+column for each gate, or one for all where they are joint.
 """
 
 import triton
@@ -123,9 +123,7 @@ def merged_moments(
 
 
 @triton.jit
-def summed(
-    place, n, rows, B, features, PROGRAMS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr
-):
+def summed(place, n, rows, B, features, PROGRAMS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr):
     """Means over all features of two sums, ``(samples, columns)``."""
     first, second = all_parts(place, n, rows, B, PROGRAMS, ROOM, COLUMNS)
     return tl.sum(first, 0) / features, tl.sum(second, 0) / features

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from copy import copy
 from functools import partial
 from typing import Any, cast
@@ -35,6 +35,9 @@ from lightning_bln.recurrence.reference import HiddenWeights, Noise, Result, Seq
 from lightning_bln.recurrence.sequence_norm import normalize_steps
 from lightning_bln.recurrence.sequences import Running, lengths_of
 
+Against = Callable[[torch.dtype, Iterable["Tensor | None"]], "str | None"]
+"""The obstacle to a call with tensors of a dtype."""
+
 
 def recorded_recurrence(
     cell: Cell,
@@ -44,14 +47,15 @@ def recorded_recurrence(
     norm_ih: SequenceNorm | None = None,
     bias_ih: Tensor | None = None,
     function: type[torch.autograd.Function] | None = None,
+    against: Against = reason_against,
 ) -> Result | None:
     """:func:`~lightning_bln.recurrence.reference.recurrence` by a recorded program; ``None`` if there is none.
 
     With ``norm_ih`` the input is still to be normalised, and ``bias_ih`` to be added. ``function`` runs the program,
-    :class:`RecordedRecurrence` if left out.
+    :class:`RecordedRecurrence` if left out, and ``against`` says what it does not take.
     """
     norms = [norm for norm in (norm_ih, *weights.norm_hh, weights.norm_cell) if norm is not None]
-    if reason_against_program(cell, sequences, weights, norms, bias_ih) is not None:
+    if reason_against_program(cell, sequences, weights, norms, bias_ih, against) is not None:
         return None
     segments = segments_of(cell, sequences, is_prepared=norm_ih is None)
     recorded = recorded_cell(cell, segments, around_of(cell, weights, noise, norm_ih is not None))
@@ -71,7 +75,7 @@ def recorded_recurrence(
         noise.hidden_mask,
         () if noise.kept is None else tuple(noise.kept[name].to(dtype) for name in signature.around.zoned),
     )
-    calls = tuple(NormCall.of(norm, steps, dtype) for norm in norms)
+    calls = tuple(NormCall.of(norm, steps, torch.promote_types(dtype, torch.float32)) for norm in norms)
     needs_grad = torch.is_grad_enabled()  # which it is not within the function
     apply: Any = (function or RecordedRecurrence).apply
     outputs, *rest = apply(recorded, sequences.sizes, calls, needs_grad, *tensors.flat())
@@ -121,6 +125,7 @@ def reason_against_program(
     weights: HiddenWeights,
     norms: Sequence[SequenceNorm],
     bias_ih: Tensor | None,
+    against: Against = reason_against,
 ) -> str | None:
     """Obstacle to a recorded program besides the cell's equations; ``None`` if there is none."""
     x, state = sequences.x, sequences.state
@@ -144,7 +149,7 @@ def reason_against_program(
     if options_of(cell) is None:
         return "an option of the cell is no number, string or tuple"
     given = [norm.source.given.batch_mean for norm in norms]
-    return reason_against(x.dtype, (x, *state, *parameters, *constants.values(), *given))
+    return against(x.dtype, (x, *state, *parameters, *constants.values(), *given))
 
 
 def parts_in(state: Tensor, units: int) -> Sequence[Tensor]:

@@ -153,7 +153,9 @@ class Backward(Kernel):
     def joined(self, value: Value) -> str:
         """The gradients of a product's or norm's gates side by side, zero where there is no data."""
         gates, parts = room(self.recorded.width(value)), self.adjoint.products[value]
-        whole = {part.inputs[0] for part in parts.values() if part.op == "part" and part.inputs[0].op == "norm_gradient"}
+        whole = {
+            part.inputs[0] for part in parts.values() if part.op == "part" and part.inputs[0].op == "norm_gradient"
+        }
         if value.op == "product" and len(whole) == 1 and len(parts) == self.recorded.width(value):
             return self.names[next(iter(whole))]
         return " + ".join(f"put({self.names[part]}, {k}, {gates})" for k, part in parts.items())

@@ -90,7 +90,8 @@ class Forward(Kernel):
             self.body.append(f"a{number} = multiplied({rows}, w{number}_{chunk}, a{number}, PRECISION, WIDE)")
         self.let(value, f"tl.reshape(a{number}, (BM, U, {gates}))")
         if self.keeps:
-            at = f"{self.pointer(f'product{number}')} + (t * B + n[:, None, None]) * {width} * H + columns{w}[None, :, :]"
+            at = f"(t * B + n[:, None, None]) * {width} * H + columns{w}[None, :, :]"
+            at = f"{self.pointer(f'product{number}')} + {at}"
             self.body.append(f"tl.store({at}, {self.names[value]}, mask=rows[:, None, None] & real{w}[None, :, :])")
 
     def tile(self, norm: Value) -> str:

@@ -48,7 +48,7 @@ def is_masked_state(value: Value) -> bool:
 
 
 def source_of(product: Value) -> Value:
-    """What a product multiplies, a state without its mask."""
+    """The operand of a product, a state without its mask."""
     operand = product.inputs[0]
     return operand.inputs[0] if is_masked_state(operand) else operand
 

@@ -2,31 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Hashable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lightning_bln._torch import is_observed, is_plain
+from lightning_bln._torch import is_observed, is_ordinary
+from lightning_bln.cells.cell import Cell
 from lightning_bln.kernels.dispatch import gradients_on_torch
-from lightning_bln.kernels.triton.cooperative import cooperative
+from lightning_bln.kernels.gate import serves
+from lightning_bln.kernels.triton._interpreter import cooperative
+from lightning_bln.kernels.triton.available import is_wanted, reason_against_triton
 from lightning_bln.recurrence.program.buffers import Shape
 from lightning_bln.recurrence.program.norms import NormCall, Norms
 from lightning_bln.recurrence.program.recording import RecordedCell, Tensors, options_of
-from lightning_bln.recurrence.program.runtime import joined, on_torch
+from lightning_bln.recurrence.program.runtime import joined, on_torch, reason_against_program, recorded_recurrence
+from lightning_bln.recurrence.reference import HiddenWeights, Noise, Result, Sequences
 from lightning_bln.recurrence.sequences import lengths_of
 from lightning_bln.recurrence.triton.kernels import Form, Kernels, kernels_of
 from lightning_bln.recurrence.triton.phases import NormForm, is_masked_state, source_of
-from lightning_bln.recurrence.triton.source import Kernel, room
+from lightning_bln.recurrence.triton.source import Kernel
 
 Arrays = dict[str, Tensor]
 """Tensors of a call by the kernels' names for them."""
 
 MOST_ROWS = 128
 """Samples that a program holds."""
+MOST_BYTES = 200_000
+"""Shared memory of a program, in which its weights stay."""
+
+
+def recurrence_on_triton(
+    backend: str, cell: Cell, sequences: Sequences, weights: HiddenWeights, noise: Noise
+) -> Result | None:
+    """The recurrence on Triton kernels; ``None`` where the backend does not choose them.
+
+    Raises:
+        ValueError: ``backend="triton"`` asks for them where they cannot run.
+    """
+    if backend == "auto" and not (sequences.x.device.type == "cuda" and is_wanted()):
+        return None
+    if backend not in ("auto", "triton"):
+        return None
+    norms = [norm for norm in (*weights.norm_hh, weights.norm_cell) if norm is not None]
+    reason = reason_against_sizes(sequences, weights)
+    if reason is None:
+        reason = reason_against_program(cell, sequences, weights, norms, None, reason_against_triton)
+    found = None
+    if reason is None:
+        options: Any = {"function": TritonRecurrence, "against": reason_against_triton}
+        found = recorded_recurrence(cell, sequences, weights, noise, **options)
+        reason = None if found is not None else f"the step of {type(cell).__name__} cannot be recorded"
+    serves(backend, reason)
+    return found
+
+
+def reason_against_sizes(sequences: Sequences, weights: HiddenWeights) -> str | None:
+    """Obstacle to generated kernels in what a call needs of a device; ``None`` if there is none."""
+    if weights.weight_hr is not None:
+        return "a projected output (proj_size) has no Triton kernel"
+    if sequences.state[0].shape[-2] > MOST_ROWS:
+        return f"the batch has {sequences.state[0].shape[-2]} samples, and a Triton kernel takes {MOST_ROWS} at most"
+    units, like = sequences.x.shape[-1], weights.weight_hh
+    if like is not None and like.is_cuda:
+        bytes_needed = 2 * like.shape[0] * units_of(units) * like.element_size()
+        if bytes_needed > MOST_BYTES:
+            return f"hidden_size={units} needs {bytes_needed} bytes of shared memory, and there are {MOST_BYTES}"
+    return None
 
 
 class TritonRecurrence(torch.autograd.Function):
@@ -46,10 +90,11 @@ class TritonRecurrence(torch.autograd.Function):
         tensors, keep = recorded.tensors(flat), needs_grad and any(ctx.needs_input_grad)
         shape = Shape.of(recorded, tensors, running)
         norms = Norms.of(recorded, tensors, calls, shape.units)
-        moments = norms.moments(tensors.state[0], shape.units, keep, running is not None)
-        options = options_of(recorded.cell)
+        like = tensors.state[0].to(wide(tensors.state[0].dtype))
+        moments = norms.moments(like, shape.units, keep, running is not None)
+        kind, options = cast(Hashable, type(recorded.cell)), options_of(recorded.cell)
         assert options is not None
-        kernels = kernels_of(type(recorded.cell), options, form_of(recorded, norms, shape, keep))
+        kernels = kernels_of(kind, options, form_of(recorded, norms, shape, keep))
         arrays = inputs_of(recorded, tensors, norms, moments, shape)
         arrays |= room_of(kernels, tensors, recorded, shape)
         sizes = torch.tensor(running or [shape.samples] * shape.steps, dtype=torch.int32, device=arrays["x0"].device)
@@ -78,8 +123,7 @@ class TritonRecurrence(torch.autograd.Function):
         gradients = gradients[: 1 + len(recorded.states)]
         if all(gradient is None for gradient in gradients):
             return (None,) * (4 + len(flat))
-        plain = all(is_plain(gradient) or (gradient is not None and gradient.is_cuda) for gradient in gradients)
-        if torch.is_grad_enabled() or is_observed() or not plain:
+        if torch.is_grad_enabled() or is_observed() or not all(map(is_ordinary, gradients)):
             run = partial(on_torch, recorded, shape.running, ctx.calls)
             return None, None, None, None, *gradients_on_torch(run, flat, gradients)
         tensors = recorded.tensors(flat)
@@ -93,15 +137,19 @@ class TritonRecurrence(torch.autograd.Function):
 
 def form_of(recorded: RecordedCell, norms: Norms, shape: Shape, keep: bool) -> Form:
     """All that the kernels' source depends on."""
-    forms = []
+    forms: list[tuple[Any, NormForm]] = []
     for key, width, call in zip(norms.keys, norms.widths, norms.calls, strict=True):
-        weights = call.mixing.to("cpu")
-        given = tuple(bool(call.uses >> bit & 1) for bit in range(4))
-        has = (bool(weights[1].any()), bool(weights[0].any()))
-        whole = (key, width) if isinstance(key, int) else (key, width)
+        w_feature, w_batch = call.mixing.cpu().any(1).tolist()
+        given: Any = tuple(bool(call.uses >> bit & 1) for bit in range(4))
         joint = call.groups == 1 and width > 1
-        forms.append((whole, NormForm(width, joint, *has, given, call.eps, keep or call.observes)))  # type: ignore[arg-type]
+        form = NormForm(width, joint, w_batch, w_feature, given, call.eps, keep or call.observes)
+        forms.append(((key, width), form))
     return Form(recorded.signature, tuple(forms), keep, shape.units, depth_of(shape.units))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and statistics."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def depth_of(units: int) -> int:
@@ -121,9 +169,8 @@ def inputs_of(
     arrays: Arrays = {f"x{index}": value for index, value in enumerate(tensors.x)}
     for (name, axes), value in zip(recorded.signature.constants, tensors.constants, strict=True):
         arrays[f"{'matrix' if axes == 2 else 'constant'}_{name}"] = value
-    for name, value in (("weight_hh", tensors.weight_hh), ("bias_hh", tensors.bias_hh), ("mask", tensors.mask)):
-        if value is not None:
-            arrays[name] = value
+    single = {"weight_hh": tensors.weight_hh, "bias_hh": tensors.bias_hh, "mask": tensors.mask}
+    arrays |= {name: value for name, value in single.items() if value is not None}
     names = recorded.signature.around.zoned if tensors.kept else ()
     arrays |= {f"kept_{name}": value for name, value in zip(names, tensors.kept, strict=True)}
     like = tensors.state[0]
@@ -132,12 +179,12 @@ def inputs_of(
         zero = like.new_zeros(width * shape.units)
         arrays[f"norm_weight{number}"] = call.scale * (zero + 1 if weight is None else weight)
         arrays[f"norm_bias{number}"] = zero if bias is None else bias
-        arrays[f"mixing{number}"] = call.mixing.to(like.device, like.dtype)
+        arrays[f"mixing{number}"] = call.mixing.to(like.device, wide(like.dtype))
         if call.given is not None:
             arrays[f"given{number}"] = call.given
         if moments[number].numel():
-            batch, feature = moments[number].split([2 * shape.steps * width * shape.units, 2 * shape.steps * call.groups * shape.samples])
-            arrays[f"batch{number}"], arrays[f"feature{number}"] = batch, feature
+            of_batch = 2 * shape.steps * width * shape.units
+            arrays[f"batch{number}"], arrays[f"feature{number}"] = moments[number].tensor_split([of_batch])
     return arrays
 
 
@@ -184,7 +231,8 @@ def launch(function: Any, kernel: Kernel, arrays: Arrays, sizes: Tensor, shape: 
 
     like, units = arrays["x0"], units_of(shape.units)
     programs = -(-shape.units // units)
-    part = like.new_full((max(1, kernel.columns) * 4 * programs * shape.samples,), float("nan"))
+    room = max(1, kernel.columns) * 4 * programs * shape.samples
+    part = like.new_full((room,), float("nan"), dtype=wide(like.dtype))
     flag = torch.zeros(1, dtype=torch.int32, device=like.device)
     is_interpreted = not like.is_cuda
     constants = {
@@ -199,7 +247,8 @@ def launch(function: Any, kernel: Kernel, arrays: Arrays, sizes: Tensor, shape: 
         "ACC": tl.float64 if like.dtype == torch.float64 else tl.float32,
     }
     options = {} if is_interpreted else {"launch_cooperative_grid": True, "num_warps": 4}
-    with cooperative() if is_interpreted else nullcontext():
+    context: Any = cooperative() if is_interpreted else torch.cuda.device_of(like)
+    with context:
         tensors = [arrays[name] for name in kernel.pointers]
         function[(programs,)](*tensors, sizes, part, flag, shape.steps, shape.samples, **constants, **options)
 
@@ -217,7 +266,8 @@ def collected(
         gradient = found[f"grad_product{number}"].flatten(0, 1)
         of = source_of(product)
         rows = found[f"state_{of.key}".replace(" ", "_")][:-1] if of.op == "state" else found[f"input{number}"]
-        rows = rows * tensors.mask if is_masked_state(product.inputs[0]) else rows
+        if is_masked_state(product.inputs[0]) and tensors.mask is not None:
+            rows = rows * tensors.mask
         part = gradient.t() @ rows.flatten(0, 1)
         products[product.key] = products[product.key] + part if product.key in products else part
         if isinstance(product.key, int):
@@ -225,7 +275,7 @@ def collected(
             biases[product.key] = biases[product.key] + total if product.key in biases else total
     of_norms: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
     for number, (key, call) in enumerate(zip(norms.keys, norms.calls, strict=True)):
-        if norms_has(step, number):
+        if step.norms[number] in step.adjoint.products:
             weight, bias = norms.affine.weights[number], norms.affine.biases[number]
             of_norms[key] = (
                 None if weight is None else call.scale * found[f"grad_weight{number}"],
@@ -250,8 +300,3 @@ def collected(
         None,
         *(None for _ in tensors.kept),
     ]
-
-
-def norms_has(step: Any, number: int) -> bool:
-    """Whether a norm's output has a gradient."""
-    return step.norms[number] in step.adjoint.products

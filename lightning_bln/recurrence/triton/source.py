@@ -6,13 +6,12 @@ before the grid's barrier, and what they leave is read after it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lightning_bln.recurrence.program.autodiff import Adjoint, differentiate
 from lightning_bln.recurrence.program.graph import Step, Value, merge_sums, ordered
-from lightning_bln.recurrence.triton.elementwise import written
-from lightning_bln.recurrence.triton.phases import NormForm, backward_phases, forward_phases, source_of
+from lightning_bln.recurrence.triton.phases import NormForm
 
 
 class Layout(NamedTuple):

@@ -1,7 +1,7 @@
 """Triton's interpreter with the programs of a grid at once, which wait for one another at barriers.
 
-The interpreter runs them one after the other, so that the first would wait for ever. Here each is a thread, of which one
-runs at a time; at each atomic operation it hands over to one that is drawn at random. Of a barrier that is missing
+The interpreter runs them one after the other, so that the first would wait for ever. Here each is a thread, of which
+one runs at a time; at each atomic operation it hands over to one that is drawn at random. Of a barrier that is missing
 another order tells.
 """
 
