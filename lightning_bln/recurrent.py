@@ -57,8 +57,8 @@ class Recurrent(HasCells):
         time_statistics: ``"separate"`` population for each time step, or ``"shared"``.
         gate_statistics: Feature statistics of each gate (``"separate"``), or over all gates at once (``"joint"``).
         backend: ``"auto"`` for the fastest there is, ``"reference"`` for plain torch operations, which have gradients
-            of any order, ``"compile"`` for steps that :func:`torch.compile` has fused, or ``"cpu"`` for the compiled
-            kernels or an error.
+            of any order, ``"compile"`` for steps that :func:`torch.compile` has fused, ``"cpu"`` for the compiled
+            kernels, or ``"triton"`` for Triton's on a CUDA device; the last two or an error.
         recompute: Whether the compiled kernels compute gates and products again in the backward pass rather than keep
             them: several times less memory for long sequences, a third more time.
         eps: Added to the variances.

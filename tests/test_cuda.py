@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from lightning_bln import BLNGRU, BLNLSTM, BLNRNN, BatchLayerNorm, recompute_population, set_mode
+from lightning_bln import BLNGRU, BLNLSTM, BLNRNN, BatchLayerNorm, Normalization, recompute_population, set_mode
 
 LAYERS: dict[str, Any] = {"lstm": BLNLSTM, "gru": BLNGRU, "rnn": BLNRNN}
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -129,3 +129,22 @@ def test_statistics_stay_in_place_which_a_graph_replays(layer: nn.Module) -> Non
     assert places == {name: buffer.data_ptr() for name, buffer in layer.named_buffers() if buffer.numel()}
     for name, buffer in eager.named_buffers():
         assert torch.equal(dict(layer.named_buffers())[name], buffer), name
+
+
+@needs_cuda
+@pytest.mark.parametrize("positions", ["separate", "shared"])
+@pytest.mark.parametrize("norm", ["bln", "layer", "batch"])
+@pytest.mark.parametrize(("shape", "channel_dim"), [((6, 5, 40), -1), ((4, 3, 9, 7), 1), ((64, 2100), -1)])
+def test_norms_on_triton_as_on_the_cpu(shape: tuple[int, ...], channel_dim: int, norm: str, positions: str) -> None:
+    options: dict[str, Any] = {"norm": norm, "positions": positions, "channel_dim": channel_dim}
+    own = Normalization(shape[channel_dim], backend="reference", **options)
+    there = deepcopy(own).cuda()
+    there.backend = "triton"
+    x = torch.randn(shape)
+    assert_close(results(there, x.cuda()), results(own, x))
+    recompute_population(own, [x])
+    there.load_state_dict(own.state_dict())
+    own.eval(), there.eval()
+    for mode in ("cccc", "ppcc", "pppp", "cpcp", "pcpc"):
+        set_mode(own, mode), set_mode(there, mode)
+        torch.testing.assert_close(there(x.cuda()).cpu(), own(x), rtol=1e-4, atol=1e-4)

@@ -110,7 +110,7 @@ STRUCTURES = (NormArgs, RecurrenceArgs, DenseArgs, GatherArgs, ProgramArgs, Inst
 
 
 def available() -> dict[str, str | None]:
-    """The backends and what each runs on here; ``None`` where one is missing. Triton's has norms alone so far.
+    """The backends and what each runs on here; ``None`` where one is missing.
 
     Example:
         >>> available()["reference"]

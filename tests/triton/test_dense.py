@@ -159,6 +159,14 @@ def test_the_gradient_is_that_of_differences(mode) -> None:
     assert torch.autograd.gradcheck(layer, torch.randn(3, 2, 3, dtype=float64, requires_grad=True))
 
 
+@pytest.mark.parametrize(("shape", "channel_dim"), [((5, 3, 6), -1), ((3, 4, 2, 5), 1)], ids=str)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_moments_are_gathered_without_the_library(positions, shape, channel_dim, monkeypatch) -> None:
+    """As on a device, where the C++ kernels cannot merge them."""
+    monkeypatch.setattr("lightning_bln.merging.can_merge", lambda *_: False)
+    compare(shape, channel_dim, float64, positions=positions)
+
+
 def test_results_are_the_same_from_run_to_run() -> None:
     _, layer = pair(40)
     x, grad = torch.randn(90, 40), torch.randn(90, 40)

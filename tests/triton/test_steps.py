@@ -13,7 +13,7 @@ from lightning_bln.modes import ALL_MODES
 from lightning_bln.recurrence.gate_norm import GateNorm
 from lightning_bln.recurrence.sequence_norm import normalize_steps, take_in
 from lightning_bln.recurrence.sequences import Running
-from tests.triton.helpers import TOLERANCE, interpreted
+from tests.triton.helpers import TOLERANCE, graph_of, interpreted
 
 pytestmark = interpreted
 
@@ -85,6 +85,20 @@ def test_padding_enters_nothing() -> None:
     (grad,) = torch.autograd.grad(y.sin().sum(), leaf)
     assert grad[ended].eq(0).all()
     assert grad.isfinite().all()
+
+
+def test_auto_takes_triton_where_it_serves(monkeypatch) -> None:
+    monkeypatch.setattr("lightning_bln.recurrence.sequence_norm.serves_triton", lambda *_: True)
+    x, norm, running = torch.randn(T, B, G, H), GateNorm(H, G), Running(T, B)
+    y, _ = normalize_steps(norm.sequence(running), x, running)
+    assert "TritonNorm" in graph_of(y)
+
+
+@pytest.mark.parametrize("sizes", [None, RAGGED], ids=str)
+def test_moments_are_gathered_without_the_library(sizes, monkeypatch) -> None:
+    """As on a device, where the C++ kernels cannot merge them."""
+    monkeypatch.setattr("lightning_bln.merging.can_merge", lambda *_: False)
+    compare("train", sizes)
 
 
 def test_fan_out_is_refused() -> None:
