@@ -75,12 +75,18 @@ def signature_of(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str
 
 
 def build(kernel: Any, constants: dict[str, Any], dtype: str, architecture: int) -> dict[str, int]:
+    """Resources of a kernel of norms."""
+    return resources(kernel, signature_of(kernel, constants, dtype), constants, architecture, num_warps=WARPS)
+
+
+def resources(
+    kernel: Any, kinds: dict[str, str], constants: dict[str, Any], architecture: int, **options: Any
+) -> dict[str, int]:
     """Resources of a kernel, from its machine code."""
-    kinds = signature_of(kernel, constants, dtype)
     pointers = [(index,) for index, kind in enumerate(kinds.values()) if kind.startswith("*")]
     attributes = {index: [["tt.divisibility", 16]] for index in pointers}
     source = ASTSource(kernel, kinds, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": WARPS})
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

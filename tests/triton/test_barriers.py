@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,9 +11,10 @@ import torch
 
 from lightning_bln.kernels.triton._interpreter import Stuck, cooperative
 from lightning_bln.recurrence.triton import kernels, run
+from tests.triton.helpers import interpreted
 from tests.triton.test_recurrent import compare, pair
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="make test-triton runs these")
+pytestmark = interpreted
 
 BARRIER = "        done += PROGRAMS\n        barrier(flag, done)\n"
 CASES = [("ligru", None), ("ligru", "bln"), ("mgu", None), ("lstm", "bln"), ("mut3", "bln")]

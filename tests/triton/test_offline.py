@@ -1,4 +1,4 @@
-"""Norms' Triton kernels compiled for GPUs that are not here fit them."""
+"""Triton kernels compiled for GPUs that are not here fit them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,16 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 ROOT = Path(__file__).parents[2]
 
 
+PROGRAMS = {
+    "offline": (["steps of a recurrent layer", "images"], 40),
+    "offline_recurrent": ([], 14),
+}
+"""Arguments of each program that compiles kernels, and how many these are."""
+
+
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
-def test_kernels_fit(architecture, tmp_path) -> None:
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_kernels_fit(name, architecture, tmp_path) -> None:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -30,11 +38,12 @@ def test_kernels_fit(architecture, tmp_path) -> None:
         pytest.skip(f"triton {installed()} comes without {', '.join(missing)}: nothing compiles offline")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    program = [sys.executable, "-m", "tests.triton.offline", str(architecture), "steps of a recurrent layer", "images"]
+    arguments, number = PROGRAMS[name]
+    program = [sys.executable, "-m", f"tests.triton.{name}", str(architecture), *arguments]
     run = subprocess.run(program, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
-    assert len(found) == 40
+    assert len(found) == number
     for name, taken in found.items():
         assert taken["registers"] <= 255, (name, taken)
         assert taken["spilled"] < 64, (name, taken)

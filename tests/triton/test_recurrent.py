@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from copy import deepcopy
 from typing import Any
 
@@ -13,8 +12,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from lightning_bln import Recurrent, recompute_population, set_mode
 from lightning_bln.cells import registry
+from lightning_bln.modes import fan_out
+from lightning_bln.recurrence.triton import run
+from tests.triton.helpers import interpreted
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="make test-triton runs these")
+pytestmark = interpreted
 
 ROUNDED = {"sgu": 1e-7, "dsgu": 1e-7}
 """torch's gradient of a hard sigmoid holds a sixth in float32."""
@@ -152,3 +154,63 @@ def test_results_repeat() -> None:
     x = torch.randn(4, 5, 3)
     first, second = trained(layer, x), trained(layer, x)
     assert torch.equal(first["output 0"], second["output 0"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["bln", None])
+def test_narrow_numbers_with_statistics_in_float32(norm: str | None, dtype: torch.dtype) -> None:
+    one, _ = pair("lstm", norm, torch.float32, units=16)
+    x = torch.randn(5, 8, 3)
+    narrow = deepcopy(one).to(dtype)
+    narrow.backend = "triton"
+    expected, found = trained(one, x), trained(narrow, x.to(dtype))
+    for name, value in expected.items():
+        other = found[name]
+        if value is not None and other is not None and value.numel() and value.is_floating_point():
+            scale = max(0.1, float(value.abs().max()))
+            assert float((other.float() - value).abs().max()) <= 0.06 * scale, name
+    if norm:
+        assert narrow.norm_hh_l0.population.mean.dtype is torch.float32
+
+
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_a_kernel_that_fails_costs_no_run(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = run.launch
+
+    def fail(function: Any, *arguments: Any) -> None:
+        if function.fn.__name__ == which:
+            raise run.KernelFailed("out of registers")
+        launch(function, *arguments)
+
+    monkeypatch.setattr(run, "launch", fail)
+    monkeypatch.setattr(run, "FAILED", set())
+    layers, x = pair("gru", "bln"), torch.randn(3, 5, 3, dtype=torch.float64)
+    with pytest.warns(
+        UserWarning, match="a Triton kernel of GRU failed, and torch operations run in its place: out of"
+    ):
+        compare(layers, x)
+    compare(layers, x)
+
+
+def test_the_modes_of_a_fan_out() -> None:
+    one, two = pair("gru", "bln")
+    recompute_population(one, [torch.randn(4, 8, 3, dtype=torch.float64) for _ in range(2)])
+    two.load_state_dict(one.state_dict())
+    x = torch.randn(4, 5, 3, dtype=torch.float64)
+    found = []
+    for layer in (one.eval(), two.eval()):
+        with torch.no_grad(), fan_out(layer, ["pppp", "ppcc", "cccc"]):
+            found.append(flat(layer(x.repeat(1, 3, 1))))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_what_has_no_kernel_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 3, 3)
+    with pytest.raises(ValueError, match="backend='triton', but a projected output"):
+        Recurrent("lstm", 3, 8, proj_size=4, backend="triton")(x)
+    with pytest.raises(ValueError, match="the batch has 200 samples, and a Triton kernel takes 128 at most"):
+        Recurrent("lstm", 3, 8, backend="triton")(torch.randn(2, 200, 3))
+    monkeypatch.setattr("lightning_bln.kernels.triton.available.is_interpreted", lambda: False)
+    with pytest.raises(ValueError, match="a tensor is on cpu, and the Triton kernels run on CUDA devices"):
+        Recurrent("lstm", 3, 8, norm=None, backend="triton")(x)

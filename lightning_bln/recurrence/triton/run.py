@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -30,8 +31,8 @@ Arrays = dict[str, Tensor]
 
 MOST_ROWS = 128
 """Samples that a program holds."""
-MOST_BYTES = 200_000
-"""Shared memory of a program, in which its weights stay."""
+OTHER_BYTES = 20_000
+"""Shared memory of a program besides its weights, which stay there."""
 
 
 def recurrence_on_triton(
@@ -46,6 +47,8 @@ def recurrence_on_triton(
         return None
     if backend not in ("auto", "triton"):
         return None
+    if type(cell) in FAILED:
+        return None
     norms = [norm for norm in (*weights.norm_hh, weights.norm_cell) if norm is not None]
     reason = reason_against_sizes(sequences, weights)
     if reason is None:
@@ -53,10 +56,30 @@ def recurrence_on_triton(
     found = None
     if reason is None:
         options: Any = {"function": TritonRecurrence, "against": reason_against_triton}
-        found = recorded_recurrence(cell, sequences, weights, noise, **options)
+        try:
+            found = recorded_recurrence(cell, sequences, weights, noise, **options)
+        except KernelFailed as error:
+            note_failure(type(cell), error)
+            return None
         reason = None if found is not None else f"the step of {type(cell).__name__} cannot be recorded"
     serves(backend, reason)
     return found
+
+
+class KernelFailed(RuntimeError):
+    """A kernel that does not compile, or that a device does not run."""
+
+
+FAILED: set[type[Cell]] = set()
+"""Kinds of cells whose kernels have failed, which run on torch operations from then on."""
+
+
+def note_failure(kind: type[Cell], error: KernelFailed) -> None:
+    """Say once that torch operations run in place of a kernel."""
+    FAILED.add(kind)
+    warnings.warn(
+        f"a Triton kernel of {kind.__name__} failed, and torch operations run in its place: {error}", stacklevel=2
+    )
 
 
 def reason_against_sizes(sequences: Sequences, weights: HiddenWeights) -> str | None:
@@ -67,10 +90,16 @@ def reason_against_sizes(sequences: Sequences, weights: HiddenWeights) -> str | 
         return f"the batch has {sequences.state[0].shape[-2]} samples, and a Triton kernel takes {MOST_ROWS} at most"
     units, like = sequences.x.shape[-1], weights.weight_hh
     if like is not None and like.is_cuda:
-        bytes_needed = 2 * like.shape[0] * units_of(units) * like.element_size()
-        if bytes_needed > MOST_BYTES:
-            return f"hidden_size={units} needs {bytes_needed} bytes of shared memory, and there are {MOST_BYTES}"
+        most = shared_memory(like.device)
+        needed = like.shape[0] * units_of(units) * like.element_size() + OTHER_BYTES
+        if needed > most:
+            return f"hidden_size={units} needs {needed} bytes of shared memory, and {like.device} has {most}"
     return None
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024))
 
 
 class TritonRecurrence(torch.autograd.Function):
@@ -123,15 +152,19 @@ class TritonRecurrence(torch.autograd.Function):
         gradients = gradients[: 1 + len(recorded.states)]
         if all(gradient is None for gradient in gradients):
             return (None,) * (4 + len(flat))
+        run = partial(on_torch, recorded, shape.running, ctx.calls)
         if torch.is_grad_enabled() or is_observed() or not all(map(is_ordinary, gradients)):
-            run = partial(on_torch, recorded, shape.running, ctx.calls)
             return None, None, None, None, *gradients_on_torch(run, flat, gradients)
         tensors = recorded.tensors(flat)
         norms = Norms.of(recorded, tensors, ctx.calls, shape.units)
         found = inputs_of(recorded, tensors, norms, moments, shape) | dict(zip(ctx.names, arrays, strict=True))
         found |= gradient_room(recorded, kernels, tensors, shape, gradients)
         assert kernels.backward is not None
-        launch(kernels.module.backward, kernels.backward, found, sizes, shape)
+        try:
+            launch(kernels.module.backward, kernels.backward, found, sizes, shape)
+        except KernelFailed as error:
+            note_failure(type(recorded.cell), error)
+            return None, None, None, None, *gradients_on_torch(run, flat, gradients)
         return None, None, None, None, *collected(recorded, kernels, tensors, norms, shape, found)
 
 
@@ -160,6 +193,11 @@ def depth_of(units: int) -> int:
 def units_of(units: int) -> int:
     """Units of a program."""
     return 8 if units <= 256 else 16
+
+
+def warps_of(units: int) -> int:
+    """Warps of a program: with fewer, registers spill."""
+    return 4 if units <= 128 else 8
 
 
 def inputs_of(
@@ -246,11 +284,16 @@ def launch(function: Any, kernel: Kernel, arrays: Arrays, sizes: Tensor, shape: 
         "WIDE": is_interpreted,
         "ACC": tl.float64 if like.dtype == torch.float64 else tl.float32,
     }
-    options = {} if is_interpreted else {"launch_cooperative_grid": True, "num_warps": 4}
+    options = {} if is_interpreted else {"launch_cooperative_grid": True, "num_warps": warps_of(shape.units)}
     context: Any = cooperative() if is_interpreted else torch.cuda.device_of(like)
-    with context:
-        tensors = [arrays[name] for name in kernel.pointers]
-        function[(programs,)](*tensors, sizes, part, flag, shape.steps, shape.samples, **constants, **options)
+    tensors = [arrays[name] for name in kernel.pointers]
+    try:
+        with context:
+            function[(programs,)](*tensors, sizes, part, flag, shape.steps, shape.samples, **constants, **options)
+    except Exception as error:  # of Triton's compiler, or of the driver
+        if is_interpreted:
+            raise
+        raise KernelFailed(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}") from error
 
 
 def collected(

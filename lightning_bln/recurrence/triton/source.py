@@ -128,10 +128,6 @@ class Kernel:
         self.columns += columns
         return f"part + ((step % 2) * PARTS + {self.columns - columns}) * PROGRAMS * B * 2"
 
-    def gates_of(self, value: Value) -> str:
-        """The wide tile whose part a value is."""
-        return self.names[value]
-
     def affine(self, number: int, norm: Value) -> None:
         """Load a norm's weight and bias before the first step."""
         w = self.wide(norm.key[1])
