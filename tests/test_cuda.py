@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from lightning_bln import BLNGRU, BLNLSTM, BLNRNN, BatchLayerNorm, Normalization, recompute_population, set_mode
+from lightning_bln import (
+    BLNGRU,
+    BLNLSTM,
+    BLNRNN,
+    BatchLayerNorm,
+    Normalization,
+    Recurrent,
+    recompute_population,
+    set_mode,
+)
 
 LAYERS: dict[str, Any] = {"lstm": BLNLSTM, "gru": BLNGRU, "rnn": BLNRNN}
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -148,3 +157,18 @@ def test_norms_on_triton_as_on_the_cpu(shape: tuple[int, ...], channel_dim: int,
     for mode in ("cccc", "ppcc", "pppp", "cpcp", "pcpc"):
         set_mode(own, mode), set_mode(there, mode)
         torch.testing.assert_close(there(x.cuda()).cpu(), own(x), rtol=1e-4, atol=1e-4)
+
+
+@needs_cuda
+@pytest.mark.parametrize("norm", ["bln", "layer", "batch", None])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mgu", "mut1", "slstm"])
+def test_recurrent_layers_on_triton_as_on_the_cpu(cell: str, norm: str | None) -> None:
+    own = Recurrent(cell, 4, 40, norm=norm, backend="reference")
+    there = deepcopy(own).cuda()
+    there.backend = "triton"
+    for x in (torch.randn(20, 17, 4), pack_sequence([torch.randn(n, 4) for n in (5, 3, 2)])):
+        allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+        try:
+            assert_close(results(there, x.cuda()), results(own, x))
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = allowed
