@@ -37,6 +37,7 @@ class Axes:
         notes: Sentences on why axes are fixed.
         limits: For names the largest size, where the program has one.
         doubtful: For names sizes at which a condition in the program may have been decided otherwise.
+        special: For names sizes at which some size becomes 1, so that torch's programs may refuse them.
     """
 
     names: tuple[str, ...]
@@ -45,6 +46,7 @@ class Axes:
     notes: tuple[str, ...] = ()
     limits: Mapping[str, int] = field(default_factory=dict)
     doubtful: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    special: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         each = [f"{name} ({', '.join(map(str, sizes))})" for name, sizes in zip(self.names, self.sizes, strict=True)]
@@ -239,8 +241,9 @@ def axes_of(program: Any, calls: Sequence[Call], notes: tuple[str, ...]) -> Axes
             sizes.append(name)
         every.append(tuple(sizes))
     example = {name: calls[0].tensors()[places[0][0]].shape[places[0][1]] for name, places in found.items()}
-    limits, doubtful = limits_of(program, symbols), doubtful_sizes(symbols, example)
-    return Axes(tuple(node.name for node in nodes), tuple(every), found, notes, limits, doubtful)
+    doubtful, special = (doubtful_sizes(symbols, example, special=one) for one in (False, True))
+    limits = limits_of(program, symbols)
+    return Axes(tuple(node.name for node in nodes), tuple(every), found, notes, limits, doubtful, special)
 
 
 def inputs_of(program: Any) -> list[Any]:

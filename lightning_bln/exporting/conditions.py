@@ -23,7 +23,9 @@ def limits_of(program: Any, symbols: Mapping[str, Any]) -> dict[str, int]:
     return found
 
 
-def doubtful_sizes(symbols: Mapping[str, Any], example: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+def doubtful_sizes(
+    symbols: Mapping[str, Any], example: Mapping[str, int], *, special: bool = False
+) -> dict[str, tuple[int, ...]]:
     """Sizes along each open axis at which a condition does not hold that held for the example.
 
     Some are conditions of the operators, which the model does not fulfil then either; others are branches of a forward,
@@ -32,15 +34,17 @@ def doubtful_sizes(symbols: Mapping[str, Any], example: Mapping[str, int]) -> di
     Args:
         symbols: Sizes of open axes, by names.
         example: The example's sizes.
+        special: Look at conditions that some size is not 1, which torch adds by itself, instead of all others.
     """
     found = {}
     values = {expression(size): example[name] for name, size in symbols.items()}
     for name, size in symbols.items():
         symbol = expression(size)
         if getattr(symbol, "is_Symbol", False):
-            guards = [guard for guard in guards_of(size) if symbol in guard.free_symbols and not is_of_torch(guard)]
+            guards = [guard for guard in guards_of(size) if symbol in guard.free_symbols]
+            guards = [guard for guard in guards if is_special(guard) == special]
             sizes = {one for guard in guards for one in failing(guard, symbol, values)}
-            found[name] = tuple(sorted(sizes))
+            found[name] = tuple(sorted(sizes | ({1} if special else set())))
     return found
 
 
@@ -55,16 +59,16 @@ def guards_of(size: Any) -> list[Any]:
     return list(dict.fromkeys(guard.expr for guard in getattr(env, "guards", [])))
 
 
-def is_of_torch(guard: Any) -> bool:
-    """Whether a condition says that a size is not 1, which torch treats by itself, without harm."""
+def is_special(guard: Any) -> bool:
+    """Whether a condition says that a size is not 1, which torch treats by itself, mostly without harm."""
     return guard.func.__name__ in ("Unequality", "Ne") and "1" in map(str, guard.args)
 
 
 def failing(guard: Any, symbol: Any, values: Mapping[Any, int]) -> Iterator[int]:
     """The size next below the example's, and the one next above, at which a condition does not hold."""
     own = values[symbol]
-    numbers = {int(one) for one in guard.atoms() if one.is_Integer and abs(int(one)) < LARGEST}
-    near = {number + step for number in numbers for step in (-1, 0, 1)} | {own - 2, own - 1, own + 1, own + 2}
+    numbers = {abs(int(one)) for one in guard.atoms() if one.is_Integer}
+    near = {number + step for number in numbers | {own} for step in range(-2, 3)} | {*range(2, 9)}
     doubled = {own << power for power in range(1, 12)}
     tried = sorted(size for size in near | doubled | {own // 2} if 2 <= size <= LARGEST and size != own)
     for part in ([size for size in tried[::-1] if size < own], [size for size in tried if size > own]):

@@ -56,6 +56,7 @@ def test_a_condition_on_the_number_of_samples_is_refused(is_plus, message, to, t
         (lambda shape: shape[1] < 50, "axis 1 of x is fixed, since a condition of forward ends at 49"),
         (lambda shape: shape[1] >= 5, "other axes are fixed, since"),
         (lambda shape: shape[1] != 100, "other axes are fixed, since"),
+        (lambda shape: shape[1] != 1, "other axes are fixed, since"),
         (lambda shape: shape[1] % 3 == 0, "other axes are fixed, since"),
     ],
 )
@@ -64,6 +65,13 @@ def test_an_axis_that_a_condition_limits_is_fixed(is_plus, note, to, tmp_path) -
     found = export(Chooses(is_plus), tmp_path / "model", [torch.randn(6, 9, 4)], to=to)
     assert str(found.axes) == "x (batch, 9, 4)"
     assert any(note in one for one in found.notes)
+
+
+@exports
+def test_a_condition_that_looks_like_one_of_torchs_own_is_found(tmp_path) -> None:
+    needs_onnx("onnx")
+    found = export(Chooses(lambda shape: shape[1] - 2 != 1), tmp_path / "model.onnx", [torch.randn(6, 9, 4)])
+    assert str(found.axes) == "x (batch, 9, 4)"
 
 
 class Positions(nn.Linear):
