@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
@@ -25,7 +25,7 @@ def replacing(path: str | os.PathLike[str], like: str | os.PathLike[str] | None 
     """A file beside ``path`` that takes its place once the body succeeds; if the body raises, ``path`` stays as it is.
 
     A reader of ``path`` finds the old file or the new one whole, also after a crash. Folders that are missing are
-    made, and a symbolic link stays a link.
+    made, and go again if the body raises; a symbolic link stays a link.
 
     Args:
         path: The file to write.
@@ -40,9 +40,10 @@ def replacing(path: str | os.PathLike[str], like: str | os.PathLike[str] | None 
     """
     target = Path(path).resolve()
     model = target if like is None else Path(like)
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid4().hex[:8]}.part")
+    made = [one for one in target.parents if not one.exists()]
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("xb") as file:
             if model.exists():
                 shutil.copymode(model, partial)
@@ -50,5 +51,10 @@ def replacing(path: str | os.PathLike[str], like: str | os.PathLike[str] | None 
             file.flush()
             os.fsync(file.fileno())
         partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        for folder in made:
+            with suppress(OSError):  # another program's file may lie in it by now
+                folder.rmdir()
+        raise

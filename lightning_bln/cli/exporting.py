@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader
 
 from lightning_bln._scoped import setting
 from lightning_bln._torch import altered, tree_flatten
+from lightning_bln.cli.fitting import fitting
 from lightning_bln.exporting import Call, Exported, ExportError, export
+from lightning_bln.exporting.calls import has_samples
 from lightning_bln.exporting.export import check_path
 from lightning_bln.exporting.formats import Format, format_of
 from lightning_bln.joining import owned, samples_along, serves_items
@@ -51,13 +53,18 @@ class Calls(L.Callback):
         """Keep the batch's first entry, and count its samples by the labels, if it has some."""
         self.samples = samples_in(batch)
         first = batch[0] if isinstance(batch, (tuple, list)) else batch
-        self.inputs.append(Call((owned(first),), samples=self.samples))
+        self.inputs.append(counted(Call((owned(first),), samples=self.samples)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run ``forward``."""
         args, kwargs = owned((args, kwargs))
-        self.calls.append(Call(args, kwargs, self.samples))
+        self.calls.append(counted(Call(args, kwargs, self.samples)))
         return self.forward(*args, **kwargs)
+
+
+def counted(call: Call) -> Call:
+    """A call whose number of samples is that of the batch, if an axis has this size."""
+    return call if has_samples(call) else call._replace(samples=None)
 
 
 def samples_in(batch: Any) -> int:
@@ -177,7 +184,7 @@ def export_checkpoint(
         raise ExportError(f"{output} is the checkpoint itself; name another file")
     calls = Calls(model)
     validate.trainer.callbacks = [*validate.trainer.callbacks, calls]  # type: ignore[attr-defined]
-    with setting([model], forward=calls):
+    with setting([model], forward=calls), fitting(model, ckpt):
         own = validate(model, **load)
     validate.trainer.callbacks = [one for one in validate.trainer.callbacks if one is not calls]  # type: ignore[attr-defined]
     others: Metrics = {}

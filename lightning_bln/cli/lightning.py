@@ -23,6 +23,7 @@ from lightning_bln.callbacks import BLNStatsCallback
 from lightning_bln.cli.calibration import Calibrating, Split, few, reading
 from lightning_bln.cli.checkpoint import load_checkpoint, undo_population, write_mode, write_population
 from lightning_bln.cli.exporting import PLAIN_TRAINER, Validation, export_checkpoint
+from lightning_bln.cli.fitting import fitting
 from lightning_bln.cli.trust import check_trust, import_paths, read_config
 from lightning_bln.exporting import Exported
 from lightning_bln.exporting.formats import Format
@@ -204,7 +205,8 @@ class Trainer(L.Trainer):
         options: dict[str, Any] = {"ckpt_path": str(ckpt), "verbose": False}
         if "weights_only" in inspect.signature(self.validate).parameters:  # lightning 2.6 and later
             options["weights_only"] = weights_only
-        self.validate(model, dataloaders, datamodule=datamodule, **options)
+        with fitting(model, ckpt):
+            self.validate(model, dataloaders, datamodule=datamodule, **options)
         # a layer that nothing calls has no population
         if not any(population.is_frozen for population in populations(model)) or callback.result is None:
             mend = "train with BLNStatsCallback, or call recompute_population before saving"
@@ -265,7 +267,7 @@ class Trainer(L.Trainer):
         given = dataloaders is not None
         loaders = few(dataloaders, samples) if given else None
         data = nullcontext() if given else reading(datamodule or model, split, samples)
-        with callback.taking(model), data:
+        with callback.taking(model), data, fitting(model, ckpt):
             self.predict(model, loaders, datamodule=datamodule, **options)
         calibration = callback.calibration
         assert calibration is not None

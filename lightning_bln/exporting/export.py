@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor, nn
 
 from lightning_bln._files import replacing
@@ -20,6 +22,7 @@ from lightning_bln.exporting.errors import ExportError
 from lightning_bln.exporting.formats import Format, Run, attempts, format_of, load, staying
 from lightning_bln.folding.fold import fold
 from lightning_bln.modes import mode_layers
+from lightning_bln.sweep.random_state import RandomState
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def export(
             :class:`~lightning_bln.exporting.Call`. The first one is traced.
         to: ``"onnx"``, ``"pt2"`` (torch.export) or ``"torch"`` (a state dict); by default as the name ends.
         tolerance: Difference that is accepted, relative to the largest number among a model's results, or to 1. By
-            default 1e-4 for float32, 1e-9 for float64 and 1e-2 for half precision.
+            default 1e-4 for float32, 1e-9 for float64 and 1e-2 for half precision. Of integers it is the share of
+            entries that differ, by default none.
         check: Function that is called with one that runs the file as ``model`` is called, and raises to refuse it.
 
     Returns:
@@ -107,19 +111,51 @@ def export(
     check_path(Path(path))
     check_arguments(examples, tolerance)
     original = deepcopy(model).cpu().eval()
-    calls = of_one_kind([as_call(example, model) for example in examples])
-    comparison = Comparison(original, calls, tolerance)
+    given = [as_call(example, model) for example in examples]  # before, since a loader may draw numbers
+    random = RandomState(torch.device("cpu"))
+    try:
+        return exported(original, Path(path), given, to, tolerance, check)
+    finally:
+        random.restore()
+
+
+def exported(
+    model: nn.Module,
+    path: Path,
+    given: Sequence[Call],
+    to: Format,
+    tolerance: float | None,
+    check: Callable[[Callable[..., Any]], None] | None,
+) -> Exported:
+    """Export a model that may be written into."""
+    calls, left_out = of_one_kind(given)
+    comparison, first = Comparison(model, calls, tolerance), calls[0]
     comparison.check_repeats()
-    folded, report = fold(original, report=True)
-    with replacing(path) as file:
+    folded, report = fold(model, report=True)
+    with written_file(path) as file:
         run, axes, notes = written(to, folded, comparison, file)
         largest = comparison.largest(run)
         if check is not None:
-            check(lambda *args, **kwargs: run(as_call(Call(args, kwargs), original)))
-        first = calls[0]
-        model_time, file_time = milliseconds([lambda: first.run(original), lambda: run(first)], first.size())
-    times, notes = (model_time, file_time), [*notes, *remarks(original), *comparison.remarks()]
-    return Exported(Path(path), to, report, axes, largest, len(calls), times, first.size(), tuple(notes))
+            check(lambda *args, **kwargs: run(as_call(Call(args, kwargs), model).like(first)))
+        times = milliseconds([lambda: first.run(model), lambda: run(first)], first.size())
+    notes = [*left_out, *notes, *remarks(model), *comparison.remarks()]
+    return Exported(path, to, report, axes, largest, len(calls), (times[0], times[1]), first.size(), tuple(notes))
+
+
+@contextmanager
+def written_file(path: Path) -> Iterator[BinaryIO]:
+    """The file that takes the place of ``path``; raise where it cannot be made."""
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(replacing(path))
+        except OSError as error:
+            raise ExportError(unwritable(path, error)) from error
+        yield file
+
+
+def unwritable(path: Path, error: OSError) -> str:
+    """The text of an error of a path that cannot be written."""
+    return f"{path}: cannot be written ({error.strerror or error}); name another file"
 
 
 def check_arguments(examples: Any, tolerance: Any) -> None:
@@ -159,9 +195,12 @@ def reads_the_batch(layer: Any) -> bool:
 
 def check_path(path: Path) -> None:
     """Raise unless a file can be written at ``path``, as far as one can know."""
-    folder = next(one for one in path.absolute().parents if one.exists())
-    if path.is_dir() or not folder.is_dir():
-        raise ExportError(f"{path}: {'it is a folder' if path.is_dir() else f'{folder} is no folder'}; name a file")
+    try:
+        folder = next(one for one in path.absolute().parents if one.exists())
+        if path.is_dir() or not folder.is_dir():
+            raise ExportError(f"{path}: {'it is a folder' if path.is_dir() else f'{folder} is no folder'}; name a file")
+    except OSError as error:  # a name that is too long
+        raise ExportError(unwritable(path, error)) from error
     if not os.access(folder, os.W_OK):
         raise ExportError(f"{path}: no permission to write in {folder}; name another folder")
 
@@ -191,7 +230,7 @@ def written(
         except ExportError as error:
             reasons.append(str(error))
             continue
-        return run, axes, [*(f"other axes are fixed, since {one}" for one in reasons), *axes.notes]
+        return run, axes, [*(f"other axes are fixed, since {one}" for one in reasons), *axes.notes, *axes.ends()]
     every = "; then ".join(dict.fromkeys(reasons))
     if to == "torch":
         raise ExportError(every)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_bln._torch import open_recurrences
 from lightning_bln.exporting.axes import Axes, Program, capture, most_open, places_needed, shapes_of
-from lightning_bln.exporting.calls import Call, filled
+from lightning_bln.exporting.calls import Call, filled, named
 from lightning_bln.exporting.errors import ExportError, first_line, quiet
 from lightning_bln.folding.affine import Affine
 from lightning_bln.folding.reasons import LAYERS
@@ -60,7 +60,7 @@ def format_of(path: str | Path, to: str | None) -> Format:
 def write_onnx(program: Program, model: nn.Module, call: Call, file: BinaryIO) -> None:
     """Write an ONNX file whose open axes have names."""
     names = {place: name for name, places in program.axes.open.items() for place in places}
-    with quiet(), open_recurrences():  # the converter traces recurrent layers once more
+    with quiet(), open_recurrences(), named(call, model):  # the converter traces recurrent layers once more
         try:
             made = torch.onnx.export(
                 program.program, dynamo=True, verbose=False, dynamic_shapes=shapes_of(model, call, names)
@@ -88,7 +88,7 @@ def load_onnx(path: Path, like: Any) -> Run:
     names = [one.name for one in session.get_inputs()]
 
     def run(call: Call) -> Any:
-        tensors = [x.detach().contiguous().numpy() for x in call.tensors()]
+        tensors = [x.detach().clone(memory_format=torch.contiguous_format).numpy() for x in call.tensors()]
         found = session.run(None, dict(zip(names, tensors, strict=True)))
         return filled(like, [torch.from_numpy(one) for one in found])
 

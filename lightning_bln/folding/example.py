@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bln._torch import BatchNorm
+from lightning_bln.folding.difference import difference, leaves
 from lightning_bln.norm import Normalization
 from lightning_bln.sweep.plot import number
 from lightning_bln.sweep.pytree import kept
@@ -82,20 +82,14 @@ class Example:
 
     def check(self, folded: nn.Module) -> None:
         """Raise ValueError where a folded model gives outputs that differ by more than rounding."""
-        found = dict(leaves(self.run(deepcopy(folded))))
-        expected = dict(leaves(self.expected))
-        if found.keys() != expected.keys():
+        found = self.run(deepcopy(folded))
+        if dict(leaves(found)).keys() != dict(leaves(self.expected)).keys():
             raise ValueError(f"the folded model gives other outputs than the model for example=: {MEND}")
-        worst = max(
-            ((difference(found[name], one) / self.tolerance(one), name) for name, one in expected.items()),
-            default=(0.0, ""),
-        )
-        if worst[0] > 1.0:
-            name = worst[1]
-            moved = number(difference(found[name], expected[name]))
+        worst = difference(found, self.expected, self.tolerance)
+        if not worst.is_alike:
             raise ValueError(
-                f"output{name} of the folded model differs from the model's for example=, by {moved} of its size where "
-                f"rounding allows {number(self.tolerance(expected[name]))}: {MEND}"
+                f"output{worst.place} of the folded model differs from the model's for example=, by "
+                f"{number(worst.relative)} of its size where rounding allows {number(worst.tolerance)}: {MEND}"
             )
 
     def tolerance(self, output: Any) -> float:
@@ -121,54 +115,3 @@ def epsilon(dtype: torch.dtype, *, is_far: bool = False) -> float:
     """The relative rounding of a product of a dtype, on a device other than the CPU if it ``is_far``."""
     own = torch.finfo(dtype).eps
     return max(own, COARSE) if is_far and dtype == torch.float32 else own
-
-
-def leaves(value: Any, name: str = "", seen: Collection[int] = ()) -> Iterator[tuple[str, Any]]:
-    """Tensors and plain values in nested outputs, each by its place; attributes of objects are among them."""
-    if isinstance(value, (Tensor, nn.Module, str)) or id(value) in seen:
-        yield name, value
-        return
-    seen = {*seen, id(value)}
-    if isinstance(value, Mapping):
-        inner = [(f"[{key!r}]", one) for key, one in value.items()]
-    elif isinstance(value, (tuple, list)):
-        inner = [(f"[{place}]", one) for place, one in enumerate(value)]
-    else:
-        inner = [(f".{key}", one) for key, one in getattr(value, "__dict__", {}).items()]
-    if not inner:
-        yield name, value
-    for place, one in inner:
-        yield from leaves(one, name + place, seen)
-
-
-def as_tensor(value: Any) -> Any:
-    """A number or an array of numbers as a tensor, all else as it is."""
-    is_array = isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
-    return torch.as_tensor(value) if is_array or isinstance(value, (int, float, complex)) else value
-
-
-def difference(found: Any, expected: Any) -> float:
-    """The largest difference of two outputs, relative to the largest number; the share of entries if they count.
-
-    Where one is NaN or infinite, the other one has to be the same.
-    """
-    found, expected = map(as_tensor, (found, expected))
-    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
-        is_plain = isinstance(found, (str, bytes, type(None))) or isinstance(expected, (str, bytes, type(None)))
-        return math.inf if is_plain and found != expected else 0.0
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return math.inf
-    if found.layout != torch.strided or expected.layout != torch.strided:
-        found, expected = found.to_dense(), expected.to_dense()
-    if not expected.numel() or found.is_meta or expected.is_meta:
-        return 0.0
-    if not (expected.is_floating_point() or expected.is_complex()):
-        return float((found != expected).double().mean())
-    exact = torch.promote_types(expected.dtype, torch.float64)
-    found, expected = (one.detach().cpu().to(exact) for one in (found, expected))
-    is_same = (found == expected) | (found.isnan() & expected.isnan())
-    if not bool((is_same | (found.isfinite() & expected.isfinite())).all()):
-        return math.inf
-    size = float(expected[expected.isfinite()].abs().max()) if bool(expected.isfinite().any()) else 0.0
-    gap = torch.where(is_same, torch.zeros_like(found), found - expected).abs().max()
-    return float(gap) / (size or 1.0)

@@ -204,6 +204,49 @@ def test_errors_change_nothing(options, message, saved, recipe, tmp_path, monkey
     assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
 
 
+class Wider(Reader):
+    """A Reader of another size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 4)
+
+
+class Plain(Reader):
+    """A Reader with a layer more, and one less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = self.head
+        del self.head
+
+
+@pytest.mark.parametrize("command", ["export", "sweep", "calibrate"])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            "Wider",
+            r"x.ckpt does not fit Wider: the file has head.weight of shape \[3, 5\], where the model's is \[4, 5\]",
+        ),
+        (
+            "Plain",
+            r"x.ckpt does not fit Plain: the file lacks last.weight and has head.weight, which the model does not",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_named(command, model, message, saved, recipe, tmp_path) -> None:
+    options = {"export": ["--output", tmp_path / "m.pt"], "calibrate": ["--split", "validation"], "sweep": []}[command]
+    given = [command, "--config", recipe, "--ckpt", saved, *options, "--model", f"{__name__}.{model}"]
+    with pytest.raises(SystemExit, match=f"bln {command}: .*{message}"):
+        cli.main([*map(str, given)])
+
+
+def test_a_folder_that_cannot_be_made_is_named(saved, recipe, tmp_path) -> None:
+    with pytest.raises(SystemExit, match=r"bln export: .* cannot be written|no permission to write"):
+        run("--config", recipe, "--ckpt", saved, "--output", "/proc/none/m.pt")
+
+
 class NoData(Rows):
     val_dataloader = L.LightningDataModule.val_dataloader  # type: ignore[assignment]
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lightning_bln import BatchLayerNorm, Normalization, fold, recompute_population, set_mode
 from lightning_bln.convert import to_bln
 from lightning_bln.folding import Affine
-from lightning_bln.folding.example import difference, leaves
+from lightning_bln.folding.difference import difference, leaves
 from lightning_bln.modes import mode_layers
 
 SIZE = 4
@@ -150,6 +150,39 @@ def test_a_trace_proves_two_axes_behind_flatten(way: str, is_folded: bool) -> No
     assert isinstance(plain.norm, nn.Identity) == is_folded
     assert_same(plain, model, x)
     assert_same(fold(model, example=x), model, x)
+
+
+class Changes(nn.Module):
+    """A view with two axes, which is given another shape in place."""
+
+    def __init__(self, change: Any, way: str) -> None:
+        super().__init__()
+        self.change, self.way = change, way
+        self.first, self.norm = linear(), nn.BatchNorm1d(SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flatten(1) if self.way == "flatten" else x.view(-1, SIZE)
+        self.change(F.dropout(y, training=False) if self.way == "alias" else y)
+        return self.norm(self.first(y))
+
+
+@pytest.mark.parametrize("way", ["flatten", "view", "alias"])
+@pytest.mark.parametrize(
+    ("change", "is_folded"),
+    [
+        (lambda y: y.unsqueeze_(0), False),
+        (lambda y: y.resize_(1, SIZE, SIZE), False),
+        (lambda y: y.relu_(), True),
+        (lambda y: y.mul_(2).add_(1), True),
+        (torch.relu_, True),
+    ],
+)
+def test_a_shape_that_changes_in_place_proves_nothing(change, is_folded, way) -> None:
+    model = with_statistics(Changes(change, way))
+    plain = fold(model)
+    assert isinstance(plain.norm, nn.Identity) == is_folded
+    x = inputs(SIZE, SIZE)
+    assert_same(lambda _: plain(x.clone()), lambda _: model(x.clone()), x)  # type: ignore[arg-type]
 
 
 def any_layer(rng: random.Random, axes: int) -> tuple[nn.Module, int]:
@@ -325,6 +358,19 @@ NAN, INF = float("nan"), float("inf")
         (torch.tensor([3.0 + 4.0j]), torch.tensor([3.0 + 3.0j]), 18**-0.5),
         (np.array([2.0]), np.array([1.0]), 1.0),
         (2.0, 1.0, 1.0),
+        (2.0, 1, 1.0),
+        (2, 1, INF),
+        (2**70, 2**70, 0.0),
+        (NAN, NAN, 0.0),
+        (True, False, INF),
+        ({"a"}, {"a"}, 0.0),
+        ({"a"}, {"b"}, INF),
+        (torch.Size([2]), torch.Size([3]), INF),
+        (object(), object(), 0.0),
+        ([torch.zeros(1)], [torch.zeros(1), torch.zeros(1)], INF),
+        (torch.tensor([2**62]), torch.tensor([2**62 + 1]), 1.0),
+        (torch.zeros(2), torch.zeros(2, dtype=torch.int64), INF),
+        (torch.tensor([complex(NAN, 1)]), torch.tensor([complex(NAN, 1)]), 0.0),
         ("a", "b", INF),
         (None, None, 0.0),
         (None, torch.zeros(2), INF),
@@ -333,7 +379,14 @@ NAN, INF = float("nan"), float("inf")
     ],
 )
 def test_a_difference_is_relative_to_the_largest_number(found: Any, expected: Any, gap: float) -> None:
-    assert difference(found, expected) == pytest.approx(gap)
+    assert difference(found, expected, 0.1).relative == pytest.approx(gap)
+
+
+def test_a_tolerance_that_is_no_number_is_never_kept() -> None:
+    assert not difference(torch.zeros(2), torch.zeros(2), NAN).is_alike
+    assert not difference([torch.zeros(2), 1.0], [torch.zeros(2), 1.0], NAN).is_alike
+    assert difference(torch.zeros(2), torch.zeros(2), 0.0).is_alike
+    assert not difference(torch.zeros(2), torch.ones(2), 0.0).is_alike
 
 
 def test_leaves_have_places() -> None:
