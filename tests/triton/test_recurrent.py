@@ -123,6 +123,19 @@ def test_modes(cell: str, norm: str, joint: str) -> None:
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("norm", ["bln", "layer", "batch"])
+@pytest.mark.parametrize("cell", ["lstm", "mgu"])
+def test_gradients_in_evaluation(cell: str, norm: str) -> None:
+    one, _ = pair(cell, norm)
+    recompute_population(one, [torch.randn(4, 8, 3, dtype=torch.float64) for _ in range(2)])
+    for mode in ("pppp", "ppcc", "pcpc", "cccc"):
+        set_mode(one.eval(), mode)
+        two = deepcopy(one)
+        two.backend = "triton"
+        one.zero_grad()
+        compare((one, two), torch.randn(4, 5, 3, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru", "mgu"])
 def test_single_precision(cell: str) -> None:
     compare(pair(cell, "bln", torch.float32, units=19), torch.randn(6, 5, 3), 1e-5)

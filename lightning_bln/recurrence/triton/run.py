@@ -153,7 +153,8 @@ class TritonRecurrence(torch.autograd.Function):
         if all(gradient is None for gradient in gradients):
             return (None,) * (4 + len(flat))
         run = partial(on_torch, recorded, shape.running, ctx.calls)
-        if torch.is_grad_enabled() or is_observed() or not all(map(is_ordinary, gradients)):
+        is_given = any(call.uses for call in ctx.calls)  # the kernel knows the gradient of current statistics alone
+        if is_given or torch.is_grad_enabled() or is_observed() or not all(map(is_ordinary, gradients)):
             return None, None, None, None, *gradients_on_torch(run, flat, gradients)
         tensors = recorded.tensors(flat)
         norms = Norms.of(recorded, tensors, ctx.calls, shape.units)
