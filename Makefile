@@ -36,7 +36,7 @@ test: $(VENV)/.installed
 
 # Tables of modules of every kind against plain validations, and every rule of a tensor with a part for each mode.
 test-exact: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m exact tests/callbacks tests/cli tests/convert tests/export tests/exporting tests/folding tests/kernels tests/recurrence tests/test_as_torch.py tests/test_per_mode_rules.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m exact tests/callbacks tests/cli tests/convert tests/export tests/exporting tests/folding tests/kernels tests/recurrence tests/tuning tests/test_as_torch.py tests/test_per_mode_rules.py
 
 # Beside the others alone, for only torch for CUDA asks for it; it needs nothing, and is to move nothing.
 $(VENV)/.triton: $(VENV)/.installed
@@ -58,6 +58,7 @@ $(OLDEST)/.installed:
 	mv $(OLDEST).part $(OLDEST)
 
 test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest -n 2 -m exact tests/test_as_torch.py
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest -n 2 $(TESTS)
 
 # Writes docs/compatibility.md.

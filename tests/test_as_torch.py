@@ -27,6 +27,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(
     ("way", "layer"),
     [

@@ -62,6 +62,7 @@ def test_ranks_agree_on_mode_scores_and_statistics(tmp_path: Path, population: s
             assert found["scores"][mode] == pytest.approx(value, rel=1e-5)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("case", ["recompute", "epoch", "buffer"])
 def test_uneven_data_count_by_what_each_rank_has(tmp_path: Path, case: str) -> None:
     found = run("uneven_run.py", case, tmp_path)
@@ -100,11 +101,13 @@ def test_sharded_weights_have_the_population_and_mode_of_all_data(tmp_path: Path
         assert found["scores"][mode] == pytest.approx(value, rel=2e-5)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("hook", ["init", "setup", "configure_model"])
 def test_layers_made_late_gather_from_all_ranks_too(tmp_path: Path, hook: str) -> None:
     assert run("ranks_run.py", f"late:{hook}", tmp_path)["off"] < 1e-6
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(
     ("names", "words"),
     [
@@ -130,6 +133,7 @@ def test_population_and_scores_are_those_of_the_first_ranks_buffers(tmp_path: Pa
     assert "compared" not in found
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("samples", [0, 1024])
 def test_running_statistics_are_those_of_all_ranks(tmp_path: Path, samples: int) -> None:
     found = run("ranks_run.py", f"buffers:{samples} batchnorm", tmp_path)

@@ -40,6 +40,7 @@ def frozen(layer: nn.Module, mode: str = "pppp") -> nn.Module:
     return layer.eval()
 
 
+@pytest.mark.exact
 @pytest.mark.skipif(not HAS_CUSTOM_OPS, reason="torch 2.3 breaks the graph at the kernels")
 @each_layer
 @pytest.mark.parametrize("transform", ["jvp", "grad", "vmap"])

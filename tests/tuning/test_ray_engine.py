@@ -27,6 +27,7 @@ from lightning_bln.tuning.ray_engine import as_domain, tune_on_ray
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.exact
 def test_two_workers_finish_every_trial_though_one_failed_once(tmp_path, monkeypatch) -> None:
     for name, value in helpers.environment().items():
         monkeypatch.setenv(name, value)
@@ -50,6 +51,7 @@ def test_two_workers_finish_every_trial_though_one_failed_once(tmp_path, monkeyp
     assert "statistics mode" in json.loads((tmp_path / "out" / "importance.json").read_text())
 
 
+@pytest.mark.exact
 def test_on_a_cluster_a_failed_trial_goes_on_from_its_checkpoint(tmp_path) -> None:
     """The command on a cluster that was there before; a trial that fails in its third epoch is run again from there."""
     model = {"epochs_log": str(tmp_path / "epochs"), "fail_once": str(tmp_path / "failed"), "fail_epoch": 2}
