@@ -45,7 +45,7 @@ $(VENV)/.triton: $(VENV)/.installed
 
 # Kernels for GPUs by Triton's interpreter on the CPU, and compiled for GPUs that are not there.
 test-triton: $(VENV)/.triton
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/triton
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/on_triton
 
 # Made beside its place and moved there whole, so that one cut short is never used.
 $(OLDEST)/.installed:

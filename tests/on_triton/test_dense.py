@@ -12,7 +12,7 @@ from lightning_bln import ALL_MODES, BatchLayerNorm, ConvBLN2d, Normalization, f
 from lightning_bln._torch import HAS_CUSTOM_OPS
 from lightning_bln.kernels import available
 from lightning_bln.modes import FanOut
-from tests.triton.helpers import TOLERANCE, assert_close, interpreted, pair, run
+from tests.on_triton.helpers import TOLERANCE, assert_close, interpreted, pair, run
 
 pytestmark = [interpreted, pytest.mark.filterwarnings("ignore:norm='batch' and a batch of one")]
 

@@ -11,8 +11,8 @@ import torch
 
 from lightning_bln.kernels.triton._interpreter import Stuck, cooperative
 from lightning_bln.recurrence.triton import kernels, run
-from tests.triton.helpers import interpreted
-from tests.triton.test_recurrent import compare, pair
+from tests.on_triton.helpers import interpreted
+from tests.on_triton.test_recurrent import compare, pair
 
 pytestmark = interpreted
 

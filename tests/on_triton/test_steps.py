@@ -13,7 +13,7 @@ from lightning_bln.modes import ALL_MODES
 from lightning_bln.recurrence.gate_norm import GateNorm
 from lightning_bln.recurrence.sequence_norm import normalize_steps, take_in
 from lightning_bln.recurrence.sequences import Running
-from tests.triton.helpers import TOLERANCE, graph_of, interpreted
+from tests.on_triton.helpers import TOLERANCE, graph_of, interpreted
 
 pytestmark = interpreted
 

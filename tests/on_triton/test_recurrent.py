@@ -14,7 +14,7 @@ from lightning_bln import Recurrent, recompute_population, set_mode
 from lightning_bln.cells import registry
 from lightning_bln.modes import fan_out
 from lightning_bln.recurrence.triton import run
-from tests.triton.helpers import interpreted
+from tests.on_triton.helpers import interpreted
 
 pytestmark = interpreted
 

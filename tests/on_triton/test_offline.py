@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightning_bln.kernels.triton.available import installed
-from tests.triton.helpers import interpreted
+from tests.on_triton.helpers import interpreted
 
 pytestmark = interpreted
 
@@ -39,7 +39,7 @@ def test_kernels_fit(name, architecture, tmp_path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
     arguments, number = PROGRAMS[name]
-    program = [sys.executable, "-m", f"tests.triton.{name}", str(architecture), *arguments]
+    program = [sys.executable, "-m", f"tests.on_triton.{name}", str(architecture), *arguments]
     run = subprocess.run(program, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])

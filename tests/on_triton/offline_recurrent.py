@@ -17,7 +17,7 @@ from lightning_bln.recurrence.program.step import Around
 from lightning_bln.recurrence.triton.kernels import Form, Kernels, kernels_of
 from lightning_bln.recurrence.triton.phases import NormForm
 from lightning_bln.recurrence.triton.run import depth_of, units_of, warps_of
-from tests.triton.offline import resources
+from tests.on_triton.offline import resources
 
 SIZES = ((64, 256), (25, 128), (32, 512), (16, 768))
 """Samples and units."""
