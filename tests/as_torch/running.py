@@ -84,10 +84,11 @@ def hooks(case: Case) -> None:
 
 @way("inference_mode", "`torch.inference_mode` and `no_grad`, then training again")
 def inference(case: Case) -> None:
+    expected = case.expected().outputs
     for context in (torch.inference_mode, torch.no_grad)[: 1 + case.few]:
         module, reference = case.module(), case.reference()
         with context():
-            same(module(*case.inputs()), case.expected().outputs)
+            same(module(*case.inputs()), expected)
         reference(*case.inputs())
         agree(run(module, case.inputs(1)), run(reference, case.inputs(1)))
 

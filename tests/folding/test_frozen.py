@@ -44,7 +44,7 @@ REASONS = {
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"time_statistics": "shared", "num_layers": 2, "bidirectional": True, "gate_statistics": "joint"},
-    {"batch_first": True, "zoneout": 0.2, "norm_input": False},
+    {"batch_first": True, "zoneout": 0.2},
     {"bias": False, "norm_hidden": False},
 )
 
