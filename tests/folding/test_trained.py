@@ -73,7 +73,7 @@ def has_none_of_ours(model: nn.Module) -> bool:
 @pytest.fixture(scope="module")
 def digits() -> tuple[RowClassifier, DigitRows, BLNStatsCallback, L.Trainer]:
     """The demo's classifier with the options that let its LSTM fold, after three epochs in the mode that does."""
-    L.seed_everything(0, verbose=False)
+    L.seed_everything(0)
     data, model = DigitRows(), RowClassifier()
     model.lstm = BLNLSTM(8, 64, batch_first=True, time_statistics="shared", norm_cell=False)
     statistics = BLNStatsCallback(candidates="foldable", log=False)
