@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning_bln.recurrence.program.graph import Value
 from lightning_bln.recurrence.triton.elementwise import written
 from lightning_bln.recurrence.triton.phases import forward_phases, is_masked_state, source_of
-from lightning_bln.recurrence.triton.source import Kernel, Recorded, room
+from lightning_bln.recurrence.triton.source import Kernel, Recorded, argument, room
 
 
 class Forward(Kernel):
@@ -178,4 +178,4 @@ class Forward(Kernel):
 
 def state(name: str) -> str:
     """The variable of a state."""
-    return f"s_{name.replace(' ', '_')}"
+    return argument(f"s_{name}")

@@ -24,7 +24,7 @@ from lightning_bln.recurrence.reference import HiddenWeights, Noise, Result, Seq
 from lightning_bln.recurrence.sequences import lengths_of
 from lightning_bln.recurrence.triton.kernels import Form, Kernels, kernels_of
 from lightning_bln.recurrence.triton.phases import NormForm, is_masked_state, source_of
-from lightning_bln.recurrence.triton.source import Kernel
+from lightning_bln.recurrence.triton.source import Kernel, argument
 
 Arrays = dict[str, Tensor]
 """Tensors of a call by the kernels' names for them."""
@@ -128,7 +128,7 @@ class TritonRecurrence(torch.autograd.Function):
         arrays |= room_of(kernels, tensors, recorded, shape)
         sizes = torch.tensor(running or [shape.samples] * shape.steps, dtype=torch.int32, device=arrays["x0"].device)
         launch(kernels.module.forward, kernels.forward, arrays, sizes, shape)
-        states = [arrays[f"state_{name}".replace(" ", "_")] for name in recorded.states]
+        states = [arrays[argument(f"state_{name}")] for name in recorded.states]
         if keep:
             names = [name for name in arrays if name.startswith(("product", "input", "state"))]
             ctx.recorded, ctx.shape, ctx.calls, ctx.kernels, ctx.names = recorded, shape, calls, kernels, names
@@ -234,7 +234,7 @@ def room_of(kernels: Kernels, tensors: Tensors, recorded: RecordedCell, shape: S
     for name, value in zip(recorded.states, tensors.state, strict=True):
         whole = like.new_empty(steps + 1, samples, units)
         whole[0] = value
-        arrays[f"state_{name}".replace(" ", "_")] = whole
+        arrays[argument(f"state_{name}")] = whole
     for number, product in enumerate(kernels.recorded.products):
         arrays[f"product{number}"] = like.new_zeros(steps, samples, kernels.recorded.width(product) * units)
         arrays[f"input{number}"] = like.new_zeros(steps, samples, units)
@@ -250,7 +250,7 @@ def gradient_room(
     arrays: Arrays = {f"grad_x{index}": torch.zeros_like(value) for index, value in enumerate(tensors.x)}
     arrays["grad_output"] = like.new_zeros(steps, samples, units) if output is None else output.contiguous()
     for name, gradient in zip(recorded.states, last, strict=True):
-        name = name.replace(" ", "_")
+        name = argument(name)
         arrays[f"carry_{name}"] = like.new_zeros(samples, units) if gradient is None else gradient.contiguous()
         arrays[f"grad_state_{name}"] = like.new_zeros(samples, units)
     for number, product in enumerate(kernels.recorded.products):
@@ -309,7 +309,7 @@ def collected(
             continue
         gradient = found[f"grad_product{number}"].flatten(0, 1)
         of = source_of(product)
-        rows = found[f"state_{of.key}".replace(" ", "_")][:-1] if of.op == "state" else found[f"input{number}"]
+        rows = found[argument(f"state_{of.key}")][:-1] if of.op == "state" else found[f"input{number}"]
         if is_masked_state(product.inputs[0]) and tensors.mask is not None:
             rows = rows * tensors.mask
         part = gradient.t() @ rows.flatten(0, 1)
@@ -331,7 +331,7 @@ def collected(
     known = step.adjoint
     return [
         *(found[f"grad_x{index}"] for index in range(len(signature.segments))),
-        *(found[f"grad_state_{name}".replace(" ", "_")] if name in known.state else None for name in recorded.states),
+        *(found[argument(f"grad_state_{name}")] if name in known.state else None for name in recorded.states),
         joined(tensors.weight_hh, products, recorded, shape),
         joined(tensors.bias_hh, biases, recorded, shape),
         None,

@@ -71,7 +71,7 @@ class Kernel:
 
     def pointer(self, name: str) -> str:
         """A tensor's argument."""
-        name = name.replace(" ", "_")
+        name = argument(name)
         self.pointers[name] = None
         return name
 
@@ -139,6 +139,11 @@ class Kernel:
         """Load a norm's mixing weights of a step."""
         place = self.pointer(f"mixing{number}")
         self.body += [f"wf{number} = tl.load({place} + t)", f"wb{number} = tl.load({place} + T + t)"]
+
+
+def argument(name: str) -> str:
+    """A tensor's name as an argument; the parts of a state have names with spaces."""
+    return name.replace(" ", "_")
 
 
 def room(width: int) -> int:
